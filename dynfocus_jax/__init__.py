@@ -1,0 +1,1 @@
+"""dynfocus_jax: token-efficient video language models in JAX."""

@@ -1,0 +1,1 @@
+"""From files to batches: media, sources, conversations, tokens, the input pipeline, synthetic benchmarks."""

@@ -1,0 +1,216 @@
+"""The input pipeline: records to batches, in a fixed order that can be resumed exactly."""
+
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import cachetools
+import grain
+import numpy as np
+
+from dynfocus_jax.config import UserError
+from dynfocus_jax.data.batch import Batch, padding_sample
+from dynfocus_jax.data.conversation import (
+    Conversation,
+    SampleError,
+    Template,
+    Tokenizer,
+    encode_conversation,
+    encode_prompt,
+    query_text,
+)
+from dynfocus_jax.data.sources import Record
+from dynfocus_jax.data.video import Clip, MediaError, read_media
+
+
+class Skipped:
+    """Samples that could not be used: each listed once, all counted, too many of them an error.
+
+    `note` raises UserError as soon as more than `max_share` of the samples seen (of the first `grace` samples
+    at least, so that one bad file among the first does not stop a run) were skipped. With `path`, each
+    bad record is appended there as a json line; records already listed there are not listed again. Safe to
+    use from several threads, not from several processes with one path.
+    """
+
+    def __init__(self, path: str | Path | None = None, *, max_share: float = 0.01, grace: int = 100):
+        if not 0 <= max_share < 1:
+            raise UserError(
+                f"the largest share of skipped samples is {max_share}, expected at least 0 and below 1"
+            )
+        self.count = 0  # samples skipped since the start, repetitions in later epochs included
+        self.seen = 0
+        self.records: list[dict] = []
+        self._path = Path(path) if path else None
+        self._max_share, self._grace = max_share, grace
+        self._lock = threading.Lock()
+        if self._path and self._path.exists():
+            self.records = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+        self._listed = {record["id"] for record in self.records}
+
+    def note(self, record: Record, reason: str | None) -> None:
+        """Counts one sample; `reason` says why it was skipped, None that it was used."""
+        with self._lock:
+            self.seen += 1
+            if reason is None:
+                return
+            self.count += 1
+            self._list(record, reason)
+            if self.count > self._max_share * max(self.seen, self._grace):
+                raise UserError(
+                    f"{self.count} of {self.seen} samples could not be used, more than the allowed share of "
+                    f"{self._max_share}; the last: record {record.id}: {reason}"
+                )
+
+    def _list(self, record: Record, reason: str) -> None:
+        if record.id in self._listed:
+            return
+        self._listed.add(record.id)
+        entry = {"id": record.id, "media": str(record.media) if record.media else None, "reason": reason}
+        self.records.append(entry)
+        if self._path:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+class SampleLoader:
+    """Reads one record: `loader(index, rng)` gives a Batch without the leading axis.
+
+    num_frames, image_size, max_text, max_query: T, H = W, Lt and Lq of the batch.
+    prompt_only: tokens end where the last answer starts (evaluation).
+    max_turns: use so many turns, drawn and ordered by `rng`; None keeps all in their order.
+    cache_bytes: decoded frames kept in memory, the least recently used dropped first.
+
+    A query longer than max_query keeps its last tokens, as the published text encoder cuts on the left.
+    Raises MediaError or SampleError for a sample that cannot be used.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        tokenizer: Tokenizer,
+        template: Template,
+        *,
+        num_frames: int,
+        image_size: int,
+        max_text: int,
+        max_query: int,
+        prompt_only: bool = False,
+        max_turns: int | None = None,
+        cache_bytes: int = 0,
+    ):
+        self.records = records
+        self._tokenizer, self._template = tokenizer, template
+        self._num_frames, self._image_size = num_frames, image_size
+        self._max_text, self._max_query = max_text, max_query
+        self._prompt_only, self._max_turns = prompt_only, max_turns
+        self._cache = cachetools.LRUCache(cache_bytes, getsizeof=lambda clip: clip.frames.nbytes)
+        self._lock = threading.Lock()
+
+    def padding(self) -> Batch:
+        """A padding row of the same shapes."""
+        return padding_sample(
+            self._num_frames, self._image_size, self._max_text, self._max_query, self._tokenizer.pad_id
+        )
+
+    def __call__(self, index: int, rng: np.random.Generator) -> Batch:
+        record = self.records[index]
+        turns = record.turns
+        if self._max_turns is not None:
+            turns = [turns[i] for i in rng.permutation(len(turns))[: self._max_turns]]
+        conversation = self._encode(record, turns)
+        query = self._tokenizer.encode(query_text(turns))[-self._max_query :]
+        sample = self.padding()  # fresh arrays, filled from the left
+        if record.media is not None:
+            clip = self._read(record.media)
+            count = len(clip.frames)
+            sample.frames[:count] = clip.frames
+            sample.frame_mask[:count] = True
+            sample.oracle_frames[:count] = np.isin(clip.indices, record.needle_frames)
+        sample.query_tokens[: len(query)] = query
+        sample.tokens[: len(conversation.tokens)] = conversation.tokens
+        sample.loss_mask[: len(conversation.tokens)] = conversation.loss_mask
+        return sample._replace(
+            query_length=np.int32(len(query)),
+            length=np.int32(len(conversation.tokens)),
+            visual_position=np.int32(conversation.visual_position),
+            index=np.int32(index),
+        )
+
+    def _encode(self, record: Record, turns: Sequence[tuple[str, str]]) -> Conversation:
+        options = {
+            "max_length": self._max_text,
+            "has_visual": record.media is not None,
+            "visual_at_end": record.visual_at_end,
+        }
+        if self._prompt_only:
+            question = turns[-1][0]
+            return encode_prompt(self._tokenizer, question, self._template, turns[:-1], **options)
+        return encode_conversation(self._tokenizer, turns, self._template, **options)
+
+    def _read(self, path: Path) -> Clip:
+        with self._lock:
+            clip = self._cache.get(path)
+        if clip is None:  # decoded outside the lock: two threads may, rarely, read one file twice
+            clip = read_media(path, self._num_frames, self._image_size)
+            if clip.frames.nbytes <= self._cache.maxsize:
+                with self._lock:
+                    self._cache[path] = clip
+        return clip
+
+
+def make_dataset(
+    load: SampleLoader,
+    *,
+    batch_size: int,
+    seed: int,
+    shuffle: bool,
+    epochs: int | None = None,
+    pad_last: bool = False,
+    skipped: Skipped | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 2,
+    prefetch: int = 64,
+) -> grain.IterDataset:
+    """A grain dataset of batches over `load.records`; its iterators save and restore their position exactly.
+
+    One global order of samples is drawn from `seed`, newly shuffled each epoch, and dealt out to the
+    processes in turn; batch_size counts the rows of this process. No sample depends on the number of
+    processes. epochs: None is endless. num_threads threads read `prefetch` samples ahead; 0 reads none ahead.
+
+    For training, a sample that cannot be used is left out and the batch is filled with the next one; records
+    that do not fill a batch (at the end) or the processes evenly (each epoch) are left out.
+    With `pad_last` (evaluation) every record keeps its place: one that cannot be used becomes a padding row,
+    and padding rows fill the last batch, so that all processes see the same number of batches.
+    Either way `skipped` is told, which raises UserError when there are too many.
+    """
+    skipped = skipped or Skipped()
+    num_records = len(load.records)
+    if pad_last:
+        num_positions = -(-num_records // (batch_size * process_count)) * batch_size * process_count
+    else:
+        num_positions = num_records - num_records % process_count
+    if not num_positions:
+        raise UserError(
+            f"{num_records} records are too few for {process_count} processes: check the annotations"
+        )
+
+    def load_or_skip(index: int, rng: np.random.Generator) -> Batch | None:
+        if index >= num_records:
+            return load.padding()
+        try:
+            sample, reason = load(index, rng), None
+        except (MediaError, SampleError) as error:
+            sample, reason = load.padding() if pad_last else None, str(error)
+        skipped.note(load.records[index], reason)
+        return sample
+
+    dataset = grain.MapDataset.range(num_positions if pad_last else num_records)
+    if shuffle:
+        dataset = dataset.shuffle(seed)
+    dataset = dataset.random_map(load_or_skip, seed=seed)
+    dataset = dataset.slice(slice(process_index, num_positions, process_count)).repeat(epochs)
+    # A None that a map gives is left out on the way from MapDataset to IterDataset.
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
+    return dataset.to_iter_dataset(options).batch(batch_size, drop_remainder=not pad_last)

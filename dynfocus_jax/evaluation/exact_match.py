@@ -1,0 +1,109 @@
+"""Exact match of greedy answers, and how often the frames that matter were in focus."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dynfocus_jax.data.batch import Batch
+from dynfocus_jax.data.sources import Record
+from dynfocus_jax.models.connectors import VisualTokens
+from dynfocus_jax.serving.generate import Answers
+
+
+class Prediction(NamedTuple):
+    """One answered question. `frame_scores [T]` and `focus [T]` (bool) are None without a selection."""
+
+    record: Record
+    answer: str
+    correct: bool
+    visual_tokens: int
+    frames: int
+    recall: float | None
+    chance: float | None
+    frame_scores: np.ndarray | None
+    focus: np.ndarray | None
+
+
+def focused_frames(visual: VisualTokens, num_frames: int) -> np.ndarray | None:
+    """bool `[B, T]`: frames encoded as cones; None when the connector selects nothing."""
+    selection = visual.selection
+    if selection is None or selection.frames.shape[1] == 0:
+        return None
+    frames, valid = np.asarray(selection.frames), np.asarray(selection.valid)
+    focus = np.zeros((len(frames), num_frames), bool)
+    rows = np.repeat(np.arange(len(frames))[:, None], frames.shape[1], axis=1)
+    focus[rows[valid], frames[valid]] = True
+    return focus
+
+
+def predict(
+    greedy: Callable[[dict, Batch], Answers],
+    params: dict,
+    batches,
+    records: Sequence[Record],
+    decode: Callable[[Sequence[int]], str],
+) -> list[Prediction]:
+    """Answers every record of `batches` (whose `index` points into `records`), in their order."""
+    predictions = []
+    for batch in batches:
+        answers = jax.device_get(greedy(params, batch))
+        num_frames = batch.frame_mask.shape[1]
+        focus = focused_frames(answers.visual, num_frames)
+        for row, index in enumerate(batch.index):
+            if index < 0:
+                continue
+            record = records[index]
+            text = decode(answers.tokens[row])
+            recall = chance = scores = None
+            if focus is not None:
+                scores = answers.visual.selection.frame_scores[row]
+                if record.needle_frames:
+                    needles = list(record.needle_frames)
+                    recall = float(focus[row, needles].mean())
+                    chance = _chance(answers.visual.selection, row, needles)
+            predictions.append(
+                Prediction(
+                    record,
+                    text,
+                    text == record.turns[-1][1],
+                    int(answers.visual.count[row]),
+                    int(batch.frame_mask[row].sum()),
+                    recall,
+                    chance,
+                    scores,
+                    None if focus is None else focus[row],
+                )
+            )
+    return predictions
+
+
+def _chance(selection, row: int, needles: list[int]) -> float:
+    """Expected recall when as many of the candidate frames are chosen at random."""
+    candidates = selection.centers[row][selection.prototype_valid[row]]
+    kept = selection.valid[row].sum()
+    return float(np.isin(needles, candidates).mean() * kept / len(candidates))
+
+
+def summarize(predictions: Sequence[Prediction], total: int) -> dict:
+    """The measures of `eval.json`; questions that could not be read (of `total`) count as wrong."""
+    by_kind = defaultdict(list)
+    for prediction in predictions:
+        by_kind[prediction.record.kind].append(prediction.correct)
+
+    def mean(values):
+        values = [value for value in values if value is not None]
+        return float(np.mean(values)) if values else None
+
+    return {
+        "questions": total,
+        "unread": total - len(predictions),
+        "accuracy": sum(p.correct for p in predictions) / total,
+        "accuracy_by_type": {kind: float(np.mean(correct)) for kind, correct in sorted(by_kind.items())},
+        "needle_recall": mean(p.recall for p in predictions),
+        "selection_chance": mean(p.chance for p in predictions),
+        "visual_tokens": mean(p.visual_tokens for p in predictions),
+        "frames": mean(p.frames for p in predictions),
+    }

@@ -1,0 +1,81 @@
+"""Evaluation of a training run: answers to the held-out questions, measures, the focus picture."""
+
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from dynfocus_jax.data.conversation import TEMPLATES
+from dynfocus_jax.data.pipeline import SampleLoader, Skipped, make_dataset
+from dynfocus_jax.data.sources import read_records
+from dynfocus_jax.evaluation.exact_match import Prediction, predict, summarize
+from dynfocus_jax.serving.generate import make_greedy
+from dynfocus_jax.training.loop import build_model
+
+
+def evaluate_run(config: ConfigDict, params: dict, *, data_root: Path, tokenizer, workdir: Path) -> dict:
+    """Answers all questions of `config.evaluation.annotations`; writes predictions.jsonl and focus.png."""
+    evaluation = config.evaluation
+    records = read_records(data_root / evaluation.annotations, data_root)
+    loader = SampleLoader(
+        records,
+        tokenizer,
+        TEMPLATES[config.data.template],
+        num_frames=evaluation.media_frames,
+        image_size=config.model.vision.image_size,
+        max_text=evaluation.max_text,
+        max_query=config.data.max_query,
+        prompt_only=True,
+        cache_bytes=int(config.data.cache_gib * 2**30),
+    )
+    batches = make_dataset(
+        loader,
+        batch_size=evaluation.batch_size,
+        seed=0,
+        shuffle=False,
+        epochs=1,
+        pad_last=True,
+        skipped=Skipped(workdir / "skipped.jsonl", max_share=config.data.max_skip_share),
+        num_threads=config.data.threads,
+    )
+    model = build_model(config, config.stages[-1].connector)
+    greedy = make_greedy(model, evaluation.max_new_tokens, tokenizer.eos_id)
+    predictions = predict(greedy, params, batches, records, tokenizer.decode)
+    _write_predictions(workdir / "predictions.jsonl", predictions)
+    return summarize(predictions, len(records))
+
+
+def _write_predictions(path: Path, predictions: list[Prediction]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for prediction in predictions:
+            entry = {
+                "id": prediction.record.id,
+                "type": prediction.record.kind,
+                "question": prediction.record.turns[-1][0],
+                "answer": prediction.record.turns[-1][1],
+                "prediction": prediction.answer,
+                "correct": prediction.correct,
+                "focus": None if prediction.focus is None else prediction.focus.nonzero()[0].tolist(),
+                "needles": list(prediction.record.needle_frames),
+            }
+            file.write(json.dumps(entry) + "\n")
+
+
+def format_table(results: dict) -> str:
+    """The short table that a run ends with."""
+
+    def percent(value):
+        return "-" if value is None else f"{100 * value:.1f} %"
+
+    rows = [
+        ("questions", f"{results['questions']} ({results['unread']} unread, counted as wrong)"),
+        ("accuracy", percent(results["accuracy"])),
+        *((f"  {kind}", percent(value)) for kind, value in results["accuracy_by_type"].items()),
+        (
+            "needle recall",
+            f"{percent(results['needle_recall'])} (random {percent(results['selection_chance'])})",
+        ),
+        ("visual tokens", f"{results['visual_tokens']:.1f} for {results['frames']:.1f} frames"),
+        ("seconds", ", ".join(f"{name} {value:.0f}" for name, value in results["seconds_by_stage"].items())),
+    ]
+    return "\n".join(f"{name:<16}{value}" for name, value in rows)

@@ -1,0 +1,1 @@
+"""The network: layers, vision tower, text encoder, language model, DPE, CCE and their assembly."""

@@ -1,0 +1,95 @@
+"""The assembled model: vision tower, text encoder, connector and language model."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dynfocus_jax.data.batch import Batch
+from dynfocus_jax.models.connectors import VisualTokens, build_connector
+from dynfocus_jax.models.llama import Cache, Llama
+from dynfocus_jax.models.qformer import QFormer
+from dynfocus_jax.models.vit import VisionTransformer
+from dynfocus_jax.ops.packing import insert_visual
+
+
+class Output(NamedTuple):
+    """A forward pass: `logits [B, Lt, V]` float32, where row i predicts text token i; the visual tokens."""
+
+    logits: jax.Array
+    visual: VisualTokens
+
+
+class DynFocus(nn.Module):
+    """Video language model. `config` is the (frozen) `model` section of a configuration."""
+
+    config: object
+
+    def setup(self):
+        config = self.config
+        types = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+        self.vision = VisionTransformer(**config.vision, **types)
+        self.connector = build_connector(config)
+        self.language = Llama(**config.language, **types)
+        if self.connector.needs_text or config.dpe.question_conditioned:
+            self.text_encoder = QFormer(**config.text_encoder, output_width=config.vision.width, **types)
+
+    def visual_tokens(
+        self, batch: Batch, *, train: bool = False, random_selection: jax.Array | None = None, **selection
+    ) -> VisualTokens:
+        """Frames (and the question) to packed visual tokens; `selection` goes to the connector."""
+        features = self.vision(batch.frames, keep_cls=True)  # [B, T, (1+)N, C]
+        queries = question = None
+        if self.connector.needs_text:
+            queries = self.text_encoder(batch.query_tokens, batch.query_length, features)
+        if self.config.dpe.question_conditioned and self.config.connector.kind == "dynfocus":
+            question = (self.text_encoder.embed_words(batch.query_tokens), batch.query_length)
+        patches = features[:, :, 1:] if self.config.vision.cls_token else features
+        return self.connector(
+            patches,
+            batch.frame_mask,
+            queries,
+            train=train,
+            random_selection=random_selection,
+            question=question,
+            oracle=batch.oracle_frames,
+            **selection,
+        )
+
+    def _joined(self, batch: Batch, visual: VisualTokens) -> tuple[jax.Array, jax.Array]:
+        """Text with the visual tokens in their place: embeddings `[B, Lt + Lv, D]` and lengths `[B]`."""
+        text = self.language.embed(batch.tokens)
+        joined = insert_visual(
+            text, batch.length, visual.tokens.astype(text.dtype), visual.count, batch.visual_position
+        )
+        return joined, batch.length + visual.count
+
+    def __call__(
+        self, batch: Batch, *, train: bool = False, random_selection: jax.Array | None = None, **selection
+    ) -> Output:
+        """Logits of every text token given all that stands before it (row 0 predicts nothing useful)."""
+        visual = self.visual_tokens(batch, train=train, random_selection=random_selection, **selection)
+        embeddings, lengths = self._joined(batch, visual)
+        hidden, _ = self.language(embeddings, lengths)
+        # Text token i sits at i, or at i + count behind the visual tokens; the position before predicts it.
+        index = jnp.arange(batch.tokens.shape[1])
+        behind = index >= batch.visual_position[:, None]
+        before = index + jnp.where(behind, visual.count[:, None], 0) - 1
+        hidden = jnp.take_along_axis(hidden, jnp.maximum(before, 0)[..., None], axis=1)
+        return Output(self.language.logits(hidden), visual)
+
+    def prefill(self, batch: Batch, max_new_tokens: int) -> tuple[jax.Array, Cache, VisualTokens]:
+        """Read prompts: logits `[B, V]` of the first answer token, the cache with room for the answer."""
+        visual = self.visual_tokens(batch)
+        embeddings, lengths = self._joined(batch, visual)
+        cache = self.language.empty_cache(embeddings.shape[0], embeddings.shape[1] + max_new_tokens)
+        hidden, cache = self.language(embeddings, lengths, cache)
+        last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
+        return self.language.logits(last[:, 0]), cache, visual
+
+    def decode(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """One step: `tokens [B]` -> logits `[B, V]` of the next token and the extended cache."""
+        embeddings = self.language.embed(tokens[:, None])
+        hidden, cache = self.language(embeddings, jnp.ones_like(tokens), cache)
+        return self.language.logits(hidden[:, 0]), cache

@@ -1,0 +1,163 @@
+"""Building blocks shared by the towers: attention, feed-forward, norms, stacked (scanned) layers."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dynfocus_jax.config import UserError
+
+Dtype = str | jnp.dtype
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "silu": jax.nn.silu,
+}
+
+# Remat policies by name: what a layer keeps for its backward pass. "none" keeps everything (no remat).
+REMAT_POLICIES: dict[str, Callable | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    causal: bool = False,
+    mask: jax.Array | None = None,
+    key_lengths: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Scaled dot-product attention, softmax in float32.
+
+    Args:
+      query: `[B, L, H, h]`; key, value: `[B, S, G, h]` with H a multiple of G (grouped-query).
+      causal: position i sees keys 0..i (only for L == S).
+      mask: boolean `[B or 1, H or 1, L, S]`, True where a query may look.
+      key_lengths: int32 `[B]`; keys from there on are padding.
+      implementation: None (XLA) or "cudnn"; asking for cuDNN where there is none is an error.
+
+    Returns:
+      `[B, L, H, h]` in the query's dtype. A query without any key to look at gives zeros.
+    """
+    if key_lengths is not None:
+        # A row without keys would be NaN in some implementations: let it see one, then zero it.
+        out = jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            is_causal=causal,
+            key_value_seq_lengths=jnp.maximum(key_lengths, 1).astype(jnp.int32),
+            implementation=implementation,
+        )
+        return jnp.where((key_lengths > 0)[:, None, None, None], out, 0)
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=mask, is_causal=causal, implementation=implementation
+    )
+
+
+class MultiHeadAttention(nn.Module):
+    """Bidirectional multi-head attention with biased projections (ViT, Q-Former).
+
+    `inputs [B, L, width]` attends to `context [B, S, *]` (itself when None) -> `[B, L, width]`.
+    """
+
+    width: int
+    heads: int
+    implementation: str | None = None
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: jax.Array,
+        context: jax.Array | None = None,
+        *,
+        key_lengths: jax.Array | None = None,
+    ) -> jax.Array:
+        context = inputs if context is None else context
+        head_dim = self.width // self.heads
+
+        def project(x, name):
+            return nn.DenseGeneral(
+                (self.heads, head_dim), name=name, dtype=self.dtype, param_dtype=self.param_dtype
+            )(x)
+
+        out = attention(
+            project(inputs, "query"),
+            project(context, "key"),
+            project(context, "value"),
+            key_lengths=key_lengths,
+            implementation=self.implementation,
+        )
+        return nn.DenseGeneral(
+            self.width, axis=(-2, -1), name="out", dtype=self.dtype, param_dtype=self.param_dtype
+        )(out)
+
+
+class FeedForward(nn.Module):
+    """Linear(hidden) -> activation -> Linear(width), biased."""
+
+    hidden: int
+    width: int
+    activation: str = "gelu"
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Dense(self.hidden, name="up", dtype=self.dtype, param_dtype=self.param_dtype)(x)
+        x = ACTIVATIONS[self.activation](x)
+        return nn.Dense(self.width, name="down", dtype=self.dtype, param_dtype=self.param_dtype)(x)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, in float32, result in `dtype`."""
+
+    eps: float = 1e-5
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        x32 = x.astype(jnp.float32)
+        x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * scale.astype(jnp.float32)).astype(self.dtype)
+
+
+def layer_norm(name: str, eps: float, dtype: Dtype, param_dtype: Dtype) -> nn.LayerNorm:
+    """LayerNorm computed in float32 (flax does so for lower input dtypes), result in `dtype`.
+
+    The two-pass variance: the fast E[x^2] - E[x]^2 loses digits on activations with a large mean.
+    """
+    return nn.LayerNorm(epsilon=eps, name=name, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False)
+
+
+def scan_layers(block: type[nn.Module], depth: int, remat: str = "none") -> type[nn.Module]:
+    """A module class that applies `block` `depth` times, parameters stacked on axis 0.
+
+    `block.__call__(carry, xs, *broadcast) -> (carry, ys)`: `xs` and `ys` are per-layer inputs and outputs
+    stacked on axis 0 (None when there are none), the rest is the same for every layer. Remat by policy name.
+    """
+    if remat not in REMAT_POLICIES:
+        raise UserError(f"remat policy {remat!r} is unknown; choose one of {', '.join(REMAT_POLICIES)}.")
+    if remat != "none":
+        block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[remat])
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, nn.broadcast),
+        length=depth,
+    )

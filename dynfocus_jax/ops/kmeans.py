@@ -1,0 +1,86 @@
+"""Lloyd's k-means with Euclidean distance: the clustering that the paper compares DPC-KNN with (Table 11)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dynfocus_jax.ops.dpc_knn import clean, first_twin
+
+
+class KMeans(NamedTuple):
+    """Centroids and the points that gave them."""
+
+    centroids: jax.Array  # [..., K, D] float32
+    assignment: jax.Array  # [..., N] int32, -1 for masked points
+    weights: jax.Array  # [..., K] float32, summed weights of the members
+
+
+def kmeans(
+    features: jax.Array,
+    initial: jax.Array,
+    *,
+    weights: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    iterations: int = 10,
+    tol: float = 1e-4,
+) -> KMeans:
+    """Weighted Lloyd iterations from given points, in float32; no gradient flows through the result.
+
+    Each iteration labels every point with its nearest centroid and moves the centroids to their members'
+    weighted mean; a centroid without weight stays where it is. When the centroids' movements (Euclidean
+    norms) sum to less than `tol`, the iteration stops and its update is dropped: the labels belong to the
+    centroids returned. Where `iterations` run out first, the centroids are one update ahead of the labels.
+    (Both as in the released code.) Of bitwise-equal centroids only the first gets points.
+
+    Args:
+      features: [..., N, D], any float dtype.
+      initial: [..., K] int indices of the (valid) points to start from; an index outside 0..N-1 marks an
+        unused slot, which keeps a zero centroid and gets no point. At least one slot must be used.
+      weights: [..., N] non-negative; None means ones.
+      mask: [..., N] bool, True for valid points; None means all.
+      iterations: at most this many.
+      tol: in the features' units.
+    """
+    features, mask = clean(jax.lax.stop_gradient(features).astype(jnp.float32), mask)
+    num, slots = features.shape[-2], initial.shape[-1]
+    weights = jnp.where(mask, 1.0 if weights is None else weights.astype(jnp.float32), 0.0)
+    used = (initial >= 0) & (initial < num)
+    start = jnp.take_along_axis(features, jnp.where(used, initial, 0)[..., None], -2)
+    start = jnp.where(used[..., None], start, 0.0)
+    first = jnp.take_along_axis(features, jnp.argmax(mask, -1)[..., None, None], -2)
+    offsets = features - first  # against cancellation in the distances
+
+    def label(centroids):
+        """[..., N] int32 nearest centroid, by ||c||^2 - 2 x.c (||x||^2 is common to all)."""
+        towards = centroids - first
+        product = jnp.einsum("...nd,...kd->...nk", offsets, towards, precision=jax.lax.Precision.HIGHEST)
+        distance = jnp.square(towards).sum(-1)[..., None, :] - 2.0 * product
+        open_slot = used & (first_twin(centroids, used) == jnp.arange(slots))
+        return jnp.argmin(jnp.where(open_slot[..., None, :], distance, jnp.inf), -1).astype(jnp.int32)
+
+    def update(centroids, labels):
+        """Weighted means of the members and their summed weights."""
+        share = jnp.where(labels[..., None, :] == jnp.arange(slots)[:, None], weights[..., None, :], 0.0)
+        total = share.sum(-1)
+        mean = jnp.einsum("...kn,...nd->...kd", share, features, precision=jax.lax.Precision.HIGHEST)
+        mean /= jnp.where(total > 0, total, 1.0)[..., None]
+        return jnp.where((total > 0)[..., None], mean, centroids), total
+
+    def iterate(state):
+        step, centroids, labels, total, done = state
+        labels = jnp.where(done[..., None], labels, label(centroids))
+        moved, new_total = update(centroids, labels)
+        total = jnp.where(done[..., None], total, new_total)
+        done |= jnp.linalg.norm(moved - centroids, axis=-1).sum(-1) < tol
+        return step + 1, jnp.where(done[..., None, None], centroids, moved), labels, total, done
+
+    def unfinished(state):
+        step, *_, done = state
+        return (step < iterations) & ~done.all()
+
+    labels = jnp.zeros(mask.shape, jnp.int32)
+    total = jnp.zeros(initial.shape, jnp.float32)
+    done = jnp.zeros(initial.shape[:-1], bool)
+    _, centroids, labels, total, _ = jax.lax.while_loop(unfinished, iterate, (0, start, labels, total, done))
+    return KMeans(centroids, jnp.where(mask, labels, -1), total)

@@ -1,0 +1,1 @@
+"""Devices: the mesh, and how batches and state are laid out on it."""

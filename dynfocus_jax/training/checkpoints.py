@@ -1,0 +1,116 @@
+"""Checkpoints of a stage: state, data position and the settings that made them."""
+
+import json
+from pathlib import Path
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+from dynfocus_jax import trees
+from dynfocus_jax.config import UserError
+from dynfocus_jax.training.step import TrainState
+
+
+class StageCheckpoints:
+    """The checkpoints of one stage in `directory`. One at step s means that s batches were consumed.
+
+    settings: JSON-able description of what must not change between runs; a checkpoint made under other
+    settings is refused.
+    """
+
+    def __init__(self, directory: Path, settings: dict, *, every: int, keep: int):
+        self.directory = directory.absolute()
+        self._settings = json.loads(json.dumps(settings))
+        self._every = every
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+        )
+
+    def latest_step(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, data: grain.DatasetIterator, seconds: float, *, last: bool):
+        """Save when `step` is due (always when `last`); returns before the files are written."""
+        if step % self._every and not last:
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state._asdict()),
+                data=grain.checkpoint.CheckpointSave(data),
+                meta=ocp.args.JsonSave({"settings": self._settings, "seconds": seconds}),
+            ),
+            force=True,
+        )
+
+    def restore(self, abstract: TrainState, data: grain.DatasetIterator) -> tuple[TrainState, float]:
+        """The newest checkpoint's state (laid out as `abstract`) and training seconds; moves `data` there."""
+        step = self.latest_step()
+        self._check_settings(step)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract._asdict()),
+                data=grain.checkpoint.CheckpointRestore(data),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+        return TrainState(**restored["state"]), restored["meta"]["seconds"]
+
+    def restore_params(self) -> tuple[dict, float]:
+        """The newest checkpoint's parameters as host arrays, and its training seconds."""
+        step = self.latest_step()
+        self._check_settings(step)
+        cpu = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shapes = self._manager.item_metadata(step)["state"]
+        wanted = {
+            part: jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cpu), dict(shapes[part])
+            )
+            for part in ("trained", "frozen")
+        }
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(
+                    wanted,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                    partial_restore=True,
+                ),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+        state = restored["state"]
+        return trees.merge(state["trained"], state["frozen"]), restored["meta"]["seconds"]
+
+    def seconds(self) -> float:
+        """Training seconds up to the newest checkpoint."""
+        return self._meta(self.latest_step())["seconds"]
+
+    def _meta(self, step: int) -> dict:
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def _check_settings(self, step: int) -> None:
+        meta = self._meta(step)
+        changed = sorted(_differences(meta["settings"], self._settings))
+        if changed:
+            raise UserError(
+                f"{self.directory} was made with other settings ({'; '.join(changed[:5])}); "
+                "restore those, or choose another --workdir."
+            )
+
+    def wait(self) -> None:
+        """Wait for files being written."""
+        self._manager.wait_until_finished()
+
+
+def _differences(old, new, where: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in old.keys() | new.keys()
+            for line in _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+        ]
+    return [] if old == new else [f"{where}: then {old!r}, now {new!r}"]

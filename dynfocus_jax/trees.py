@@ -1,0 +1,49 @@
+"""Parameter trees by path: nested dicts whose leaves are named "language/blocks/mlp/up/kernel"."""
+
+import re
+from collections.abc import Callable, Sequence
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from dynfocus_jax.config import UserError
+
+
+def flatten(tree: dict) -> dict[str, jax.Array]:
+    """Nested dicts -> {"a/b/c": leaf}."""
+    return flatten_dict(tree, sep="/")
+
+
+def unflatten(flat: dict[str, jax.Array]) -> dict:
+    """{"a/b/c": leaf} -> nested dicts."""
+    return unflatten_dict(flat, sep="/")
+
+
+def matcher(patterns: Sequence[str], paths: Sequence[str], where: str) -> Callable[[str], bool]:
+    """Whether a path matches one of the regular expressions (in full).
+
+    Raises:
+      UserError: a pattern matches no path, so it is a mistake.
+    """
+    compiled = [re.compile(pattern) for pattern in patterns]
+    for pattern in compiled:
+        if not any(pattern.fullmatch(path) for path in paths):
+            tops = sorted({"/".join(path.split("/")[:2]) for path in paths})
+            raise UserError(
+                f"{where}: {pattern.pattern!r} matches no parameter; there are {', '.join(tops)}."
+            )
+    return lambda path: any(pattern.fullmatch(path) for pattern in compiled)
+
+
+def split(tree: dict, chosen: Callable[[str], bool]) -> tuple[dict, dict]:
+    """The part of a tree whose paths are chosen, and the rest."""
+    flat = flatten(tree)
+    return (
+        unflatten({path: leaf for path, leaf in flat.items() if chosen(path)}),
+        unflatten({path: leaf for path, leaf in flat.items() if not chosen(path)}),
+    )
+
+
+def merge(one: dict, other: dict) -> dict:
+    """The tree that `split` took apart."""
+    return unflatten(flatten(one) | flatten(other))

@@ -1,0 +1,307 @@
+"""The input pipeline: order, resume, epochs, processes, bad samples, and what a batch holds."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dynfocus_jax.config import UserError
+from dynfocus_jax.data.conversation import TEMPLATES
+from dynfocus_jax.data.pipeline import SampleLoader, Skipped, make_dataset
+from dynfocus_jax.data.sources import Record, read_records
+from dynfocus_jax.data.synthetic import write_video
+from dynfocus_jax.data.tokenizer import WordTokenizer
+from dynfocus_jax.data.video import MediaError
+
+SIZES = {"num_frames": 4, "image_size": 8, "max_text": 10, "max_query": 6}
+TOKENIZER = WordTokenizer(["what", "?", "red", "disc", "why", "because"])  # ids 4 to 9
+
+
+def loader(records, **changes):
+    return SampleLoader(records, TOKENIZER, TEMPLATES["plain"], **(SIZES | changes))
+
+
+def texts(count):
+    """Text-only records, told apart by their number in `Batch.index`."""
+    return [Record(f"r{i}", None, (("why ?", "because"),)) for i in range(count)]
+
+
+def with_bad(records, *bad):
+    """The same, but some name a file that does not exist."""
+    return [
+        Record(record.id, Path("missing.mp4"), record.turns) if i in bad else record
+        for i, record in enumerate(records)
+    ]
+
+
+def take(dataset, count):
+    return list(itertools.islice(iter(dataset), count))
+
+
+def indices(batches):
+    return [batch.index.tolist() for batch in batches]
+
+
+def flat(batches):
+    return [i for batch in batches for i in batch.index.tolist()]
+
+
+def assert_same(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        for name, x, y in zip(a._fields, a, b, strict=True):
+            np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+@pytest.fixture
+def media(tmp_path):
+    """A six-frame video whose frame i has grey level 20 * i, and an image of level 99."""
+    write_video(
+        tmp_path / "v.mp4", np.repeat(20 * np.arange(6, dtype=np.uint8), 48 * 48 * 3).reshape(6, 48, 48, 3)
+    )
+    Image.new("RGB", (8, 8), (99, 99, 99)).save(tmp_path / "i.png")
+    return tmp_path
+
+
+def test_what_a_mixed_batch_holds(media):
+    records = [
+        Record("v", media / "v.mp4", (("what ?", "red disc"),), needle_frames=(2, 3)),
+        Record("i", media / "i.png", (("what ?", "disc"), ("why ?", "because")), visual_at_end=True),
+        Record("t", None, (("why ?", "because"),)),
+    ]
+    (batch,) = make_dataset(loader(records), batch_size=3, seed=0, shuffle=False, epochs=1)
+    assert batch.frames.shape == (3, 4, 8, 8, 3)
+    levels = batch.frames.mean((2, 3, 4))  # frames 0, 2, 3, 5 of the video
+    np.testing.assert_allclose(levels, [[0, 40, 60, 100], [99, 0, 0, 0], [0, 0, 0, 0]], atol=1.5)
+    assert batch.frame_mask.astype(int).tolist() == [[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert batch.oracle_frames.astype(int).tolist() == [[0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert batch.tokens.tolist() == [
+        [1, 4, 5, 6, 7, 2, 0, 0, 0, 0],
+        [1, 4, 5, 7, 2, 8, 5, 9, 2, 0],
+        [1, 8, 5, 9, 2, 0, 0, 0, 0, 0],
+    ]
+    assert batch.loss_mask.astype(int).tolist() == [
+        [0, 0, 0, 1, 1, 1, 0, 0, 0, 0],
+        [0, 0, 0, 1, 1, 0, 0, 1, 1, 0],
+        [0, 0, 0, 1, 1, 0, 0, 0, 0, 0],
+    ]
+    assert batch.length.tolist() == [6, 9, 5]
+    assert batch.visual_position.tolist() == [1, 3, 1]
+    assert batch.query_tokens.tolist() == [[4, 5, 0, 0, 0, 0], [4, 5, 8, 5, 0, 0], [8, 5, 0, 0, 0, 0]]
+    assert batch.query_length.tolist() == [2, 4, 2]
+    assert batch.index.tolist() == [0, 1, 2]
+    assert [array.dtype.name for array in batch] == [
+        *("uint8", "bool", "int32", "int32", "int32"),
+        *("int32", "int32", "bool", "bool", "int32"),
+    ]
+
+
+def test_prompts_end_before_the_last_answer():
+    records = [Record("t", None, (("what ?", "disc"), ("why ?", "because")))]
+    (batch,) = make_dataset(loader(records, prompt_only=True), batch_size=1, seed=0, shuffle=False, epochs=1)
+    assert batch.tokens.tolist() == [[1, 4, 5, 7, 2, 8, 5, 0, 0, 0]]
+    assert batch.length.tolist() == [7]
+    assert not batch.loss_mask.any()
+
+
+def test_a_long_query_keeps_its_end():
+    records = [Record("t", None, (("what what why ?", "disc"),))]
+    sample = loader(records, max_query=2)(0, np.random.default_rng(0))
+    assert sample.query_tokens.tolist() == [8, 5]
+    assert sample.query_length == 2
+
+
+@pytest.mark.parametrize("num_threads", [0, 2])
+def test_every_record_once_an_epoch_in_a_new_order(num_threads):
+    options = {"batch_size": 5, "seed": 3, "shuffle": True, "num_threads": num_threads}
+    batches = take(make_dataset(loader(texts(20)), **options), 12)
+    epochs = [flat(batches[start : start + 4]) for start in (0, 4, 8)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [*epochs, range(20)]}) == 4
+    assert indices(take(make_dataset(loader(texts(20)), **options), 12)) == indices(batches)
+    other = take(make_dataset(loader(texts(20)), **(options | {"seed": 4})), 4)
+    assert indices(other) != indices(batches[:4])
+
+
+def test_unshuffled_order_and_remainder():
+    dataset = make_dataset(loader(texts(7)), batch_size=3, seed=0, shuffle=False, epochs=2)
+    assert indices(dataset) == [[0, 1, 2], [3, 4, 5], [6, 0, 1], [2, 3, 4]]
+
+
+@pytest.mark.parametrize("num_threads", [0, 2])
+def test_resume_gives_the_same_next_batches(needles, num_threads):
+    def dataset():
+        tokenizer = WordTokenizer.from_file(needles / "vocabulary.json")
+        records = read_records(needles / "sequences.json", needles)
+        records = with_bad(records, 4, 11)
+        load = SampleLoader(
+            records,
+            tokenizer,
+            TEMPLATES["plain"],
+            num_frames=3,
+            image_size=48,
+            max_text=64,
+            max_query=64,
+            max_turns=3,
+        )
+        skipped = Skipped(max_share=0.5)
+        return make_dataset(
+            load, batch_size=4, seed=1, shuffle=True, skipped=skipped, num_threads=num_threads
+        )
+
+    uninterrupted = iter(dataset())
+    states, batches = [uninterrupted.get_state()], []
+    for _ in range(11):
+        batches.append(next(uninterrupted))
+        states.append(json.loads(json.dumps(uninterrupted.get_state())))
+    assert not {4, 11} & set(flat(batches))
+    for done in (0, 1, 5, 8):
+        resumed = iter(dataset())
+        next(resumed)  # a state is set on an iterator that is anywhere
+        resumed.set_state(states[done])
+        assert_same([next(resumed) for _ in range(3)], batches[done : done + 3])
+
+
+def test_turns_are_drawn_anew_each_epoch_but_from_the_seed():
+    turns = tuple((word, "because") for word in ("what", "?", "red", "disc"))
+    options = {"batch_size": 1, "seed": 0, "shuffle": False}
+    load = loader([Record("t", None, turns)], max_turns=2)
+    batches = take(make_dataset(load, **options), 30)
+    drawn = [tuple(batch.tokens[0, [1, 4]].tolist()) for batch in batches]
+    assert all(a != b and {a, b} <= {4, 5, 6, 7} for a, b in drawn)
+    assert len(set(drawn)) > 6
+    assert all(
+        batch.query_tokens[0, :2].tolist() == list(pair) for batch, pair in zip(batches, drawn, strict=True)
+    )
+    assert_same(take(make_dataset(load, **options), 30), batches)
+
+
+def test_processes_share_out_one_global_order():
+    options = {"seed": 5, "shuffle": True, "epochs": 2}
+    whole = flat(make_dataset(loader(texts(8)), batch_size=4, **options))
+    parts = [
+        flat(make_dataset(loader(texts(8)), batch_size=2, process_index=i, process_count=2, **options))
+        for i in (0, 1)
+    ]
+    assert parts == [whole[0::2], whole[1::2]]
+    uneven = [
+        flat(make_dataset(loader(texts(9)), batch_size=1, process_index=i, process_count=4, **options))
+        for i in range(4)
+    ]
+    assert [len(part) for part in uneven] == [4, 4, 4, 4]
+    for start in (0, 2):
+        assert len({i for part in uneven for i in part[start : start + 2]}) == 8
+
+
+def test_evaluation_pads_the_last_batch_alike_for_all_processes():
+    options = {"batch_size": 2, "seed": 0, "shuffle": False, "epochs": 1, "pad_last": True}
+    dataset = make_dataset(loader(with_bad(texts(5), 2)), skipped=Skipped(max_share=0.5), **options)
+    batches = list(dataset)
+    assert indices(batches) == [[0, 1], [-1, 3], [4, -1]]
+    for row in (batches[1], 0), (batches[2], 1):
+        batch, i = row
+        assert (batch.length[i], batch.query_length[i]) == (1, 1)
+        assert not batch.loss_mask[i].any()
+        assert not batch.frame_mask[i].any()
+        assert not batch.tokens[i].any()
+    parts = [make_dataset(loader(texts(5)), process_index=i, process_count=2, **options) for i in (0, 1)]
+    assert [indices(part) for part in parts] == [[[0, 2], [4, -1]], [[1, 3], [-1, -1]]]
+
+
+def test_bad_samples_are_left_out_counted_and_listed_once(tmp_path):
+    records = with_bad(texts(30), 4, 17)
+    records[9] = Record("r9", None, (("why ?", "because " * 9),))
+    path = tmp_path / "skipped.jsonl"
+    skipped = Skipped(path, max_share=0.2)
+    dataset = make_dataset(loader(records), batch_size=3, seed=0, shuffle=True, epochs=2, skipped=skipped)
+    seen = flat(dataset)
+    assert sorted(seen) == sorted([i for i in range(30) if i not in (4, 9, 17)] * 2)
+    assert (skipped.count, skipped.seen) == (6, 60)
+    listed = [json.loads(line) for line in path.read_text().splitlines()]
+    assert listed == skipped.records
+    assert sorted(entry["id"] for entry in listed) == ["r17", "r4", "r9"]
+    by_id = {entry["id"]: entry for entry in listed}
+    assert by_id["r4"]["media"] == "missing.mp4"
+    assert "no such file" in by_id["r4"]["reason"]
+    assert by_id["r9"]["media"] is None
+    assert "13 text tokens, over the limit of 10" in by_id["r9"]["reason"]
+    again = Skipped(path, max_share=0.2)  # a resumed run lists nothing twice
+    list(make_dataset(loader(records), batch_size=3, seed=0, shuffle=True, epochs=1, skipped=again))
+    assert again.count == 3
+    assert len(path.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("num_threads", [0, 2])
+@pytest.mark.parametrize("pad_last", [False, True])
+def test_nothing_but_bad_samples_ends_in_an_error(num_threads, pad_last):
+    records = with_bad(texts(3), 0, 1, 2)
+    for max_share in (0.0, 0.05, 0.99):
+        dataset = make_dataset(
+            loader(records),
+            batch_size=2,
+            seed=0,
+            shuffle=True,
+            pad_last=pad_last,
+            skipped=Skipped(max_share=max_share),
+            num_threads=num_threads,
+        )
+        with pytest.raises(UserError, match=r"of \d+ samples could not be used.*missing\.mp4"):
+            take(dataset, 1000)
+
+
+def test_share_of_bad_samples():
+    record = texts(1)[0]
+    skipped = Skipped(max_share=0.1, grace=20)
+    for reason in ["bad", "bad", *[None] * 27, "bad"]:  # 2 of the first 20, 3 of 30
+        skipped.note(record, reason)
+    with pytest.raises(UserError, match=r"4 of 31 samples could not be used.*share of 0\.1;.*record r0: bad"):
+        skipped.note(record, "bad")
+    early = Skipped(max_share=0.1, grace=20)
+    for _ in range(2):
+        early.note(record, "bad")
+    with pytest.raises(UserError, match="3 of 3 samples"):
+        early.note(record, "bad")
+    with pytest.raises(UserError, match="at least 0 and below 1"):
+        Skipped(max_share=1.0)
+
+
+def test_unknown_words_stop_the_run():
+    records = [Record("t", None, (("who ?", "because"),))]
+    with pytest.raises(UserError, match="'who'"):
+        take(make_dataset(loader(records), batch_size=1, seed=0, shuffle=False), 1)
+
+
+def test_no_records():
+    with pytest.raises(UserError, match="0 records are too few"):
+        make_dataset(loader([]), batch_size=1, seed=0, shuffle=True)
+    with pytest.raises(UserError, match="0 records are too few"):
+        make_dataset(loader([]), batch_size=1, seed=0, shuffle=False, pad_last=True)
+
+
+def test_decoded_frames_stay_in_memory_up_to_the_limit(media):
+    frame_bytes = 4 * 8 * 8 * 3
+    for name in ("a", "b"):
+        shutil.copy(media / "v.mp4", media / f"{name}.mp4")
+    records = [Record(name, media / f"{name}.mp4", (("what ?", "disc"),)) for name in ("a", "b")]
+    rng = np.random.default_rng(0)
+    kept, small, none = (loader(records, cache_bytes=size) for size in (2 * frame_bytes, frame_bytes, 0))
+    first = [[load(i, rng) for i in (0, 1)] for load in (kept, small, none)]
+    for name in ("a", "b"):
+        (media / f"{name}.mp4").unlink()
+    assert_same([kept(0, rng), kept(1, rng)], first[0])
+    assert_same([small(1, rng)], first[1][1:])
+    for load, index in ((small, 0), (none, 0), (none, 1)):
+        with pytest.raises(MediaError, match="no such file"):
+            load(index, rng)
+
+
+def test_a_sample_does_not_change_the_cache(media):
+    records = [Record("v", media / "v.mp4", (("what ?", "disc"),))]
+    load, rng = loader(records, cache_bytes=10_000), np.random.default_rng(0)
+    first = load(0, rng)
+    first.frames[:] = 7
+    assert load(0, rng).frames.max() > 90
