@@ -9,6 +9,7 @@ and focus.png. Any field is set by --config.FIELD=VALUE, for example --config.st
 """
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dynfocus_jax.config import UserError, run_command, to_dict, validate
-from dynfocus_jax.data.prepare import prepare
+from dynfocus_jax.data.prepare import make_tokenizer, prepare
 from dynfocus_jax.evaluation.run import evaluate_run, format_table
 from dynfocus_jax.parallel.mesh import data_axis_size, make_mesh
 from dynfocus_jax.training.loop import StageRun
@@ -45,7 +46,9 @@ def main() -> None:
 
     # --- Data -----------------------------------------------------------------------------------------
     started = time.perf_counter()
-    data_root, tokenizer = prepare(config)
+    data_root = prepare(config.data)
+    tokenizer = make_tokenizer(config, data_root / config.data.vocabulary)
+    shutil.copyfile(data_root / config.data.vocabulary, workdir / "vocabulary.json")
     seconds = {"data": time.perf_counter() - started}
 
     # --- Stages ---------------------------------------------------------------------------------------
@@ -56,19 +59,17 @@ def main() -> None:
     done = max((index for index, stage in enumerate(stages) if stage.finished), default=-1)
     params = None
     for index, stage in enumerate(stages):
-        name = stage.stage.name
         if index < done:
-            seconds[name] = stage.finished_seconds()
-            continue
-        if index == done:
-            params, seconds[name] = stage.finished_params()
-            print(f"stage {name}: finished before, its checkpoint is used", flush=True)
-            continue
-        stop = stop_at[1] if stop_at and stop_at[0] == name else None
-        params, seconds[name] = stage.run(params, stop)
-        if stop is not None:
-            print(f"stopped at step {stop} of stage {name}; run the same command again to go on", flush=True)
-            return
+            seconds[stage.name] = stage.checkpoints.seconds()
+        elif index == done:
+            params, seconds[stage.name] = stage.checkpoints.restore_params(), stage.checkpoints.seconds()
+            print(f"stage {stage.name}: finished before, its checkpoint is used", flush=True)
+        else:
+            stop = stop_at[1] if stop_at and stop_at[0] == stage.name else None
+            params, seconds[stage.name] = stage.run(params, stop)
+            if stop is not None:
+                print(f"stopped at step {stop} of stage {stage.name}; run again to go on", flush=True)
+                return
 
     # --- Evaluation -----------------------------------------------------------------------------------
     if config.evaluation.annotations is None:

@@ -1,4 +1,4 @@
-"""The data folder of a configuration: generated when the config says so, and its tokenizer."""
+"""The data folder of a configuration, generated when the config says so, and its tokenizer."""
 
 import sys
 from pathlib import Path
@@ -11,27 +11,35 @@ from dynfocus_jax.data import synthetic
 from dynfocus_jax.data.tokenizer import WordTokenizer
 
 
-def prepare(config: ConfigDict, *, strict: bool = True) -> tuple[Path, WordTokenizer]:
-    """The folder that holds annotations and media, and the tokenizer (`strict`: unknown words are errors).
+def prepare(data: ConfigDict) -> Path:
+    """The folder that holds annotations and media (`data` is the section `config.data`).
 
     Raises:
-      UserError: the folder or the vocabulary is missing, or does not fit the model.
+      UserError: the folder is missing.
     """
-    data = config.data
     root = Path(data.root).expanduser()
     if data.generate == "needles":
         root = _generate(root, data)
     if not root.is_dir():
         raise UserError(f"config.data.root is {data.root!r}, which is not a folder; put the data there.")
-    tokenizer = WordTokenizer.from_file(root / data.vocabulary, strict=strict)
+    return root
+
+
+def make_tokenizer(config: ConfigDict, vocabulary: Path, *, strict: bool = True) -> WordTokenizer:
+    """The tokenizer of a configuration (`strict`: unknown words are errors).
+
+    Raises:
+      UserError: the vocabulary is missing or larger than the model's.
+    """
+    tokenizer = WordTokenizer.from_file(vocabulary, strict=strict)
     for section in ("language", "text_encoder"):
         size = config.model[section].vocab_size
         if size < tokenizer.vocab_size:
             raise UserError(
-                f"config.model.{section}.vocab_size is {size}, but {root / data.vocabulary} has "
+                f"config.model.{section}.vocab_size is {size}, but {vocabulary} has "
                 f"{tokenizer.vocab_size} words; raise it."
             )
-    return root, tokenizer
+    return tokenizer
 
 
 def _generate(root: Path, data: ConfigDict) -> Path:

@@ -6,6 +6,7 @@ question has one answer and the other needles distract. Images and short sequenc
 in for the pictures from which published vision and language models have learned.
 """
 
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -292,6 +293,7 @@ def _multi_turn_record(rng: np.random.Generator, name: str, media: str, objects:
 # ---- pixels ----------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def shape_mask(shape: str, size: int, oversampling: int = 3) -> np.ndarray:
     """Coverage of a shape on a grid of size x size pixels: float32 [size, size] in [0, 1]."""
     n = size * oversampling

@@ -8,9 +8,11 @@ from ml_collections import ConfigDict
 from dynfocus_jax.data.conversation import TEMPLATES
 from dynfocus_jax.data.pipeline import SampleLoader, Skipped, make_dataset
 from dynfocus_jax.data.sources import read_records
+from dynfocus_jax.data.video import read_media
 from dynfocus_jax.evaluation.exact_match import Prediction, predict, summarize
 from dynfocus_jax.serving.generate import make_greedy
 from dynfocus_jax.training.loop import build_model
+from dynfocus_jax.visualize.focus import Strip, draw_focus
 
 
 def evaluate_run(config: ConfigDict, params: dict, *, data_root: Path, tokenizer, workdir: Path) -> dict:
@@ -42,7 +44,40 @@ def evaluate_run(config: ConfigDict, params: dict, *, data_root: Path, tokenizer
     greedy = make_greedy(model, evaluation.max_new_tokens, tokenizer.eos_id)
     predictions = predict(greedy, params, batches, records, tokenizer.decode)
     _write_predictions(workdir / "predictions.jsonl", predictions)
+    strips = _strips(predictions, evaluation, config.model.vision.image_size)
+    if strips:
+        draw_focus(workdir / "focus.png", strips)
     return summarize(predictions, len(records))
+
+
+def _strips(predictions: list[Prediction], evaluation: ConfigDict, size: int) -> list[Strip]:
+    """One question for each of the first videos, of another type each where there are several."""
+    strips, seen_media, seen_kinds = [], set(), set()
+    kinds = {prediction.record.kind for prediction in predictions}
+    for prediction in predictions:
+        record = prediction.record
+        if len(strips) == evaluation.focus_videos:
+            break
+        if seen_kinds >= kinds:
+            seen_kinds.clear()
+        if prediction.focus is None or record.media in seen_media or record.kind in seen_kinds:
+            continue
+        seen_media.add(record.media)
+        seen_kinds.add(record.kind)
+        clip = read_media(record.media, evaluation.media_frames, size)
+        count = len(clip.frames)
+        strips.append(
+            Strip(
+                clip.frames,
+                clip.times,
+                prediction.frame_scores[:count],
+                prediction.focus[:count],
+                record.turns[-1][0],
+                prediction.answer,
+                record.turns[-1][1],
+            )
+        )
+    return strips
 
 
 def _write_predictions(path: Path, predictions: list[Prediction]) -> None:

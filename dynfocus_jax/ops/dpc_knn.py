@@ -134,13 +134,20 @@ def square_distances(points: jax.Array, mask: jax.Array) -> jax.Array:
     first = jnp.argmax(mask, -1)[..., None, None]
     # From the first valid point, against cancellation; not from the mean, which would round integers.
     offsets = points - jnp.take_along_axis(points, first, -2)
-    gram = jnp.einsum("...id,...jd->...ij", offsets, offsets, precision=jax.lax.Precision.HIGHEST)
-    norm = jnp.diagonal(gram, axis1=-2, axis2=-1)
-    square = jnp.maximum(norm[..., :, None] + norm[..., None, :] - (gram + jnp.swapaxes(gram, -1, -2)), 0.0)
+    product = gram(offsets)
+    norm = jnp.diagonal(product, axis1=-2, axis2=-1)
+    product = product + jnp.swapaxes(product, -1, -2)
+    square = jnp.maximum(norm[..., :, None] + norm[..., None, :] - product, 0.0)
+    square = jnp.where(jnp.eye(points.shape[-2], dtype=bool), 0.0, square)
     twin = first_twin(points, mask)
     square = jnp.take_along_axis(square, twin[..., :, None], -2)
     square = jnp.take_along_axis(square, twin[..., None, :], -1)
     return jnp.where(mask[..., :, None] & mask[..., None, :], square, jnp.inf)
+
+
+def gram(points: jax.Array) -> jax.Array:
+    """Inner products of all pairs of points [..., N, D]: [..., N, N]."""
+    return jnp.einsum("...id,...jd->...ij", points, points, precision=jax.lax.Precision.HIGHEST)
 
 
 def first_twin(points: jax.Array, mask: jax.Array) -> jax.Array:

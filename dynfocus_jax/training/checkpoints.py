@@ -59,31 +59,11 @@ class StageCheckpoints:
         )
         return TrainState(**restored["state"]), restored["meta"]["seconds"]
 
-    def restore_params(self) -> tuple[dict, float]:
-        """The newest checkpoint's parameters as host arrays, and its training seconds."""
+    def restore_params(self) -> dict:
+        """The newest checkpoint's parameters as host arrays."""
         step = self.latest_step()
         self._check_settings(step)
-        cpu = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shapes = self._manager.item_metadata(step)["state"]
-        wanted = {
-            part: jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cpu), dict(shapes[part])
-            )
-            for part in ("trained", "frozen")
-        }
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(
-                    wanted,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                    partial_restore=True,
-                ),
-                meta=ocp.args.JsonRestore(),
-            ),
-        )
-        state = restored["state"]
-        return trees.merge(state["trained"], state["frozen"]), restored["meta"]["seconds"]
+        return _restore_params(self._manager, step)
 
     def seconds(self) -> float:
         """Training seconds up to the newest checkpoint."""
@@ -104,6 +84,31 @@ class StageCheckpoints:
     def wait(self) -> None:
         """Wait for files being written."""
         self._manager.wait_until_finished()
+
+
+def restore_params(directory: Path, step: int) -> dict:
+    """The parameters of the checkpoint at `step` in a stage's folder, as host arrays."""
+    if not (directory / str(step)).is_dir():
+        raise UserError(
+            f"{directory} has no checkpoint of step {step}, the end of this stage; finish the training run."
+        )
+    return _restore_params(ocp.CheckpointManager(directory.absolute()), step)
+
+
+def _restore_params(manager: ocp.CheckpointManager, step: int) -> dict:
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    saved = manager.item_metadata(step)["state"]
+    wanted = {
+        part: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), dict(saved[part]))
+        for part in ("trained", "frozen")
+    }
+    restore = ocp.args.PyTreeRestore(
+        wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,
+    )
+    state = manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+    return trees.merge(state["trained"], state["frozen"])
 
 
 def _differences(old, new, where: str = "") -> list[str]:

@@ -83,17 +83,13 @@ class StageRun:
         )
 
     @property
+    def name(self) -> str:
+        return self.stage.name
+
+    @property
     def finished(self) -> bool:
         """Whether the stage has been trained to its end."""
         return self.checkpoints.latest_step() == self.stage.steps
-
-    def finished_seconds(self) -> float:
-        """Training seconds of a finished stage."""
-        return self.checkpoints.seconds()
-
-    def finished_params(self) -> tuple[dict, float]:
-        """Parameters and training seconds of a finished stage."""
-        return self.checkpoints.restore_params()
 
     def run(self, previous: dict | None, stop_at: int | None = None) -> tuple[dict, float]:
         """Train to the end (or to step `stop_at`, with a checkpoint there).

@@ -26,10 +26,10 @@ def noisy_frames(count=30):
     return np.random.default_rng(0).integers(0, 255, (count, 48, 48, 3), dtype=np.uint8)
 
 
-def write(path, frames, codec="libx264", **options):
+def write(path, frames, codec="libx264", pix_fmt="yuv420p", **options):
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, rate=4)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
@@ -124,6 +124,17 @@ def test_truncated_files_are_refused(tmp_path, suffix, codec, options):
             read_media(cut, 8, 48)
 
 
+@pytest.mark.parametrize("cut", [300, 600, 4000])
+def test_a_cut_that_the_decoder_would_not_notice_is_refused(tmp_path, cut):
+    write(tmp_path / "v.avi", noisy_frames(10), "mjpeg", "yuvj420p")
+    content = (tmp_path / "v.avi").read_bytes()
+    (tmp_path / "v.avi").write_bytes(content[:-cut])
+    with av.open(str(tmp_path / "v.avi")) as container:
+        assert not any(frame.is_corrupt for frame in container.decode(video=0))
+    with pytest.raises(MediaError, match=r"v\.avi: truncated"):
+        read_video(tmp_path / "v.avi", 8, size=48)
+
+
 @pytest.mark.parametrize("start", [5000, 20_000, 40_000, 60_000])
 def test_damaged_frames_are_refused(tmp_path, start):
     write_video(tmp_path / "v.mp4", noisy_frames())
@@ -135,7 +146,7 @@ def test_damaged_frames_are_refused(tmp_path, start):
 
 
 def test_files_that_are_no_media(tmp_path):
-    playlist = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nwhole.mp4\n#EXT-X-ENDLIST\n"
+    playlist = b"ffconcat version 1.0\nfile whole.mp4\n"  # would make the reader open another file
     write_video(tmp_path / "whole.mp4", noisy_frames(3))
     for name, content, message in [
         ("text.mp4", b"not a video\n" * 50, "not a readable video"),

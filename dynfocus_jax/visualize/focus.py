@@ -1,0 +1,66 @@
+"""The focus picture: which frames of a video became cones, and what the model answered."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+CONE, ROD, SCORE = "#c1272d", "#9aa0a6", "#1f4e79"
+
+
+class Strip(NamedTuple):
+    """One video: frames uint8 `[T, H, W, 3]`, times (seconds), scores and focus (bool) `[T]` each.
+
+    answer: the right one, None when unknown.
+    """
+
+    frames: np.ndarray
+    times: np.ndarray
+    scores: np.ndarray
+    focus: np.ndarray
+    question: str
+    prediction: str
+    answer: str | None = None
+
+
+def draw_focus(path: str | Path, strips: Sequence[Strip]) -> None:
+    """Writes a picture (format by suffix) with a frame strip, score curve and answer for each video."""
+    columns = max(len(strip.frames) for strip in strips)
+    figure = Figure(figsize=(0.62 * columns + 1.0, 2.05 * len(strips)), dpi=200, layout="constrained")
+    rows = figure.subfigures(len(strips), 1, squeeze=False)[:, 0]
+    with matplotlib.rc_context({"font.size": 7, "font.family": "DejaVu Sans"}):
+        for row, strip in zip(rows, strips, strict=True):
+            _draw_strip(row, strip, columns)
+        figure.savefig(path)
+
+
+def _draw_strip(figure, strip: Strip, columns: int) -> None:
+    grid = figure.add_gridspec(2, columns, height_ratios=(1, 0.62))
+    count = len(strip.frames)
+    for index in range(count):
+        axes = figure.add_subplot(grid[0, index])
+        axes.imshow(strip.frames[index], interpolation="nearest")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        color, width = (CONE, 2.2) if strip.focus[index] else (ROD, 0.6)
+        for spine in axes.spines.values():
+            spine.set(color=color, linewidth=width)
+        axes.set_xlabel(f"{strip.times[index]:.1f} s", fontsize=5.5, labelpad=1.5)
+
+    axes = figure.add_subplot(grid[1, :])
+    colors = [CONE if chosen else ROD for chosen in strip.focus]
+    axes.bar(np.arange(count), np.maximum(strip.scores, 0.012), color=colors, width=0.55)
+    axes.set(xlim=(-0.5, columns - 0.5), ylim=(0, 1.12), yticks=(0, 1), xticks=())
+    axes.set_ylabel("score", labelpad=-2)
+    axes.spines[["top", "right"]].set_visible(False)
+    for chosen, label in ((True, "cones"), (False, "rods")):
+        axes.bar([0], [0], color=CONE if chosen else ROD, label=label)
+    axes.legend(loc="upper right", frameon=False, ncols=2, fontsize=6, borderpad=0, bbox_to_anchor=(1, 1.28))
+
+    title = f"“{strip.question}”  →  {strip.prediction or '(no answer)'}"
+    if strip.answer is not None:
+        title += "  ✓" if strip.prediction == strip.answer else f"  ✗ (right: {strip.answer})"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=8, fontweight="bold")
