@@ -31,7 +31,7 @@ def kmeans(
     weighted mean; a centroid without weight stays where it is. When the centroids' movements (Euclidean
     norms) sum to less than `tol`, the iteration stops and its update is dropped: the labels belong to the
     centroids returned. Where `iterations` run out first, the centroids are one update ahead of the labels.
-    (Both as in the released code.) Of bitwise-equal centroids only the first gets points.
+    (Both as in the released code.) Of slots that start from bitwise-equal points only the first gets points.
 
     Args:
       features: [..., N, D], any float dtype.
@@ -48,6 +48,7 @@ def kmeans(
     used = (initial >= 0) & (initial < num)
     start = jnp.take_along_axis(features, jnp.where(used, initial, 0)[..., None], -2)
     start = jnp.where(used[..., None], start, 0.0)
+    used &= first_twin(start, used) == jnp.arange(slots)
     first = jnp.take_along_axis(features, jnp.argmax(mask, -1)[..., None, None], -2)
     offsets = features - first  # against cancellation in the distances
 
@@ -56,8 +57,7 @@ def kmeans(
         towards = centroids - first
         product = jnp.einsum("...nd,...kd->...nk", offsets, towards, precision=jax.lax.Precision.HIGHEST)
         distance = jnp.square(towards).sum(-1)[..., None, :] - 2.0 * product
-        open_slot = used & (first_twin(centroids, used) == jnp.arange(slots))
-        return jnp.argmin(jnp.where(open_slot[..., None, :], distance, jnp.inf), -1).astype(jnp.int32)
+        return jnp.argmin(jnp.where(used[..., None, :], distance, jnp.inf), -1).astype(jnp.int32)
 
     def update(centroids, labels):
         """Weighted means of the members and their summed weights."""

@@ -183,7 +183,7 @@ def test_two_alternating_frames_tie_by_index(rounding):
 
 
 def test_nearest_points_of_each_other_tie_by_index(rounding):
-    """Two neighbours, k = 2, have the same density wherever they lie among masked points; a third is far off."""
+    """Two neighbours, k = 2, have the same density wherever they lie among masked points."""
     for seed in range(20):
         rng = np.random.default_rng(seed)
         far, pair = rng.normal(size=(2, 1001))

@@ -86,6 +86,21 @@ def test_duplicates_and_unused_slots():
     np.testing.assert_array_equal(found.centroids[1], points[0])
 
 
+def test_slots_that_start_equal():
+    """Only the first of them gets points, also when rounding has moved it off the point that they share."""
+    rng = np.random.default_rng(10)
+    points = np.concatenate([rng.normal(size=(3, 33)).repeat(7, 0), rng.normal(size=(15, 33))]).astype(
+        np.float32
+    )
+    weights, mask = rng.random(36).astype(np.float32), np.ones(36, bool)
+    found = run(points, np.array([2, 0, 1, 8, 15, 30]), weights=weights)
+    centroids, labels, total = slow_kmeans(points, [2, 8, 15, 30], weights, mask, 10, 1e-4)
+    slots = np.array([0, 3, 4, 5])
+    np.testing.assert_array_equal(found.assignment, slots[labels])
+    np.testing.assert_allclose(found.centroids[slots], centroids, atol=1e-5)
+    np.testing.assert_allclose(found.weights, np.insert(total, [1, 1], 0), rtol=1e-5)
+
+
 def test_large_offset():
     """Centroids far from the origin: labels are those of the points moved back."""
     lattice = np.random.default_rng(3).integers(-5, 6, (50, 8))
@@ -164,15 +179,19 @@ def test_cluster_with_few_points(method):
 
 
 def test_weights_do_not_underflow():
-    """Importance itself is 0 in float32 here, yet the weighted centroids differ from the plain ones."""
-    points = 30 * np.random.default_rng(8).normal(size=(40, 16)).astype(np.float32)
-    weighted, plain = (
-        cluster(points, 3, 5, method=method, weighting="mean") for method in ("weighted_kmeans", "kmeans")
-    )
-    assert not np.asarray(weighted.importance).any()
-    assert weighted.valid.all()
-    assert np.isfinite(weighted.prototypes).all()
-    assert np.abs(weighted.prototypes - plain.prototypes).max() > 1
+    """Importance itself is 0 in float32 here; the loop weighs by its float64 value."""
+    points = 10 * np.random.default_rng(8).normal(size=(40, 256)).astype(np.float32)
+    found = jax.jit(lambda x: cluster(x, 3, 5, method="weighted_kmeans", weighting="mean"))(points)
+    assert not np.asarray(found.importance).any()
+    square = ((points[:, None].astype(np.float64) - points) ** 2).sum(-1) / 256
+    density = np.exp(-np.sort(square, 1)[:, :5].mean(1))
+    weights = density * np.asarray(found.distance)
+    initial = np.asarray(spread(jnp.ones(40, bool), 3))
+    centroids, labels, _ = slow_kmeans(points, initial, weights, np.ones(40, bool), 10, 1e-4)
+    np.testing.assert_array_equal(found.assignment, labels)
+    np.testing.assert_allclose(
+        found.prototypes, centroids, atol=1e-3
+    )  # of 30; weights carry e^-144's rounding
 
 
 def test_cluster_by_dpc_knn_and_errors():
