@@ -1,6 +1,8 @@
 """The toy run: DynFocus end to end on two CPU cores, on the "needles" benchmark that it generates.
 
 `configs/toy.py:variant=NAME` runs one of the comparisons in README; `VARIANTS` lists them.
+`configs/toy.py:pretrained=DIR` starts from the pretraining of another run, whose workdir is DIR. Options
+are joined by commas.
 """
 
 from dynfocus_jax.config import UserError, default_config, stage
@@ -120,9 +122,93 @@ def get_config(arg: str = ""):
         {"annotations": "heldout.json", "media_frames": 16, "max_text": 16, "max_new_tokens": 4}
     )
 
-    if arg:
-        name = arg.removeprefix("variant=")
+    options = dict(option.partition("=")[::2] for option in arg.split(",") if option)
+    for key in options:
+        if key not in ("variant", "pretrained"):
+            raise UserError(f"configs/toy.py has no option {key!r}, only variant=NAME and pretrained=DIR.")
+    if "variant" in options:
+        name = options["variant"]
         if name not in VARIANTS:
             raise UserError(f"configs/toy.py has no variant {name!r}; there are {', '.join(VARIANTS)}.")
         VARIANTS[name](config)
+    if "pretrained" in options:
+        last = config.stages[1]
+        config.initial = f"{options['pretrained']}/checkpoints/{last.name}/{last.steps}"
+        config.stages = config.stages[2:]
     return config
+
+
+def _stages(config, *names):
+    return [stage for stage in config.stages if stage.name in names]
+
+
+@variant
+def rods_only(config):
+    """Two tokens for every frame."""
+    config.model.cce.cones = "none"
+
+
+@variant
+def rods3(config):
+    """Three tokens for every frame: the two coarse prototypes and the text context."""
+    config.model.cce.cones = "none"
+    config.model.cce.rods = ("coarse", "context")
+
+
+@variant
+def uniform(config):
+    """Five uniformly sampled frames in detail and nothing else: 50 tokens."""
+    config.model.dpe.update({"selection": "uniform", "num_selected": 5})
+    config.model.cce.rods = ()
+    align, instruct = _stages(config, "align", "instruct")
+    align.update({"trainable": ("connector/projector/.*",), "copy": ()})
+    instruct.trainable = ("language/.*", "connector/projector/.*")
+
+
+@variant
+def random_select(config):
+    """The score net frozen as it was initialised."""
+    (instruct,) = _stages(config, "instruct")
+    instruct.update(
+        {
+            "trainable": ("language/.*", "connector/(projector|cce)/.*", "text_encoder/.*"),
+            "random_steps": 0,
+        }
+    )
+
+
+@variant
+def plain_j2(config):
+    """Two cones a video instead of three, one fewer than there are needles."""
+    config.model.dpe.num_selected = 2
+
+
+@variant
+def question_conditioned(config):
+    """Two cones a video, and a score net that sees the question (extension)."""
+    plain_j2(config)
+    config.model.dpe.question_conditioned = True
+    (instruct,) = _stages(config, "instruct")
+    instruct.lr_scale = (("connector/dpe/.*", 3.0),)
+
+
+@variant
+def kmeans(config):
+    """k-means instead of DPC-KNN, over frames and over patches (Table 11)."""
+    config.model.dpe.clustering = "kmeans"
+    config.model.cce.clustering = "kmeans"
+
+
+@variant
+def released(config):
+    """What the authors' code computes: k-means events, random key frames, gated groups."""
+    config.model.mode = "released"
+    config.model.dpe.update({"clustering": "kmeans", "kmeans_init": "random", "jacobian": "diagonal"})
+
+
+@variant
+def oracle(config):
+    """The frames that a question needs are given: the ceiling."""
+    config.model.dpe.selection = "oracle"
+    (instruct,) = _stages(config, "instruct")
+    instruct.trainable = ("language/.*", "connector/(projector|cce)/.*", "text_encoder/.*")

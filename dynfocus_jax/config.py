@@ -29,6 +29,8 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # initial parameters, data order, selection noise
 
+    config.initial = placeholder(str)  # checkpoint folder (WORKDIR/checkpoints/STAGE/STEP) to start from
+
     config.model = model = ConfigDict()
     model.mode = "paper"  # "paper": the method as published; "released": what the authors' code computes
     model.dtype = "bfloat16"  # of the computation
@@ -402,6 +404,11 @@ def validate(config: ConfigDict, devices: int = 1) -> None:
     _validate_model(config.model)
     for index, stage_config in enumerate(config.stages):
         _validate_stage(stage_config, f"config.stages[{index}]", devices)
+    if config.initial is not None:
+        _require(
+            Path(config.initial).name.isdigit() and Path(config.initial).expanduser().is_dir(),
+            f"config.initial is {config.initial!r}, expected a folder WORKDIR/checkpoints/STAGE/STEP.",
+        )
     names = [stage_config.name for stage_config in config.stages]
     _require(len(set(names)) == len(names), f"config.stages has two stages of one name: {', '.join(names)}.")
     _require(config.data.root is not None, "config.data.root is not set; name the folder of the data.")

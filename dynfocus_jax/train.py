@@ -21,6 +21,7 @@ from dynfocus_jax.config import UserError, run_command, to_dict, validate
 from dynfocus_jax.data.prepare import make_tokenizer, prepare
 from dynfocus_jax.evaluation.run import evaluate_run, format_table
 from dynfocus_jax.parallel.mesh import data_axis_size, make_mesh
+from dynfocus_jax.training.checkpoints import restore_params
 from dynfocus_jax.training.loop import StageRun
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant=NAME where it has any.")
@@ -51,13 +52,18 @@ def main() -> None:
     shutil.copyfile(data_root / config.data.vocabulary, workdir / "vocabulary.json")
     seconds = {"data": time.perf_counter() - started}
 
+    initial = None
+    if config.initial is not None:
+        checkpoint = Path(config.initial).expanduser()
+        initial = restore_params(checkpoint.parent, int(checkpoint.name))
+
     # --- Stages ---------------------------------------------------------------------------------------
     stages = [
         StageRun(config, index, workdir=workdir, data_root=data_root, tokenizer=tokenizer, mesh=mesh)
         for index in range(len(config.stages))
     ]
     done = max((index for index, stage in enumerate(stages) if stage.finished), default=-1)
-    params = None
+    params = initial
     for index, stage in enumerate(stages):
         if index < done:
             seconds[stage.name] = stage.checkpoints.seconds()

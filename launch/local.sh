@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Run a command of the project on this machine, with everything it needs set up first.
+#
+#   bash launch/local.sh python -m dynfocus_jax.train --config configs/toy.py --workdir runs/toy
+#   bash launch/local.sh --test pytest -n 2
+#
+# Makes a virtual environment (.venv, or $DYNFOCUS_VENV) with Python 3.11 or newer ($PYTHON, default python3)
+# and installs requirements.txt, with --test requirements-test.txt; both only when they have changed.
+# JAX on a GPU or TPU: install jax[cuda12], jax[cuda13] or jax[tpu] into that environment afterwards.
+set -euo pipefail
+
+requirements=requirements.txt
+if [[ "${1:-}" == --test ]]; then
+  requirements=requirements-test.txt
+  shift
+fi
+if [[ $# -eq 0 || "$1" == -h || "$1" == --help ]]; then
+  sed -n '2,9s/^# \{0,1\}//p' "$0"
+  exit 0
+fi
+
+cd "$(dirname "$0")/.."
+venv=${DYNFOCUS_VENV:-.venv}
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "error: $python is $("$python" -V 2>&1), but Python 3.11 or newer is needed; set PYTHON." >&2
+  exit 2
+}
+
+stamp="$venv/installed-$requirements-$(cat requirements*.txt | sha256sum | cut -c1-16)"
+if [[ ! -e "$stamp" ]]; then
+  [[ -x "$venv/bin/python" ]] || "$python" -m venv "$venv"
+  echo "installing $requirements into $venv" >&2
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
+  touch "$stamp"
+fi
+
+export PATH="$(cd "$venv/bin" && pwd):$PATH"
+exec "$@"
