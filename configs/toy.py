@@ -68,8 +68,8 @@ def get_config(arg: str = ""):
     pretrain = {
         "connector": "pooled",
         "trainable": ("vision/.*", "language/.*", "connector/projector/linear/.*"),
-        "learning_rate": 3e-3,
         "schedule": "linear_tail",
+        "warmup": 0.15,
         "weight_decay": 0.01,
         "b2": 0.98,
     }
@@ -77,7 +77,8 @@ def get_config(arg: str = ""):
         stage(
             name="pretrain_images",
             annotations="images.json",
-            steps=900,
+            steps=1300,
+            learning_rate=1.2e-3,
             num_frames=1,
             max_text=64,
             max_turns=6,
@@ -87,7 +88,8 @@ def get_config(arg: str = ""):
         stage(
             name="pretrain_sequences",
             annotations="sequences.json",
-            steps=1200,
+            steps=1000,
+            learning_rate=1e-3,
             num_frames=3,
             max_text=64,
             max_turns=6,
@@ -99,7 +101,12 @@ def get_config(arg: str = ""):
             annotations="train.json",
             steps=80,
             max_text=16,
-            trainable=("connector/projector/.*", "connector/cce/context/.*", "text_encoder/.*"),
+            # f, W_k, W_v and W_q
+            trainable=(
+                "connector/projector/.*",
+                "connector/cce/context/.*",
+                "text_encoder/query_projection/.*",
+            ),
             copy=("connector/cce/context/value <- connector/projector/linear",),
             random_steps=80,
             learning_rate=1e-3,
@@ -109,8 +116,9 @@ def get_config(arg: str = ""):
         stage(
             name="instruct",
             annotations="train.json",
-            steps=650,
+            steps=750,
             max_text=16,
+            # The text encoder too: unlike a published Q-Former, the toy's has never been trained.
             trainable=("language/.*", "connector/.*", "text_encoder/.*"),
             random_steps=150,
             learning_rate=1e-3,

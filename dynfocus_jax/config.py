@@ -353,6 +353,12 @@ def _validate_model(model: ConfigDict) -> None:
         model.mode == "paper" or len(cce.levels) == 2,
         f"{where}.cce.levels has {len(cce.levels)} levels, but mode 'released' groups exactly 2.",
     )
+    for name, parts in (("single_grained", (cce.cones,)), ("coarse", cce.rods)):
+        _require(
+            model.mode == "paper" or name not in parts,
+            f"{where}.cce asks for {name!r}, but mode 'released' merges the levels into one; "
+            "leave it out, or choose mode 'paper'.",
+        )
     _require(
         cce.cones != "none" or len(cce.rods) > 0,
         f"{where}.cce has neither cones nor rods; keep at least one of them.",
@@ -442,7 +448,7 @@ def run_command(main: Callable[[], None]) -> None:
     """Run a command: parse the flags, turn `UserError` into one sentence on stderr and exit code 2."""
 
     def guarded(_argv: list[str]) -> None:
-        logging.set_verbosity(logging.WARNING)  # the libraries' chatter would bury the run's own lines
+        logging.set_verbosity(logging.ERROR)  # the libraries' chatter would bury the run's own lines
         try:
             main()
         except UserError as error:

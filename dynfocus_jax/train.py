@@ -50,6 +50,9 @@ def main() -> None:
     data_root = prepare(config.data)
     tokenizer = make_tokenizer(config, data_root / config.data.vocabulary)
     shutil.copyfile(data_root / config.data.vocabulary, workdir / "vocabulary.json")
+    held_out = config.evaluation.annotations
+    if held_out is not None and not (data_root / held_out).is_file():
+        raise UserError(f"config.evaluation.annotations is {held_out!r}, which is not a file in {data_root}.")
     seconds = {"data": time.perf_counter() - started}
 
     initial = None

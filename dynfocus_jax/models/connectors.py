@@ -53,12 +53,17 @@ class DynFocusConnector(nn.Module):
         cone, rod = self.cce.cone_tokens(patches, pooled), self.cce.rod_tokens()
         kept = self.dpe.kept(frames)
 
-        def tokens(total):
-            important = 0 if self.cce.cones == "none" else kept[min(total, len(kept) - 1)]
+        def most(total):
+            return 0 if self.cce.cones == "none" else kept[min(total, len(kept) - 1)]
+
+        def tokens(total, important):
             both = self.cce.released and important == total
             return cone * important + rod * (total if both else total - important)
 
-        return max(tokens(total) for total in range(frames + 1))
+        # Fewer than the most frames may be important: oracles, k-means on duplicates, slots that agree.
+        return max(
+            tokens(total, important) for total in range(frames + 1) for important in range(most(total) + 1)
+        )
 
     def __call__(
         self,
@@ -90,8 +95,18 @@ class DynFocusConnector(nn.Module):
             initial=initial,
             noise=noise,
         )
-        rods, cones = self.cce(features, selection, text_queries, self.projector)
+        return self.encode(features, frame_mask, self.cce.spatial(features), selection, text_queries)
 
+    def encode(
+        self,
+        features: jax.Array,
+        frame_mask: jax.Array,
+        grains: list[jax.Array],
+        selection: Selection,
+        text_queries: jax.Array | None,
+    ) -> VisualTokens:
+        """Tokens of the selected and the other frames, given the features' levels of spatial prototypes."""
+        rods, cones = self.cce.encode(features, grains, selection, text_queries, self.projector)
         cone_mask = selection.valid if self.cce.cones != "none" else jnp.zeros_like(selection.valid)
         slots = jnp.where(cone_mask, selection.frames, frame_mask.shape[1])
         important = jax.nn.one_hot(slots, frame_mask.shape[1], dtype=bool).any(axis=1)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from dynfocus_jax.models.event_prototype import Selection
-from dynfocus_jax.ops.clustering import cluster
+from dynfocus_jax.ops.clustering import cluster, map_frames
 
 CONES = ("multi_grained", "single_grained", "cross_attention", "pair", "patches", "none")
 RODS = ("content", "context", "coarse")
@@ -57,11 +57,21 @@ class SpatialPrototypes(nn.Module):
 
     @nn.compact
     def __call__(self, features: jax.Array) -> list[jax.Array]:
-        grains, assignment, current = [], None, features
-        for count, neighbors in self.levels:
-            clusters = cluster(current, count, neighbors, method=self.clustering, weighting=self.weighting)
-            current, assignment = clusters.prototypes, clusters.assignment
-            grains.append(current)
+
+        def cluster_patches(patches):
+            """[..., N, C] -> levels of prototypes [..., M_l, C] and the last one's assignment."""
+            grains, assignment = [patches], None
+            for count, neighbors in self.levels:
+                clusters = cluster(
+                    grains[-1], count, neighbors, method=self.clustering, weighting=self.weighting
+                )
+                grains.append(clusters.prototypes)
+                assignment = clusters.assignment
+            return grains[1:], assignment
+
+        lead, frame = features.shape[:-2], features.shape[-2:]
+        found = map_frames(cluster_patches, features.reshape(-1, *frame))
+        grains, assignment = jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
         if not self.grouped:
             return grains
 
@@ -177,7 +187,17 @@ class CooperativeEncoding(nn.Module):
         projector: nn.Module,
     ) -> tuple[jax.Array, jax.Array]:
         """`features [B, T, N, C]` -> rods `[B, T, R, D]` and cones `[B, J, M, D]` (one a slot)."""
-        grains = self.spatial(features)
+        return self.encode(features, self.spatial(features), selection, text_queries, projector)
+
+    def encode(
+        self,
+        features: jax.Array,
+        grains: list[jax.Array],
+        selection: Selection,
+        text_queries: jax.Array | None,
+        projector: nn.Module,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Rods and cones, given the levels of spatial prototypes `[B, T, M_l, C]` of the features."""
         spatial = jnp.concatenate(grains, axis=-2)  # [B, T, M, C]
 
         rods = []

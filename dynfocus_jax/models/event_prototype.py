@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from dynfocus_jax.models.layers import layer_norm
 from dynfocus_jax.ops.clustering import cluster, spread
+from dynfocus_jax.ops.dpc_knn import first_twin
 from dynfocus_jax.ops.perturbed_topk import distinct_argmax, hard_topk, perturbed_topk
 from dynfocus_jax.ops.pooling import pool_grid
 
@@ -169,7 +170,7 @@ class EventPrototypes(nn.Module):
         if self.selection != "learned":
             return self._given(pooled, frame_mask, oracle)
         batch, time = frame_mask.shape
-        events, centers, valid, assignment = self._prototypes(pooled, frame_mask, train, initial)
+        events, centers, valid, assignment = self.prototypes(pooled, frame_mask, train, initial)
         kept = self.kept(time)
         count = jnp.asarray(kept, jnp.int32)[valid.sum(axis=-1)]
         slots = max(kept)
@@ -178,14 +179,16 @@ class EventPrototypes(nn.Module):
         raw = ScoreNet(self.dtype, self.param_dtype, name="score_net")(summary, valid)
         if self.question_conditioned:
             raw += QuestionScore(self.dtype, self.param_dtype, name="question_score")(*question, events)
+        # Equal events have one score, however a matrix product rounds its rows: min-max would magnify it.
+        raw = jnp.take_along_axis(raw, first_twin(summary, valid), axis=-1)
         scores = min_max(raw, valid)
 
         if train:
+            # Noise for all K prototypes, so that a shorter bucket sees the same perturbations.
             if noise is None:
-                # Drawn for all K prototypes, so that a shorter bucket sees the same perturbations.
-                noise = jax.random.normal(
-                    self.make_rng("selection"), (batch, self.samples, self.num_prototypes)
-                )[..., : scores.shape[-1]]
+                shape = (batch, self.samples, self.num_prototypes)
+                noise = jax.random.normal(self.make_rng("selection"), shape)
+            noise = noise[..., : scores.shape[-1]]
             indicators = perturbed_topk(
                 scores, noise, slots, self.sigma, self.jacobian, mask=valid, count=count
             )
@@ -220,7 +223,7 @@ class EventPrototypes(nn.Module):
             ),
         )
 
-    def _prototypes(self, pooled, frame_mask, train, initial):
+    def prototypes(self, pooled, frame_mask, train, initial):
         """Events `[B, K, P, C]`, key frames `[B, K]`, validity `[B, K]`, frame assignment `[B, T]`."""
         batch, time, tokens, width = pooled.shape
         if time <= self.num_prototypes:  # every frame is its own prototype
@@ -247,11 +250,24 @@ class EventPrototypes(nn.Module):
         order = jnp.argsort(jnp.where(clusters.valid, centers, time), axis=-1)  # time order, stable
         rank = jnp.argsort(order, axis=-1)
         events = clusters.prototypes.reshape(batch, self.num_prototypes, tokens, width)
-        return (
+        clustered = (
             jnp.take_along_axis(events, order[..., None, None], axis=1),
             jnp.take_along_axis(centers, order, axis=1),
             jnp.take_along_axis(clusters.valid, order, axis=1),
             jnp.take_along_axis(rank, jnp.maximum(clusters.assignment, 0), axis=1),
+        )
+        # A video of K frames at most is not clustered, in whatever bucket it comes.
+        frames = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
+        first = slice(self.num_prototypes)
+        own = (
+            pooled[:, first],
+            frames[:, first],
+            frame_mask[:, first],
+            jnp.minimum(frames, self.num_prototypes - 1),
+        )
+        few = frame_mask.sum(axis=-1) <= self.num_prototypes
+        return jax.tree.map(
+            lambda a, b: jnp.where(few.reshape(batch, *(1,) * (a.ndim - 1)), a, b), own, clustered
         )
 
     def _random_frames(self, frame_mask, train):
@@ -269,8 +285,8 @@ class EventPrototypes(nn.Module):
         kept = self.kept(time)
         slots = max(kept)
         total = frame_mask.sum(axis=-1)
+        count = jnp.asarray(kept, jnp.int32)[total]
         if self.selection == "uniform":
-            count = jnp.asarray(kept, jnp.int32)[total]
             slot = jnp.arange(slots)
             place = ((2 * slot + 1) * total[:, None]) // (2 * jnp.maximum(count, 1)[:, None])
             wanted = jax.nn.one_hot(place, time, dtype=bool) & (slot < count[:, None])[..., None]
@@ -279,7 +295,7 @@ class EventPrototypes(nn.Module):
             wanted = oracle & frame_mask
         # The first J wanted frames, in time order; a stable sort brings them to the front.
         frames = jnp.argsort(~wanted, axis=-1)[:, :slots].astype(jnp.int32)
-        valid = jnp.arange(slots) < jnp.minimum(wanted.sum(axis=-1), slots)[:, None]
+        valid = jnp.arange(slots) < jnp.minimum(wanted.sum(axis=-1), count)[:, None]
         return Selection(
             events=jnp.take_along_axis(pooled, frames[..., None, None], axis=1),
             frames=frames,

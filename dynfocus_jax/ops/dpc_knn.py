@@ -151,13 +151,14 @@ def gram(points: jax.Array) -> jax.Array:
 
 
 def first_twin(points: jax.Array, mask: jax.Array) -> jax.Array:
-    """Index of the first valid point equal to each float32 point, bit for bit (-0 equals 0): [..., N] int32.
+    """Index of the first valid point equal to each point, bit for bit in float32 (-0 equals 0): [..., N] int32.
 
     A masked point is its own twin. Equality is that of two 32-bit multilinear hashes of the float bits;
     integer sums wrap around and so do not depend on the order of summation.
     """
     num, width = points.shape[-2:]
-    bits = jax.lax.bitcast_convert_type(jnp.where(points == 0, 0.0, points), jnp.uint32)
+    points = jnp.where(points == 0, 0.0, points).astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(points, jnp.uint32)
     bits = bits ^ (bits >> 16)  # bfloat16 values and small integers leave the low half empty
     factors = np.random.RandomState(0).randint(0, 2**31, (2, width), np.uint32) * 2 + 1
     # Both sums in one pass over the features: on a CPU many times faster than two of `jnp.sum`.
@@ -186,9 +187,14 @@ def clean(features: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.A
 
 
 def normalize(log_weights: jax.Array, member: jax.Array) -> jax.Array:
-    """Weights [..., K, N] summing to one over each slot's members; equal where all their logs are -inf."""
+    """Weights [..., K, N] summing to one over each slot's members.
+
+    Where all their logs are -inf the first member takes it all: they are duplicates of one point, and its
+    prototype must equal that of its other duplicates bit for bit.
+    """
     highest = log_weights.max(-1, keepdims=True)
-    relative = jnp.where(jnp.isfinite(highest), jnp.exp(log_weights - highest), 1.0)
+    leader = jnp.arange(member.shape[-1]) == jnp.argmax(member, -1)[..., None]
+    relative = jnp.where(jnp.isfinite(highest), jnp.exp(log_weights - highest), leader)
     weights = jnp.where(member, relative, 0.0)
     total = weights.sum(-1, keepdims=True)
     return weights / jnp.where(total > 0, total, 1.0)

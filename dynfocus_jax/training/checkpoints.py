@@ -63,7 +63,7 @@ class StageCheckpoints:
         """The newest checkpoint's parameters as host arrays."""
         step = self.latest_step()
         self._check_settings(step)
-        return _restore_params(self._manager, step)
+        return restore_params(self.directory, step)
 
     def seconds(self) -> float:
         """Training seconds up to the newest checkpoint."""
@@ -92,14 +92,12 @@ def restore_params(directory: Path, step: int) -> dict:
         raise UserError(
             f"{directory} has no checkpoint of step {step}, the end of this stage; finish the training run."
         )
-    return _restore_params(ocp.CheckpointManager(directory.absolute()), step)
-
-
-def _restore_params(manager: ocp.CheckpointManager, step: int) -> dict:
+    handlers = {"state": ocp.PyTreeCheckpointHandler()}
+    manager = ocp.CheckpointManager(directory.absolute(), item_handlers=handlers)
+    saved = manager.item_metadata(step)["state"].tree
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    saved = manager.item_metadata(step)["state"]
     wanted = {
-        part: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), dict(saved[part]))
+        part: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved[part])
         for part in ("trained", "frozen")
     }
     restore = ocp.args.PyTreeRestore(

@@ -1,6 +1,7 @@
 """The train loop: runs one stage of a configuration from start, or from where it stopped."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -70,6 +71,9 @@ class StageRun:
             process_count=jax.process_count(),
             num_threads=data.threads,
         )
+        sample = jax.tree.map(lambda x: x[None], self.loader.padding())
+        self._init = lambda key: self.model.init(key, sample, train=False)["params"]
+        self._is_trained = self._check_paths(jax.eval_shape(self._init, jax.random.key(0)))
         self.checkpoints = StageCheckpoints(
             workdir / "checkpoints" / self.stage.name,
             settings={
@@ -144,16 +148,32 @@ class StageRun:
             seconds = before + time.perf_counter() - started
             self.checkpoints.save(step, state, batches, seconds, last=step == end)
         log.close()
+        if self.skipped.count:
+            print(f"{self.skipped.count} samples could not be used; {self.workdir}/skipped.jsonl lists them")
         params = trees.merge(state.trained, state.frozen)
         jax.block_until_ready(params)
         self.checkpoints.wait()
         return params, before + time.perf_counter() - started
 
+    def _check_paths(self, shapes: dict) -> Callable[[str], bool]:
+        """Whether the stage's patterns and copies fit its parameters; returns which of them are trained."""
+        stage, shapes = self.stage, trees.flatten(shapes)
+        where = f"stage {stage.name!r}"
+        is_trained = trees.matcher(stage.trainable, list(shapes), f"{where}, trainable")
+        trees.matcher([p for p, _ in stage.lr_scale], list(filter(is_trained, shapes)), f"{where}, lr_scale")
+        for line in stage.copy:
+            moves = _moves(line, shapes)
+            wrong = [new for old, new in moves if new not in shapes or shapes[new].shape != shapes[old].shape]
+            if not moves or wrong:
+                raise UserError(
+                    f"{where}: copy {line!r} does not fit the parameters: "
+                    f"{', '.join(wrong) if wrong else 'its source does not exist'}."
+                )
+        return is_trained
+
     def _initial_params(self, key: jax.Array, previous: dict | None) -> dict:
         """Fresh parameters, overlaid with the previous stage's and with the stage's copies."""
-        sample = jax.tree.map(lambda x: x[None], self.loader.padding())
-        init = jax.jit(lambda key: self.model.init(key, sample, train=False)["params"])
-        params = trees.flatten(init(key))
+        params = trees.flatten(jax.jit(self._init)(key))
         source = trees.flatten(previous or {})
         for path in params.keys() & source.keys():
             if params[path].shape != source[path].shape:
@@ -163,21 +183,15 @@ class StageRun:
                 )
             params[path] = source[path]
         for line in self.stage.copy:
-            destination, _, origin = (part.strip() for part in line.partition("<-"))
-            moved = {
-                destination + path.removeprefix(origin): leaf
-                for path, leaf in params.items()
-                if path.startswith(origin + "/")
-            }
-            wrong = [path for path in moved if path not in params or params[path].shape != moved[path].shape]
-            if not moved or wrong:
-                raise UserError(
-                    f"stage {self.stage.name!r}: copy {line!r} does not fit the parameters"
-                    f"{': ' + ', '.join(wrong) if wrong else ', its source does not exist'}."
-                )
-            params |= moved
+            params |= {new: params[old] for old, new in _moves(line, params)}
         # Copies own their memory: the state is donated, and `previous` may still be needed.
         return trees.unflatten({path: jnp.array(leaf) for path, leaf in params.items()})
+
+
+def _moves(line: str, paths) -> list[tuple[str, str]]:
+    """(old, new) parameter paths of a copy "destination <- source"."""
+    destination, _, source = (part.strip() for part in line.partition("<-"))
+    return [(p, destination + p.removeprefix(source)) for p in paths if p.startswith(source + "/")]
 
 
 _SPEED = ("cache_gib", "threads", "workers", "root")  # settings of data that do not change what is trained

@@ -1,0 +1,350 @@
+"""Speed and memory of the connector at full width, beside an independent PyTorch program of the published one.
+
+    python benchmarks/connector.py --frames 16 64 200 --runs 5
+    python benchmarks/connector.py --device gpu --dtype bfloat16 --frames 1000
+
+Three programs: `published` (PyTorch, benchmarks/torch_published.py), `released` (ours, the same mathematics
+with the same weights, features and initial frames; the largest difference of its tokens is reported) and
+`paper` (ours, the default: K = 25, ratio 0.8). For every number of frames each program gets a process of its
+own, so that its peak memory is its own, and the processes take turns: published, released, paper, and again.
+The features are those of benchmarks/video_features.py. Times are medians; `total` is the whole connector as
+one call, the parts are timed one by one: spatial (clustering of patches), temporal (pooling, clustering of
+frames), selection (score net, top-J, gathering of events), encoding (cones, rods, sequence).
+"""
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+if __name__ != "__mp_main__":  # as a script: the folder above holds both packages
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.video_features import video_features
+from dynfocus_jax.config import UserError
+
+WIDTH, LANGUAGE_WIDTH = 1408, 4096  # C, D
+GRID, QUERIES = 16, 32  # N = 16 x 16 patches, Q
+RELEASED_EVENTS, RELEASED_GATES = 80, 6  # K and M_2 of the released code
+PROGRAMS = ("published", "released", "paper")
+PARTS = ("spatial", "temporal", "selection", "encoding")
+
+
+class Program(NamedTuple):
+    """One program on its data, ready to be timed: every callable returns when its work is done."""
+
+    total: Callable[[], object]
+    tokens: Callable[[], np.ndarray]  # [L, D] float32
+    parts: Callable[[], dict[str, Callable[[], object]]]  # made on demand: memory is measured before
+    accelerator_peak: Callable[[], int | None]  # bytes; None where there is no accelerator
+    facts: dict[str, float | str]
+
+
+def inputs(frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features [T, N, C] and text queries [T, Q, C] float32, and the frames [80] where k-means starts."""
+    rng = np.random.default_rng(1)
+    features = video_features(frames, GRID * GRID, WIDTH)
+    queries = rng.standard_normal((frames, QUERIES, WIDTH), np.float32)
+    return features, queries, rng.permutation(frames)[:RELEASED_EVENTS]
+
+
+def published(options: argparse.Namespace, frames: int) -> Program:
+    """The PyTorch program."""
+    import torch
+
+    from benchmarks.published_weights import random_published
+    from benchmarks.torch_published import PublishedConnector
+
+    if options.device == "gpu" and not torch.cuda.is_available():
+        raise UserError(f"--device gpu: PyTorch {torch.__version__} sees no CUDA device; use --device cpu.")
+    device = torch.device("cuda" if options.device == "gpu" else "cpu")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+    def on_device(array):
+        tensor = torch.from_numpy(array).to(device)
+        return tensor.to(getattr(torch, options.dtype)) if tensor.is_floating_point() else tensor
+
+    features, queries, initial = map(on_device, inputs(frames))
+    model = PublishedConnector(WIDTH, LANGUAGE_WIDTH)
+    weights = random_published(WIDTH, LANGUAGE_WIDTH, RELEASED_GATES)
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
+    model.to(device, getattr(torch, options.dtype)).eval()
+
+    def timed(function, *arguments):
+        @torch.inference_mode()
+        def run():
+            result = function(*arguments)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            return result
+
+        return run
+
+    def parts():
+        with torch.inference_mode():
+            spatial = model.spatial_prototypes(features)
+            events, keys = model.event_prototypes(model.pool(features), initial)
+            cones, chosen = model.selective(events, spatial[keys])
+        return {
+            "spatial": timed(model.spatial_prototypes, features),
+            "temporal": timed(lambda: model.event_prototypes(model.pool(features), initial)),
+            "selection": timed(model.selective, events, spatial[keys]),
+            "encoding": timed(model.encode, cones, keys[chosen], spatial, queries),
+        }
+
+    on_gpu = device.type == "cuda"
+    whole = timed(model, features, queries, initial)
+    return Program(
+        total=whole,
+        tokens=lambda: whole().float().cpu().numpy(),
+        parts=parts,
+        accelerator_peak=lambda: torch.cuda.max_memory_allocated() if on_gpu else None,
+        facts={"device": torch.cuda.get_device_name() if on_gpu else processor()},
+    )
+
+
+def ours(options: argparse.Namespace, frames: int, mode: str) -> Program:
+    """The JAX connector in one of its modes."""
+    os.environ["JAX_PLATFORMS"] = "cuda" if options.device == "gpu" else "cpu"
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # PyTorch shares the accelerator
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks.published_weights import from_published, random_published
+    from dynfocus_jax.config import default_config
+    from dynfocus_jax.models.connectors import build_connector
+    from dynfocus_jax.models.event_prototype import ScoreNet, min_max
+    from dynfocus_jax.ops.kmeans import kmeans
+    from dynfocus_jax.ops.perturbed_topk import hard_topk
+    from dynfocus_jax.ops.pooling import pool_grid
+
+    try:
+        device = jax.devices()[0]
+    except RuntimeError:
+        raise UserError(f"--device gpu: jax {jax.__version__} sees no GPU; use --device cpu.") from None
+
+    config = default_config().model
+    config.dtype = config.param_dtype = options.dtype
+    config.mode = mode
+    if mode == "released":
+        config.dpe.update({"clustering": "kmeans", "num_prototypes": RELEASED_EVENTS, "ratio": 0.45})
+        config.cce.levels = ((16, 8), (RELEASED_GATES, 3))
+    connector = build_connector(config)
+
+    params = from_published(random_published(WIDTH, LANGUAGE_WIDTH, RELEASED_GATES))
+    if mode == "paper":
+        del params["cce"]["spatial"]  # no gates
+    *arrays, initial = inputs(frames)
+    params, (features, queries) = jax.tree.map(lambda x: jnp.asarray(x, options.dtype), (params, arrays))
+    features, queries = features[None], queries[None]
+    mask = jnp.ones((1, frames), bool)
+    starts = (mode == "released" and frames > RELEASED_EVENTS) or None
+    initial = starts and jnp.asarray(initial, jnp.int32)[None]
+
+    def compiled(function, *arguments):
+        """A call of the compiled function that waits for its result."""
+        executable = jax.jit(function).lower(*arguments).compile()
+        return lambda: jax.block_until_ready(executable(*arguments))
+
+    def whole(params, features, queries, initial):
+        return connector.apply({"params": params}, features, mask, queries, initial=initial)
+
+    begin = time.perf_counter()
+    run = compiled(whole, params, features, queries, initial)
+    facts = {
+        "device": device.device_kind if options.device == "gpu" else processor(),
+        "compile_s": time.perf_counter() - begin,
+    }
+    if starts:
+        pooled = pool_grid(features, connector.grid, connector.pool).reshape(1, frames, -1)
+        facts["iterations"] = int(kmeans(pooled, initial).iterations[0])
+
+    def spatial(params, features):
+        return connector.apply({"params": params}, features, method=lambda bound, x: bound.cce.spatial(x))
+
+    def temporal(features, initial):
+        pooled = pool_grid(features, connector.grid, connector.pool)
+        return connector.dpe.prototypes(pooled, mask, train=False, initial=initial)
+
+    def select(params, events, valid):
+        summary = jnp.concatenate([events.mean(axis=2), events.max(axis=2)], axis=-1)
+        score_net = ScoreNet(options.dtype, options.dtype)
+        scores = min_max(score_net.apply({"params": params["dpe"]["score_net"]}, summary, valid), valid)
+        chosen = hard_topk(scores, connector.dpe.num_slots(frames), mask=valid)
+        return jnp.take_along_axis(events, chosen[..., None, None], axis=1)
+
+    def encode(params, features, grains, selection, queries):
+        arguments = (features, mask, grains, selection, queries)
+        return connector.apply({"params": params}, *arguments, method="encode")
+
+    def parts():
+        patches, events = compiled(spatial, params, features), compiled(temporal, features, initial)
+        prototypes, _, valid, _ = events()
+        return {
+            "spatial": patches,
+            "temporal": events,
+            "selection": compiled(select, params, prototypes, valid),
+            "encoding": compiled(encode, params, features, patches(), run().selection, queries),
+        }
+
+    return Program(
+        total=run,
+        tokens=lambda: np.asarray(run().tokens[0], np.float32),
+        parts=parts,
+        accelerator_peak=lambda: (device.memory_stats() or {}).get("peak_bytes_in_use"),
+        facts=facts,
+    )
+
+
+def processor() -> str:
+    """Name of the CPU and its number of usable cores."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.machine()])[0]}, {len(os.sched_getaffinity(0))} cores"
+
+
+def peak_memory(run: Callable[[], object]) -> float:
+    """MiB resident in this process at most, while it runs (Linux: the peak so far is forgotten first)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    run()
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def work(pipe, name: str, options: argparse.Namespace, frames: int) -> None:
+    """A program's process: its facts first, or the sentence why there are none, then times and tokens as asked."""
+    try:
+        program = published(options, frames) if name == "published" else ours(options, frames, name)
+    except UserError as error:
+        pipe.send(str(error))
+        return
+    memory = peak_memory(program.total)
+    on_accelerator = program.accelerator_peak()
+    memory = on_accelerator / 2**20 if on_accelerator else memory
+    pipe.send({**program.facts, "memory_mib": memory})
+    parts = program.parts()
+    while command := pipe.recv():
+        if command == "tokens":
+            pipe.send(program.tokens())
+        else:
+            pipe.send({name: seconds(run) for name, run in {"total": program.total, **parts}.items()})
+
+
+def measure(options: argparse.Namespace, frames: int) -> dict[str, dict]:
+    """Facts and median times in seconds of every program at T = frames."""
+    context = multiprocessing.get_context("spawn")
+    pipes, facts = {}, {}
+    for name in PROGRAMS:
+        pipes[name], end = context.Pipe()
+        context.Process(target=work, args=(end, name, options, frames), daemon=True).start()
+        end.close()
+        facts[name] = pipes[name].recv()  # one after the other: they would disturb each other's compilation
+        if isinstance(facts[name], str):
+            raise UserError(facts[name])
+
+    def ask(name, command):
+        pipes[name].send(command)
+        return pipes[name].recv()
+
+    times = {name: [] for name in PROGRAMS}
+    for turn in range(options.runs + 1):
+        for name in PROGRAMS:
+            taken = ask(name, "times")
+            if turn > 0:  # the first turn warms up
+                times[name].append(taken)
+    expected, actual = (ask(name, "tokens") for name in ("published", "released"))
+    facts["released"]["token_error"] = float(np.abs(actual - expected).max() / np.abs(expected).max())
+    for name in PROGRAMS:
+        pipes[name].send(None)
+        facts[name] |= {part: statistics.median(run[part] for run in times[name]) for part in times[name][0]}
+        facts[name]["speedup"] = facts["published"]["total"] / facts[name]["total"]
+    return facts
+
+
+def table(results: dict[int, dict[str, dict]]) -> str:
+    """Markdown rows, one a program and number of frames."""
+    head = ["T", "program", "total", *PARTS, "compile", "MiB", "k-means iterations", "times faster", "error"]
+    rows = [head, ["---"] * len(head)]
+    for frames, programs in results.items():
+        for name, facts in programs.items():
+            times = [f"{facts[key]:.3f}" for key in ("total", *PARTS)]
+            rest = [
+                f"{facts['compile_s']:.1f}" if "compile_s" in facts else "-",
+                f"{facts['memory_mib']:.0f}",
+                str(facts.get("iterations", "-")),
+                f"{facts['speedup']:.2f}",
+                f"{facts['token_error']:.1e}" if "token_error" in facts else "-",
+            ]
+            rows.append([str(frames), name, *times, *rest])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--frames", type=int, nargs="+", default=[16, 64, 200], help="T, one or several")
+    parser.add_argument("--runs", type=int, default=5, help="timed turns; the median counts")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="markdown file; the json file is beside it (benchmarks/results/connector_*)",
+    )
+    options = parser.parse_args()
+    if min(options.runs, *options.frames) < 1:
+        parser.error("--frames and --runs must be at least 1")
+    default = f"connector_{options.device}_{options.dtype}.md"
+    output = options.output or Path(__file__).parent / "results" / default
+
+    results = {}
+    for frames in options.frames:
+        try:
+            results[frames] = measure(options, frames)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        print(table({frames: results[frames]}), flush=True)
+    about = {
+        "date": str(datetime.date.today()),
+        "device": results[options.frames[0]]["released"]["device"],
+        "dtype": options.dtype,
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "torch", "numpy")},
+        "runs": options.runs,
+        "sizes": {"C": WIDTH, "D": LANGUAGE_WIDTH, "N": GRID * GRID, "Q": QUERIES},
+    }
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    text = f"""{table(results)}
+
+Seconds, medians of {options.runs} interleaved runs; {options.dtype}; MiB: peak while the connector runs; error: largest
+difference of tokens from `published`, over their largest magnitude. {about["device"]}; {versions}; {about["date"]}.
+"""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text, encoding="utf-8")
+    output.with_suffix(".json").write_text(
+        json.dumps({**about, "results": results}, indent=1) + "\n", encoding="utf-8"
+    )
+    print(f"\n{text}\nwritten to {output} and {output.with_suffix('.json')}")
+
+
+if __name__ == "__main__":
+    main()

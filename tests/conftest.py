@@ -1,0 +1,27 @@
+"""What every test runs under: the CPU, one cache of compiled programs, a tiny needles benchmark."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before JAX is imported, and inherited by the commands that tests start. The workers of pytest-xdist and
+# later runs find each other's compiled programs in the cache.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory):
+    """A folder in which the tiny needles benchmark has been generated."""
+    from dynfocus_jax.data.prepare import prepare
+    from tests.tiny import tiny_config
+
+    root = tmp_path_factory.mktemp("data")
+    config = tiny_config()
+    config.data.root = str(root)
+    prepare(config.data)
+    return root

@@ -1,0 +1,77 @@
+"""The text encoder: what its queries see."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dynfocus_jax import trees
+from dynfocus_jax.models.qformer import QFormer
+from tests.tiny import shaken
+
+
+def make_qformer(**changes):
+    sizes = {"vocab_size": 15, "max_text": 9, "num_queries": 3, "width": 8, "depth": 3, "heads": 2}
+    model = QFormer(**(sizes | {"mlp_dim": 10, "cross_every": 2, "output_width": 5} | changes))
+    tokens, lengths = jnp.zeros((1, 4), jnp.int32), jnp.array([4])
+    init = jax.jit(lambda key: model.init(key, tokens, lengths, jnp.zeros((1, 2, 6, 7))))
+    return model, {"params": shaken(init(jax.random.key(0))["params"])}
+
+
+def inputs(seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 15, (2, 4)), jnp.asarray(rng.standard_normal((2, 3, 6, 7)), jnp.float32)
+
+
+def test_padding_of_the_question_changes_nothing():
+    model, variables = make_qformer()
+    tokens, frames = inputs()
+    lengths = np.array([4, 2])
+    out = model.apply(variables, tokens, lengths, frames)
+    assert out.shape == (2, 3, 3, 5)
+    for filling in (0, 14):
+        padded = np.full((2, 9), filling)
+        padded[0, :4], padded[1, :2] = tokens[0], tokens[1, :2]
+        np.testing.assert_allclose(model.apply(variables, padded, lengths, frames), out, rtol=1e-6, atol=1e-6)
+    alone = model.apply(variables, tokens[1:, :2], lengths[1:], frames[1:])
+    np.testing.assert_allclose(alone[0], out[1], rtol=1e-6, atol=1e-6)
+
+
+def test_queries_see_their_frame_and_the_question_alone():
+    model, variables = make_qformer()
+    tokens, frames = inputs()
+    lengths = np.array([4, 2])
+
+    def of_one(frames):
+        return jnp.sin(model.apply(variables, tokens, lengths, frames)[1, 2]).sum()
+
+    gradient = np.abs(jax.grad(of_one)(frames)).max((-1, -2))
+    assert gradient[1, 2] > 1e-3
+    assert np.count_nonzero(gradient) == 1
+
+    out = np.asarray(model.apply(variables, tokens, lengths, frames))
+    other = tokens.copy()
+    other[0, 3] = (other[0, 3] + 1) % 15
+    changed = np.abs(np.asarray(model.apply(variables, other, lengths, frames)) - out).max((-1, -2))
+    assert (changed[0] > 1e-4).all()
+    assert not changed[1].any()
+    swapped = tokens.copy()
+    swapped[0, :2] = tokens[0, 1::-1]
+    assert np.abs(np.asarray(model.apply(variables, swapped, lengths, frames)) - out)[0].max() > 1e-4
+
+
+def test_every_parameter_has_a_gradient_but_the_last_text_feed_forward():
+    model, variables = make_qformer()
+    tokens, frames = inputs()
+
+    def loss(variables):
+        return jnp.sin(model.apply(variables, tokens, np.array([4, 2]), frames)).sum()
+
+    gradients = trees.flatten(jax.grad(loss)(variables)["params"])
+    zero = {path for path, gradient in gradients.items() if np.abs(gradient).max() < 1e-9}
+    # The last block's text is read by nobody; a key's bias shifts all logits of a query alike.
+    unread = {path for path in gradients if path.startswith("blocks_2/text_mlp")}
+    assert unread
+    assert zero >= unread
+    assert all(path.endswith("key/bias") for path in zero - unread)
+    cross = {path.split("/")[0] for path in gradients if "cross_attention" in path}
+    assert cross == {"blocks_0", "blocks_2"}

@@ -1,0 +1,322 @@
+"""Mistakes in configurations and on the command line: one sentence, exit code 2, before anything is built."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections.config_dict import ConfigDict
+
+from dynfocus_jax import config as config_lib
+from dynfocus_jax.config import UserError, default_config, from_dict, stage, to_dict, validate
+from dynfocus_jax.data.prepare import make_tokenizer, prepare
+from tests.tiny import TOY, tiny_config
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def toy(arg=""):
+    import runpy
+
+    return runpy.run_path(str(TOY))["get_config"](arg)
+
+
+def refuse(config, *parts, devices=1):
+    """`validate` refuses the config in one sentence that holds all the parts."""
+    with pytest.raises(UserError) as error:
+        validate(config, devices)
+    sentence = str(error.value)
+    assert "\n" not in sentence
+    assert sentence.endswith(".")
+    for part in parts:
+        assert part in sentence, sentence
+
+
+# --- Values -------------------------------------------------------------------------------------------
+
+
+def test_tiny_and_toy_are_valid():
+    validate(tiny_config())
+    validate(toy(), devices=2)
+
+
+VARIANTS = (
+    *("rods_only", "rods3", "uniform", "random_select", "question_conditioned", "plain_j2"),
+    *("kmeans", "released", "oracle"),
+)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_the_toy_are_valid_and_differ(variant):
+    config = toy(f"variant={variant}")
+    validate(config)
+    assert to_dict(config) != to_dict(toy())
+
+
+def test_every_variant_of_the_toy_is_tested():
+    import runpy
+
+    assert set(runpy.run_path(str(TOY))["VARIANTS"]) == set(VARIANTS)
+
+
+@pytest.mark.parametrize("arg", ["variant=rods_onyl", "varinat=rods_only", "rods_only"])
+def test_unknown_variant(arg):
+    with pytest.raises(UserError, match=r"configs/toy\.py has no (variant|option)"):
+        toy(arg)
+
+
+@pytest.mark.parametrize("arg", ["", "variant=released", "variant=question_conditioned"])
+def test_to_dict_and_back(arg):
+    config = toy(arg)
+    fields = json.loads(json.dumps(to_dict(config)))
+    again = from_dict(fields)
+    assert to_dict(again) == to_dict(config)
+    assert again == config
+    assert again.model.cce.levels == ((4, 5), (2, 2))
+    assert isinstance(again.stages[0], ConfigDict)
+    validate(again)
+
+
+def test_from_dict_refuses_unknown_fields():
+    fields = to_dict(toy())
+    fields["model"]["dpe"]["num_prototype"] = 3
+    with pytest.raises(UserError, match=r"model\.dpe\.num_prototype .*did you mean 'num_prototypes'"):
+        from_dict(fields)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "parts"),
+    [
+        ("dpe", "num_selected", 9, ("num_selected (J) is 9", "num_prototypes (K) = 8")),
+        ("dpe", "num_selected", 0, ("num_selected (J) is 0",)),
+        ("dpe", "ratio", 0.0, ("dpe.ratio is 0.0", "(0, 1]")),
+        ("dpe", "ratio", 1.01, ("dpe.ratio is 1.01", "(0, 1]")),
+        ("dpe", "ratio", -0.5, ("dpe.ratio",)),
+        ("dpe", "ratio", float("nan"), ("dpe.ratio",)),
+        ("dpe", "sigma", -0.1, ("dpe.sigma",)),
+        ("dpe", "samples", 0, ("dpe.samples",)),
+        ("dpe", "num_prototypes", 0, ("num_prototypes",)),
+        ("dpe", "clustering", "k-means", ("dpe.clustering is 'k-means'", "kmeans", "dpc_knn")),
+        ("dpe", "selection", "best", ("dpe.selection",)),
+        ("dpe", "jacobian", "Full", ("dpe.jacobian", "'full'", "'diagonal'")),
+        ("cce", "cones", "all", ("cce.cones", "multi_grained")),
+        ("cce", "rods", ("content", "contex"), ("cce.rods", "contex", "context")),
+        ("cce", "levels", (), ("cce.levels is empty",)),
+        ("cce", "levels", ((37, 5), (2, 2)), ("cce.levels[0]", "36")),
+        ("cce", "levels", ((4, 5), (5, 2)), ("cce.levels[1]", "4")),
+        ("cce", "levels", ((4, 5, 6),), ("cce.levels[0]",)),
+        ("cce", "levels", (4, 2), ("cce.levels[0]",)),
+        ("connector", "pool", (4, 4), ("connector.pool", "6 patches")),
+        ("connector", "pool", (2, 2, 2), ("connector.pool",)),
+        ("connector", "projector", "conv", ("connector.projector",)),
+        ("vision", "image_size", 50, ("image_size is 50", "patch_size = 8")),
+        ("vision", "heads", 5, ("vision.width is 64", "5 heads")),
+        ("vision", "mean", (0.5, 0.5), ("vision.mean",)),
+        ("language", "kv_heads", 3, ("kv_heads = 3",)),
+        ("language", "head_dim", 25, ("head_dim is 25", "even")),
+        ("language", "attention", "flash", ("language.attention",)),
+        ("language", "remat", "some", ("language.remat",)),
+        ("text_encoder", "heads", 0, ("text_encoder.heads",)),
+    ],
+)
+def test_values_of_the_model(section, field, value, parts):
+    config = toy()
+    config.model[section][field] = value
+    refuse(config, *parts)
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({"name": "a b"}, ("name is 'a b'",)),
+        ({"name": "../a"}, ("name is '../a'",)),
+        ({"steps": None}, ("stages[1].steps is not set",)),
+        ({"steps": 0}, ("stages[1].steps is 0",)),
+        ({"annotations": None}, ("stages[1].annotations is not set",)),
+        ({"trainable": ()}, ("stages[1].trainable is empty",)),
+        ({"trainable": ("language/(",)}, ("'language/('", "regular expression")),
+        ({"schedule": "step"}, ("schedule is 'step'", "cosine")),
+        ({"warmup": 1.0}, ("warmup is 1.0", "[0, 1)")),
+        ({"connector": "resampler"}, ("connector is 'resampler'", "dynfocus")),
+        ({"batch_size": 15}, ("stages[1].batch_size is 15", "2 devices")),
+        ({"learning_rate": 0.0}, ("learning_rate is 0.0",)),
+        ({"name": "instruct"}, ("two stages of one name",)),
+        ({"max_turns": 0}, ("max_turns is 0",)),
+        ({"random_steps": -1}, ("random_steps is -1",)),
+        ({"lr_scale": ("language/.*", 2.0)}, ("lr_scale",)),
+    ],
+    ids=str,
+)
+def test_values_of_a_stage(fields, parts):
+    config = toy()
+    config.stages[1].update(fields)
+    refuse(config, *parts, devices=2)
+
+
+def test_other_values():
+    config = toy()
+    config.evaluation.batch_size = 63
+    refuse(config, "evaluation.batch_size is 63", "2 devices", devices=2)
+    config = toy()
+    config.stages = ()
+    refuse(config, "config.stages is empty")
+    config = toy()
+    config.data.max_query = 9
+    refuse(config, "max_query is 9", "max_text = 8")
+    config = toy()
+    config.data.template = "vicuna"
+    refuse(config, "data.template", "vicuna_v1")
+    config = toy()
+    config.initial = "/nowhere/checkpoints/s/1"
+    refuse(config, "config.initial", "/nowhere")
+    config = toy()
+    config.model.cce.update({"cones": "none", "rods": ()})
+    refuse(config, "neither cones nor rods")
+    config = toy("variant=released")
+    config.model.cce.levels = ((4, 5),)
+    refuse(config, "1 levels", "released")
+    config = toy()
+    config.data.max_skip_share = 1.5
+    refuse(config, "max_skip_share")
+
+
+def test_unknown_and_mistyped_fields():
+    """A config file need not start from default_config(), whose lock would catch these."""
+    config = toy()
+    with config.unlocked():
+        config.model.dpe.num_prototype = 3
+    refuse(config, "config.model.dpe.num_prototype", "did you mean 'num_prototypes'")
+    config = toy()
+    with config.unlocked():
+        del config.model.dpe["ratio"]
+    refuse(config, "config.model.dpe.ratio is missing")
+    config = toy()
+    with config.ignore_type(), config.unlocked():
+        config.model.dpe.num_prototypes = "8"
+    refuse(config, "num_prototypes is '8' of type str, expected int")
+    config = toy()
+    with config.ignore_type():
+        config.checkpoint.every = True
+    refuse(config, "checkpoint.every", "bool", "expected int")
+    config = toy()
+    with config.ignore_type():
+        config.model = 3
+    refuse(config, "config.model is 3")
+
+
+def test_unknown_field_of_a_stage():
+    with pytest.raises(UserError, match=r"no field 'learning_rat'; did you mean 'learning_rate'"):
+        stage(name="a", learning_rat=1e-3)
+    with pytest.raises((UserError, TypeError), match="steps"):
+        stage(name="a", steps="many")
+
+
+def test_missing_data(tmp_path):
+    config = default_config()
+    config.data.root = str(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"data\.root is .*absent.* not a folder"):
+        prepare(config.data)
+    with pytest.raises(UserError, match=r"vocabulary.*does not exist"):
+        make_tokenizer(config, tmp_path / "vocabulary.json")
+    (tmp_path / "vocabulary.json").write_text(json.dumps([f"w{i}" for i in range(70)]))
+    config.model.language.vocab_size = 64
+    with pytest.raises(UserError, match=r"language\.vocab_size is 64.* 74 words"):
+        make_tokenizer(config, tmp_path / "vocabulary.json")
+
+
+# --- The command line ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("--config.model.dpe.ration=0.5", r"config.model.dpe.ration .*did you mean 'ratio'"),
+        ("--config.modle.dpe.ratio=0.5", r"config.modle .*did you mean 'model'"),
+        ("--config.stages[1].step=3", r"config.stages\[1\].step .*did you mean 'steps'"),
+        ("--config.stages[9].steps=3", r"config.stages has 4 entries"),
+        ("--config.model.dpe.ratio.x=3", r"config.model.dpe.ratio.x is not a field"),
+    ],
+)
+def test_overrides_that_name_nothing(argument, sentence):
+    with pytest.raises(UserError, match=sentence):
+        config_lib._check_overrides(["train", f"--config={TOY}", argument])
+
+
+def test_overrides_that_name_something():
+    arguments = ["--config.stages[2].steps=7", "--config.model.dpe.num_selected=2", "--workdir=x"]
+    config_lib._check_overrides(["train", "--config", str(TOY), *arguments])
+    config_lib._check_overrides(["train", f"--config={TOY}:variant=uniform", *arguments])
+
+
+def test_missing_config_file():
+    with pytest.raises(UserError, match=r"--config names 'configs/tyo.py', which is not a file"):
+        config_lib._check_overrides(["train", "--config", "configs/tyo.py"])
+    with pytest.raises(UserError, match=r"has no variant 'x'"):
+        config_lib._check_overrides(["train", f"--config={TOY}:variant=x"])
+
+
+def train(*arguments, config=TOY):
+    """Runs the command as a user does; a mistake must end it long before there is anything to compile."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_LOG_COMPILES": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "dynfocus_jax.train", f"--config={config}", *arguments],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+MISTAKES = {
+    "value": (["--config.model.dpe.num_selected=9"], "error: config.model.dpe.num_selected (J) is 9"),
+    "type": (["--config.model.dpe.num_prototypes=many"], "error: "),
+    "batch": (["--config.stages[0].batch_size=31"], "error: config.stages[0].batch_size is 31"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_end_the_command(mistake, tmp_path, monkeypatch):
+    arguments, sentence = MISTAKES[mistake]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    workdir = tmp_path / "run"
+    code, stdout, stderr = train(f"--workdir={workdir}", f"--config.data.root={tmp_path}/data", *arguments)
+    assert code == 2, stderr
+    assert stdout == ""
+    (line,) = stderr.splitlines()
+    assert line.startswith(sentence)
+    assert line.endswith(".")
+    assert not workdir.exists()
+    assert not (tmp_path / "data").exists()
+
+
+def test_an_unknown_key_in_the_config_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from dynfocus_jax.config import default_config\n"
+        "def get_config(arg=''):\n"
+        "    config = default_config()\n"
+        "    config.model.dpe.rato = 0.5\n"
+        "    return config\n"
+    )
+    code, stdout, stderr = train(f"--workdir={tmp_path}/run", config=file)
+    (line,) = stderr.splitlines()
+    assert (code, stdout) == (2, "")
+    assert "rato" in line
+    assert "ratio" in line
+
+
+def test_missing_annotations_end_the_command(data_root, tmp_path):
+    """Data that is not there is told before the first stage starts, that of the last stage too."""
+    file = tmp_path / "tiny.py"
+    file.write_text("from tests.tiny import tiny_config as get_config\n")
+    arguments = [f"--workdir={tmp_path}/run", f"--config.data.root={data_root}"]
+    code, stdout, stderr = train(*arguments, "--config.stages[3].annotations=absent.json", config=file)
+    assert code == 2
+    assert "stage" not in stdout
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert "absent.json" in line
+    assert "Compiling" not in stderr

@@ -1,0 +1,140 @@
+"""The toy configuration with everything made small, and batches for it: what the tests of models share."""
+
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dynfocus_jax import trees
+from dynfocus_jax.data.batch import Batch, padding_sample
+from dynfocus_jax.training.loop import build_model
+from dynfocus_jax.training.losses import answer_loss
+
+TOY = Path(__file__).resolve().parents[1] / "configs" / "toy.py"
+SIZE, MAX_QUERY, VOCABULARY = 16, 8, 40
+K, J, SAMPLES = 5, 2, 20  # prototypes, kept ones, noise samples
+
+
+def tiny_config(arg: str = ""):
+    """`configs/toy.py:arg` with small widths, few prototypes, few steps and few videos."""
+    config = runpy.run_path(str(TOY))["get_config"](arg)
+    model = config.model
+    model.vision.update(
+        {"image_size": SIZE, "patch_size": 4, "width": 16, "depth": 1, "heads": 2, "mlp_dim": 24}
+    )
+    model.text_encoder.update(
+        {"vocab_size": VOCABULARY, "max_text": MAX_QUERY, "width": 16, "heads": 2, "mlp_dim": 24}
+    )
+    model.language.update(
+        {
+            "vocab_size": VOCABULARY,
+            "width": 24,
+            "depth": 1,
+            "heads": 2,
+            "kv_heads": 1,
+            "head_dim": 8,
+            "mlp_dim": 32,
+        }
+    )
+    model.dpe.update({"num_prototypes": K, "neighbors": 3, "samples": SAMPLES})
+    model.dpe.num_selected = min(model.dpe.num_selected, J)
+    config.data.max_query = MAX_QUERY
+    config.data.workers = 1
+    config.data.needles.update(
+        {"num_train": 6, "num_validation": 2, "num_heldout": 3, "num_images": 12, "num_sequences": 8}
+    )
+    for stage in config.stages:
+        stage.update({"steps": 4, "batch_size": 4, "random_steps": min(stage.random_steps, 2)})
+    config.evaluation.batch_size = 8
+    config.log_every = 2
+    return config
+
+
+def change(config, **fields):
+    """Sets fields of the model section; `dpe__ratio` is `model.dpe.ratio`."""
+    for name, value in fields.items():
+        section, _, field = name.rpartition("__")
+        (config.model[section] if section else config.model)[field] = value
+    return config
+
+
+def make_sample(
+    rng,
+    frames: int | np.ndarray,
+    text: int,
+    query: int,
+    *,
+    at_end: bool = False,
+    oracle: tuple[int, ...] = (),
+) -> Batch:
+    """A sample without padding: random frames (or those given), random words, half of them to be learned."""
+    if isinstance(frames, int):
+        frames = rng.integers(0, 256, (frames, SIZE, SIZE, 3), dtype=np.uint8)
+    return Batch(
+        frames=frames,
+        frame_mask=np.ones(len(frames), bool),
+        query_tokens=rng.integers(4, VOCABULARY, query, dtype=np.int32),
+        query_length=np.int32(query),
+        tokens=rng.integers(4, VOCABULARY, text, dtype=np.int32),
+        length=np.int32(text),
+        visual_position=np.int32(text // 2 if at_end else 1),
+        loss_mask=np.arange(text) >= text // 2,
+        oracle_frames=np.isin(np.arange(len(frames)), oracle),
+        index=np.int32(0),
+    )
+
+
+def pad(sample: Batch, frames: int, text: int, query: int = MAX_QUERY) -> Batch:
+    """The sample in a bucket of `frames` frames, `text` tokens and `query` words."""
+    out = padding_sample(frames, SIZE, text, query)
+    for name in ("frames", "frame_mask", "query_tokens", "tokens", "loss_mask", "oracle_frames"):
+        value = getattr(sample, name)
+        getattr(out, name)[: len(value)] = value
+    scalars = ("query_length", "length", "visual_position", "index")
+    return out._replace(**{name: getattr(sample, name) for name in scalars})
+
+
+def stack(samples) -> Batch:
+    """Padded samples as a batch."""
+    return jax.tree.map(lambda *rows: np.stack(rows), *samples)
+
+
+def shaken(params: dict, seed: int = 0) -> dict:
+    """Parameters all of which matter: what starts at zero (or one) is moved away from it."""
+    rng = np.random.default_rng(seed)
+    return trees.unflatten(
+        {
+            path: leaf + jnp.asarray(0.1 * rng.standard_normal(leaf.shape), leaf.dtype)
+            for path, leaf in sorted(trees.flatten(params).items())
+        }
+    )
+
+
+def random_params(model, batch: Batch, seed: int = 0) -> dict:
+    """Shaken initial parameters of a whole model."""
+    init = jax.jit(lambda key, batch: model.init(key, batch, train=False)["params"])
+    return shaken(init(jax.random.key(seed), batch), seed)
+
+
+def model_of(config):
+    """The model of the last stage."""
+    return build_model(config, config.stages[-1].connector)
+
+
+def forward(model, train: bool):
+    """A jitted (params, batch, noise) -> (visual tokens, loss of each sample)."""
+
+    @jax.jit
+    def run(params, batch, noise=None):
+        output = model.apply(
+            {"params": params},
+            batch,
+            train=train,
+            noise=noise,
+            rngs={"selection": jax.random.key(7)} if train else None,
+        )
+        return output.visual, answer_loss(output.logits, batch)[0]
+
+    return run
