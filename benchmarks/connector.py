@@ -1,4 +1,4 @@
-"""Speed and memory of the connector at full width, beside an independent PyTorch program of the published one.
+"""Speed and memory of the connector at full width, beside a PyTorch program of the published one.
 
     python benchmarks/connector.py --frames 16 64 200 --runs 5
     python benchmarks/connector.py --device gpu --dtype bfloat16 --frames 1000
@@ -28,8 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-if __name__ != "__mp_main__":  # as a script: the folder above holds both packages
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script: that folder holds both packages
 
 from benchmarks.video_features import video_features
 from dynfocus_jax.config import UserError
@@ -48,7 +47,7 @@ class Program(NamedTuple):
     tokens: Callable[[], np.ndarray]  # [L, D] float32
     parts: Callable[[], dict[str, Callable[[], object]]]  # made on demand: memory is measured before
     accelerator_peak: Callable[[], int | None]  # bytes; None where there is no accelerator
-    facts: dict[str, float | str]
+    facts: dict[str, float | str]  # complete once the parts are made
 
 
 def inputs(frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -68,18 +67,18 @@ def published(options: argparse.Namespace, frames: int) -> Program:
 
     if options.device == "gpu" and not torch.cuda.is_available():
         raise UserError(f"--device gpu: PyTorch {torch.__version__} sees no CUDA device; use --device cpu.")
-    device = torch.device("cuda" if options.device == "gpu" else "cpu")
+    device, dtype = torch.device("cuda" if options.device == "gpu" else "cpu"), getattr(torch, options.dtype)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
 
     def on_device(array):
-        tensor = torch.from_numpy(array).to(device)
-        return tensor.to(getattr(torch, options.dtype)) if tensor.is_floating_point() else tensor
+        tensor = torch.from_numpy(array)
+        return tensor.to(dtype if tensor.is_floating_point() else None).to(device)
 
     features, queries, initial = map(on_device, inputs(frames))
     model = PublishedConnector(WIDTH, LANGUAGE_WIDTH)
     weights = random_published(WIDTH, LANGUAGE_WIDTH, RELEASED_GATES)
     model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
-    model.to(device, getattr(torch, options.dtype)).eval()
+    model.to(dtype).to(device).eval()
 
     def timed(function, *arguments):
         @torch.inference_mode()
@@ -121,7 +120,7 @@ def ours(options: argparse.Namespace, frames: int, mode: str) -> Program:
     import jax
     import jax.numpy as jnp
 
-    from benchmarks.published_weights import from_published, random_published
+    from benchmarks.published_weights import our_params, random_published
     from dynfocus_jax.config import default_config
     from dynfocus_jax.models.connectors import build_connector
     from dynfocus_jax.models.event_prototype import ScoreNet, min_max
@@ -142,11 +141,14 @@ def ours(options: argparse.Namespace, frames: int, mode: str) -> Program:
         config.cce.levels = ((16, 8), (RELEASED_GATES, 3))
     connector = build_connector(config)
 
-    params = from_published(random_published(WIDTH, LANGUAGE_WIDTH, RELEASED_GATES))
+    params = our_params(random_published(WIDTH, LANGUAGE_WIDTH, RELEASED_GATES))
     if mode == "paper":
         del params["cce"]["spatial"]  # no gates
     *arrays, initial = inputs(frames)
-    params, (features, queries) = jax.tree.map(lambda x: jnp.asarray(x, options.dtype), (params, arrays))
+    dtype = jnp.dtype(options.dtype)
+    params, (features, queries) = jax.tree.map(
+        lambda x: jnp.asarray(x.astype(dtype, copy=False)), (params, arrays)
+    )
     features, queries = features[None], queries[None]
     mask = jnp.ones((1, frames), bool)
     starts = (mode == "released" and frames > RELEASED_EVENTS) or None
@@ -166,9 +168,6 @@ def ours(options: argparse.Namespace, frames: int, mode: str) -> Program:
         "device": device.device_kind if options.device == "gpu" else processor(),
         "compile_s": time.perf_counter() - begin,
     }
-    if starts:
-        pooled = pool_grid(features, connector.grid, connector.pool).reshape(1, frames, -1)
-        facts["iterations"] = int(kmeans(pooled, initial).iterations[0])
 
     def spatial(params, features):
         return connector.apply({"params": params}, features, method=lambda bound, x: bound.cce.spatial(x))
@@ -191,6 +190,9 @@ def ours(options: argparse.Namespace, frames: int, mode: str) -> Program:
     def parts():
         patches, events = compiled(spatial, params, features), compiled(temporal, features, initial)
         prototypes, _, valid, _ = events()
+        if starts:
+            pooled = pool_grid(features, connector.grid, connector.pool).reshape(1, frames, -1)
+            facts["iterations"] = int(kmeans(pooled, initial).iterations[0])
         return {
             "spatial": patches,
             "temporal": events,
@@ -230,7 +232,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def work(pipe, name: str, options: argparse.Namespace, frames: int) -> None:
-    """A program's process: its facts first, or the sentence why there are none, then times and tokens as asked."""
+    """A program's process: sends its facts (or why it cannot run), then times and tokens as asked."""
     try:
         program = published(options, frames) if name == "published" else ours(options, frames, name)
     except UserError as error:
@@ -239,8 +241,8 @@ def work(pipe, name: str, options: argparse.Namespace, frames: int) -> None:
     memory = peak_memory(program.total)
     on_accelerator = program.accelerator_peak()
     memory = on_accelerator / 2**20 if on_accelerator else memory
-    pipe.send({**program.facts, "memory_mib": memory})
     parts = program.parts()
+    pipe.send({**program.facts, "memory_mib": memory})
     while command := pipe.recv():
         if command == "tokens":
             pipe.send(program.tokens())
@@ -333,11 +335,12 @@ def main() -> None:
         "sizes": {"C": WIDTH, "D": LANGUAGE_WIDTH, "N": GRID * GRID, "Q": QUERIES},
     }
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    text = f"""{table(results)}
-
-Seconds, medians of {options.runs} interleaved runs; {options.dtype}; MiB: peak while the connector runs; error: largest
-difference of tokens from `published`, over their largest magnitude. {about["device"]}; {versions}; {about["date"]}.
-"""
+    notes = (
+        f"Seconds, medians of {options.runs} interleaved runs, {options.dtype}. MiB: peak while the "
+        "connector runs, weights and inputs included. Error: largest difference of tokens from `published`, over their "
+        f"largest magnitude. {about['device']}; {versions}; {about['date']}."
+    )
+    text = f"{table(results)}\n\n{notes}\n"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(text, encoding="utf-8")
     output.with_suffix(".json").write_text(

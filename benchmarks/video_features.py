@@ -4,19 +4,20 @@ import math
 
 import numpy as np
 
-SCENE = (8, 25)  # shortest length, and one more than the longest, in frames
+SCENE = (16, 49)  # shortest length, and one more than the longest, in frames
 WAVES = 4  # spatial frequencies a side of a scene's layout
 OBJECTS = 3
+PAN = 0.1  # drift of a scene from frame to frame
 
 
 def video_features(frames: int, patches: int, width: int, seed: int = 0) -> np.ndarray:
     """Features [T, N, C] float32 of a made-up video.
 
-    Every patch shares one offset, as in real towers. The video is cut into scenes of 8 to 24 frames; a third
+    Every patch shares one offset, as in real towers. The video is cut into scenes of 16 to 48 frames; a third
     of them return to an earlier place. A place has a layout (smooth over the patch grid) and three objects
-    (a blob of patches with features of its own) that cross it; from frame to frame the whole scene drifts by
-    a random walk and every patch has its own noise. One scene in five is a still: nothing moves, and only a
-    tenth of the noise is left.
+    (blobs of patches with features of their own) that cross it; the whole scene drifts slowly in a direction
+    that changes, and every patch has noise. One scene in five is a still: nothing moves, and a tenth of the
+    noise is left.
 
     Args:
       frames: T; patches: N, a square number; width: C.
@@ -45,10 +46,12 @@ def video_features(frames: int, patches: int, width: int, seed: int = 0) -> np.n
         else:
             layout, objects = places[rng.integers(len(places))]
         still = rng.random() < 0.2
-        motion, noise = (0.0, 0.04) if still else (1.0, 0.4)
-        drift, position, velocity = normal(width) * 0.2, rng.random((OBJECTS, 2)), 0.05 * normal(OBJECTS, 2)
+        motion, noise = (0.0, 0.03) if still else (1.0, 0.3)
+        drift, pan = 0.2 * normal(width), PAN * normal(width)
+        position, velocity = rng.random((OBJECTS, 2)), 0.05 * normal(OBJECTS, 2)
         for t in range(start, min(frames, start + rng.integers(*SCENE))):
-            drift = drift + 0.05 * motion * normal(width)
+            pan = 0.9 * pan + 0.1 * PAN * normal(width)
+            drift = drift + motion * pan
             position = position + motion * velocity
             apart = (rows[:, None] - position[:, 0]) ** 2 + (columns[:, None] - position[:, 1]) ** 2
             blobs = np.exp(-apart / 0.02).astype(np.float32)  # [N, objects]

@@ -100,7 +100,8 @@ def get_config(arg: str = ""):
             name="align",
             annotations="train.json",
             steps=80,
-            max_text=16,
+            max_turns=4,
+            max_text=48,
             # f, W_k, W_v and W_q
             trainable=(
                 "connector/projector/.*",
@@ -116,8 +117,9 @@ def get_config(arg: str = ""):
         stage(
             name="instruct",
             annotations="train.json",
-            steps=750,
-            max_text=16,
+            steps=600,
+            max_turns=4,
+            max_text=48,
             # The text encoder too: unlike a published Q-Former, the toy's has never been trained.
             trainable=("language/.*", "connector/.*", "text_encoder/.*"),
             random_steps=150,
@@ -147,7 +149,7 @@ def get_config(arg: str = ""):
 
 
 def _stages(config, *names):
-    return [stage for stage in config.stages if stage.name in names]
+    return [each for each in config.stages if each.name in names]
 
 
 @variant
@@ -187,8 +189,10 @@ def random_select(config):
 
 @variant
 def plain_j2(config):
-    """Two cones a video instead of three, one fewer than there are needles."""
+    """Two cones a video, one fewer than there are needles, and so one question a sample in training."""
     config.model.dpe.num_selected = 2
+    for each in _stages(config, "align", "instruct"):
+        each.max_turns = 1
 
 
 @variant

@@ -88,7 +88,7 @@ def test_predictions_agree_with_the_measures(run, heldout):
     assert [entry["id"] for entry in predictions] == [entry["id"] for entry in questions]
     for prediction, question in zip(predictions, questions, strict=True):
         assert prediction["answer"] == question["conversations"][1]["value"]
-        assert prediction["needles"] == question["needle_frames"]
+        assert [prediction["needles"]] == question["needle_frames"]
         assert prediction["correct"] == (prediction["prediction"] == prediction["answer"])
         assert len(set(prediction["focus"])) == 2
         assert prediction["focus"] == sorted(prediction["focus"])

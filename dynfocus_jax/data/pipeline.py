@@ -115,9 +115,10 @@ class SampleLoader:
 
     def __call__(self, index: int, rng: np.random.Generator) -> Batch:
         record = self.records[index]
-        turns = record.turns
+        chosen = np.arange(len(record.turns))
         if self._max_turns is not None:
-            turns = [turns[i] for i in rng.permutation(len(turns))[: self._max_turns]]
+            chosen = rng.permutation(chosen)[: self._max_turns]
+        turns = [record.turns[i] for i in chosen]
         conversation = self._encode(record, turns)
         query = self._tokenizer.encode(query_text(turns))[-self._max_query :]
         sample = self.padding()  # fresh arrays, filled from the left
@@ -126,7 +127,8 @@ class SampleLoader:
             count = len(clip.frames)
             sample.frames[:count] = clip.frames
             sample.frame_mask[:count] = True
-            sample.oracle_frames[:count] = np.isin(clip.indices, record.needle_frames)
+            needles = [frame for i in chosen if record.needle_frames for frame in record.needle_frames[i]]
+            sample.oracle_frames[:count] = np.isin(clip.indices, needles)
         sample.query_tokens[: len(query)] = query
         sample.tokens[: len(conversation.tokens)] = conversation.tokens
         sample.loss_mask[: len(conversation.tokens)] = conversation.loss_mask

@@ -19,14 +19,15 @@ class Record:
     turns: tuple[tuple[str, str], ...]  # (question, answer), without the media marker
     visual_at_end: bool = False  # the visual tokens come after the first question, not before it
     kind: str = ""  # type of question, for accuracy by type
-    needle_frames: tuple[int, ...] = ()  # frames of the file known to matter
+    needle_frames: tuple[tuple[int, ...], ...] = ()  # of each turn, frames of the file known to matter
 
 
 def read_records(annotations: str | Path, media_root: str | Path) -> list[Record]:
     """Reads a LLaVA json file: a list of {"id", "image" or "video", "conversations", ...}.
 
     Media paths are taken relative to `media_root`; whether the files exist shows when they are read.
-    "type" and "needle_frames" are kept when present. Raises UserError that names file, record and field.
+    "type" and "needle_frames" (a list a turn) are kept when present. Raises UserError that names file, record
+    and field.
     """
     try:
         content = json.loads(Path(annotations).read_text(encoding="utf-8"))
@@ -87,12 +88,14 @@ def _parse(entry: object, media_root: Path) -> Record:
         )
     kind, frames = entry.get("type", ""), entry.get("needle_frames", [])
     _require(isinstance(kind, str), f'field "type" is {_kind(kind)}, expected a string')
-    _require(
-        isinstance(frames, list) and all(type(frame) is int and frame >= 0 for frame in frames),
-        f'field "needle_frames" is {frames!r}, expected a list of frame numbers',
-    )
     turns = tuple(zip(texts[::2], texts[1::2], strict=True))
-    return Record(str(entry["id"]), media, turns, at_end, kind, tuple(frames))
+    _require(
+        isinstance(frames, list)
+        and len(frames) in (0, len(turns))
+        and all(isinstance(each, list) and all(type(f) is int and f >= 0 for f in each) for each in frames),
+        f'field "needle_frames" is {frames!r}, expected a list of frame numbers for each turn',
+    )
+    return Record(str(entry["id"]), media, turns, at_end, kind, tuple(map(tuple, frames)))
 
 
 def _messages(conversations: object) -> list[str]:

@@ -21,7 +21,7 @@ import av
 import numpy as np
 from PIL import Image
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHAPES = ("disc", "square", "triangle", "star", "cross", "ring")
 COLORS = {
     "red": (225, 40, 40),
@@ -51,6 +51,7 @@ X264 = {
 }
 
 VIDEO_SPLITS = ("train", "validation", "heldout")
+QUESTION_SPLITS = ("validation", "heldout")  # a record a question; all turns of a file in the others
 SPLITS = (*VIDEO_SPLITS, "images", "sequences")
 _CHUNK = 50  # items a task of the worker pool
 
@@ -73,9 +74,10 @@ def generate(
     """Writes the benchmark under `root` and returns its folder, at once when it is already there.
 
     The folder's name carries a hash of everything that decides its content. It holds a LLaVA json file a
-    split (`train`, `validation`, `heldout`: one record a question; `images`, `sequences`: several turns a
-    record), `truth.json` (the objects of every file), `vocabulary.json` and `media/`. The content depends on
-    the arguments only, not on `workers`; it appears under its name only when complete.
+    split (`validation`, `heldout`: one record a question; `train`, `images`, `sequences`: all questions of a
+    file as the turns of one record), `truth.json` (the objects of every file), `vocabulary.json` and
+    `media/`. The content depends on the arguments only, not on `workers`; it appears under its name only
+    when complete.
     `progress(done, total)` is called as items are written.
     """
     counts = dict(
@@ -172,8 +174,11 @@ def _write_items(
             clutter = _clutter_spans(rng, {item["frame"] for item in objects})
             scenes = int(rng.integers(1, 4))
             write_video(folder / media, _draw_frames(rng, NUM_FRAMES, objects, clutter, scenes))
-        make = _single_turn_records if split in VIDEO_SPLITS else _multi_turn_record
-        items.append((media, objects, make(rng, name, media, objects)))
+        turns = _shape_turns(objects) + _with_turns(objects) + _order_turns(rng, objects)
+        if split in ("images", "sequences"):
+            turns.insert(0, _caption_turn(objects))
+        records = _single_turn_records if split in QUESTION_SPLITS else _multi_turn_record
+        items.append((media, objects, records(name, media, turns)))
     return items
 
 
@@ -265,29 +270,24 @@ def _conversation(turns: list[dict]) -> list[dict]:
     return messages
 
 
-def _single_turn_records(rng: np.random.Generator, name: str, media: str, objects: list[Scene]) -> list[dict]:
-    turns = _shape_turns(objects) + _with_turns(objects) + _order_turns(rng, objects)
+def _single_turn_records(name: str, media: str, turns: list[dict]) -> list[dict]:
+    """A record a question, of one type each."""
     return [
-        {
-            "id": f"{name}-{i:02d}",
-            "video": media,
-            "conversations": _conversation([turn]),
-            "type": turn["type"],
-            "needle_frames": turn["frames"],
-        }
+        {"type": turn["type"], **_multi_turn_record(f"{name}-{i:02d}", media, [turn])[0]}
         for i, turn in enumerate(turns)
     ]
 
 
-def _multi_turn_record(rng: np.random.Generator, name: str, media: str, objects: list[Scene]) -> list[dict]:
-    turns = [
-        _caption_turn(objects),
-        *_shape_turns(objects),
-        *_with_turns(objects),
-        *_order_turns(rng, objects),
+def _multi_turn_record(name: str, media: str, turns: list[dict]) -> list[dict]:
+    """One record of all questions."""
+    return [
+        {
+            "id": name,
+            "image" if media.endswith(".png") else "video": media,
+            "conversations": _conversation(turns),
+            "needle_frames": [turn["frames"] for turn in turns],
+        }
     ]
-    key = "image" if media.endswith(".png") else "video"
-    return [{"id": name, key: media, "conversations": _conversation(turns)}]
 
 
 # ---- pixels ----------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def predict(
             if focus is not None:
                 scores = answers.visual.selection.frame_scores[row]
                 if record.needle_frames:
-                    needles = list(record.needle_frames)
+                    needles = list(record.needle_frames[-1])
                     recall = float(focus[row, needles].mean())
                     chance = _chance(answers.visual.selection, row, needles)
             predictions.append(

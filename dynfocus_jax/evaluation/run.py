@@ -91,7 +91,7 @@ def _write_predictions(path: Path, predictions: list[Prediction]) -> None:
                 "prediction": prediction.answer,
                 "correct": prediction.correct,
                 "focus": None if prediction.focus is None else prediction.focus.nonzero()[0].tolist(),
-                "needles": list(prediction.record.needle_frames),
+                "needles": [frame for turn in prediction.record.needle_frames[-1:] for frame in turn],
             }
             file.write(json.dumps(entry) + "\n")
 

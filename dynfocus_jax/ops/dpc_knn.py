@@ -151,7 +151,7 @@ def gram(points: jax.Array) -> jax.Array:
 
 
 def first_twin(points: jax.Array, mask: jax.Array) -> jax.Array:
-    """Index of the first valid point equal to each point, bit for bit in float32 (-0 equals 0): [..., N] int32.
+    """Index of the first valid point that equals each in float32, bit for bit (-0 equals 0): [..., N] int32.
 
     A masked point is its own twin. Equality is that of two 32-bit multilinear hashes of the float bits;
     integer sums wrap around and so do not depend on the order of summation.

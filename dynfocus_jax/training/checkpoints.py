@@ -31,9 +31,13 @@ class StageCheckpoints:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
+    def is_due(self, step: int) -> bool:
+        """Whether `step` is one of those that are saved anyway."""
+        return step % self._every == 0
+
     def save(self, step: int, state: TrainState, data: grain.DatasetIterator, seconds: float, *, last: bool):
         """Save when `step` is due (always when `last`); returns before the files are written."""
-        if step % self._every and not last:
+        if not (last or self.is_due(step)):
             return
         self._manager.save(
             step,

@@ -138,11 +138,14 @@ class StageRun:
             step += 1
             try:
                 log.step(step, metrics, self.skipped.count)
+                if self.checkpoints.is_due(step) or step == end:
+                    log.check()
             except NotFinite:
                 self.checkpoints.wait()
+                good, where = self.checkpoints.latest_step(), self.checkpoints.directory
+                saved = "no checkpoint yet" if good is None else f"a last good checkpoint, step {good} in {where}"
                 raise RunError(
-                    f"stage {stage.name!r}: the loss or gradient is not finite at step {step}; the last good "
-                    f"checkpoint is step {self.checkpoints.latest_step()} in {self.checkpoints.directory}. "
+                    f"stage {stage.name!r}: the loss or gradient is not finite at step {step}; there is {saved}. "
                     "Lower the learning rate, or look at the data of these steps."
                 ) from None
             seconds = before + time.perf_counter() - started

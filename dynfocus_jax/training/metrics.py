@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import tqdm
 
 
@@ -38,7 +39,7 @@ class StageLog:
             "stage": self._stage,
             "step": step,
             "loss": sum(float(v["loss"]) for v in values) / count,
-            "grad_norm": max(float(v["grad_norm"]) for v in values),
+            "grad_norm": float(np.max([v["grad_norm"] for v in values])),  # NaN if one is
             "learning_rate": float(values[-1]["learning_rate"]),
             "steps_per_second": count / seconds,
             "frames_per_second": sum(float(v["frames"]) for v in values) / seconds,
@@ -58,6 +59,12 @@ class StageLog:
         else:
             self._bar.set_postfix_str(brief)
         if not (math.isfinite(entry["loss"]) and math.isfinite(entry["grad_norm"])):
+            raise NotFinite
+
+    def check(self) -> None:
+        """Raises NotFinite when a step since the last report is not finite: its state must not be saved."""
+        values = jax.device_get([(metrics["loss"], metrics["grad_norm"]) for metrics in self._pending])
+        if not np.isfinite(values).all():
             raise NotFinite
 
     def close(self) -> None:

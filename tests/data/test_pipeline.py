@@ -69,7 +69,7 @@ def media(tmp_path):
 
 def test_what_a_mixed_batch_holds(media):
     records = [
-        Record("v", media / "v.mp4", (("what ?", "red disc"),), needle_frames=(2, 3)),
+        Record("v", media / "v.mp4", (("what ?", "red disc"),), needle_frames=((2, 3),)),
         Record("i", media / "i.png", (("what ?", "disc"), ("why ?", "because")), visual_at_end=True),
         Record("t", None, (("why ?", "because"),)),
     ]

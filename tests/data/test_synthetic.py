@@ -81,11 +81,10 @@ def visible(frame):
 def test_every_question_has_exactly_the_recorded_answer(needles, split):
     truth = json.loads((needles / "truth.json").read_text())
     for record in load(needles, split):
-        for question, answer in turns_of(record):
+        for (question, answer), needles in zip(turns_of(record), record["needle_frames"], strict=True):
             ((solved, frames),) = solve(question, truth[media_of(record)])
             assert solved == answer
-            if split in VIDEO_SPLITS:
-                assert frames == set(record["needle_frames"])
+            assert frames == set(needles)
 
 
 @pytest.mark.parametrize("split", FRAMES)
@@ -103,10 +102,15 @@ def test_counts_and_balance(needles):
     truth = json.loads((needles / "truth.json").read_text())
     for split, videos in zip(VIDEO_SPLITS, (6, 2, 4), strict=True):
         records = load(needles, split)
+        starts = {"shape": "what shape", "with": "what is with", "order": "which came"}
         by_type = {
-            kind: [turns_of(r)[0] for r in records if r["type"] == kind]
-            for kind in ("shape", "with", "order")
+            kind: [turn for r in records for turn in turns_of(r) if turn[0].startswith(start)]
+            for kind, start in starts.items()
         }
+        if split == "train":
+            assert len(records) == videos
+        else:
+            assert all(turns_of(r)[0][0].startswith(starts[r["type"]]) for r in records)
         assert {kind: len(turns) for kind, turns in by_type.items()} == {
             "shape": 6 * videos,
             "with": 6 * videos,

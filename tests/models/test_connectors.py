@@ -41,7 +41,7 @@ def identities(connector, frames):
     )
     params = connector.init(jax.random.key(0), *shapes)["params"]
     params["projector"]["linear"] = {"kernel": jnp.eye(WIDTH), "bias": jnp.zeros(WIDTH)}
-    if "context" in params["cce"]:
+    if connector.needs_text:
         params["cce"]["context"]["value"] = {"kernel": jnp.eye(WIDTH), "bias": jnp.full(WIDTH, 1000.0)}
     return {"params": params}
 
@@ -99,13 +99,17 @@ def test_length_of_long_buckets():
 
 def test_released_image_is_rods_then_cones():
     connector = full_connector(**RELEASED)
-    tokens, _ = run(connector, identities(connector, 1), numbered(1))
-    assert which(tokens)[1] == [False, True] + [False] * 38
-    gates = tokens[2 + 16 :, 0]
-    np.testing.assert_allclose(
-        tokens[:18, 0] % 1000, 1, atol=0.2
-    )  # content, context and event are not gated...
-    assert (gates < 0.9).all()  # ... the grouped spatial tokens are
+    params = identities(connector, 1)
+    tokens, _ = run(connector, params, numbered(1))  # one patch, over and over
+    assert (tokens[:, 2] > 500).tolist() == [False, True] + [False] * 38
+    # Event tokens are as they are; spatial ones, and so the rods made of them, are scaled by gates.
+    scale = np.linalg.norm(tokens[:, :2], axis=1)
+    np.testing.assert_allclose(scale[2:18], 1, rtol=1e-4)
+    gates = params["params"]["cce"]["spatial"]["gate"]
+    logits = np.full(6, tokens[2].mean()) @ gates["kernel"] + gates["bias"]
+    gates = np.exp(logits) / np.exp(logits).sum()
+    assert np.allclose(np.unique(scale[18:].round(5)), np.unique(gates.round(5)), atol=1e-4)
+    assert gates.min() - 1e-5 < scale[0] < gates.max() + 1e-5
 
 
 def test_released_keeps_rods_only_when_every_frame_is_important():

@@ -164,7 +164,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(stages, run_stage, tmp_path, lo
     stage = run_stage(tmp_path, INSTRUCT, lambda config: explode(config, log_every))
     with pytest.raises(RunError, match=r"not finite") as error:
         stage.run(stages["align"][1])
-    named = re.search(r"checkpoint is step (\d+) in (\S+?/checkpoints/instruct)", str(error.value))
+    named = re.search(r"last good checkpoint, step (\d+) in (\S+?/checkpoints/instruct)", str(error.value))
     assert named, str(error.value)
     assert Path(named[2]).name == "instruct"
     assert (Path(named[2]) / named[1]).is_dir()
@@ -172,6 +172,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(stages, run_stage, tmp_path, lo
     assert all(np.isfinite(leaf).all() for leaf in good.values()), f"checkpoint {named[1]} is not good"
     with pytest.raises(RunError, match="not finite"):  # and does not resume from a broken state
         run_stage(tmp_path, INSTRUCT, lambda config: explode(config, log_every)).run(stages["align"][1])
+
+
+def test_a_loss_that_is_not_finite_before_the_first_checkpoint(stages, run_stage, tmp_path):
+    def change(config):
+        explode(config, 1)
+        config.checkpoint.every = 100
+
+    with pytest.raises(RunError, match=r"not finite at step 2; there is no checkpoint yet"):
+        run_stage(tmp_path, INSTRUCT, change).run(stages["align"][1])
 
 
 @pytest.mark.parametrize(
@@ -192,25 +201,24 @@ def test_mistaken_paths(run_stage, tmp_path, change, sentence):
 
 
 @pytest.fixture(scope="module")
-def small_annotations(data_root, tmp_path_factory):
-    """A copy of the data whose train.json has 6 questions about three videos, one of which is broken."""
+def broken_data(data_root, tmp_path_factory):
+    """A copy of the data whose train.json has records of three videos, of which the second is broken."""
     config = tiny_config()
     config.data.root = str(data_root)
     root = tmp_path_factory.mktemp("broken") / "data"
     shutil.copytree(prepare(config.data), root)
     records = json.loads((root / "train.json").read_text())
     videos = sorted({record["video"] for record in records})[:3]
-    chosen = [record for video in videos for record in [r for r in records if r["video"] == video][:2]]
-    (root / "train.json").write_text(json.dumps(chosen))
+    records = [record for record in records if record["video"] in videos]
+    (root / "train.json").write_text(json.dumps(records))
     broken = root / videos[1]
     broken.write_bytes(broken.read_bytes()[:500])
-    return root, [record["id"] for record in chosen if record["video"] == videos[1]], videos[1]
+    bad = [index for index, record in enumerate(records) if record["video"] == videos[1]]
+    return root, records, bad
 
 
-def test_a_broken_video_is_skipped_counted_and_listed(
-    stages, run_stage, small_annotations, consumed, tmp_path
-):
-    root, bad_ids, video = small_annotations
+def test_a_broken_video_is_skipped_counted_and_listed(stages, run_stage, broken_data, consumed, tmp_path):
+    root, records, bad = broken_data
 
     def lenient(config):
         config.data.max_skip_share = 0.5
@@ -219,19 +227,19 @@ def test_a_broken_video_is_skipped_counted_and_listed(
     stage.run(stages["align"][1])
     assert stage.finished
     listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
-    assert sorted(entry["id"] for entry in listed) == sorted(bad_ids)
-    assert all(entry["media"].endswith(video) and entry["reason"] for entry in listed)
-    assert {i for batch in consumed for i in batch} == {0, 1, 4, 5}
+    assert sorted(entry["id"] for entry in listed) == sorted(records[index]["id"] for index in bad)
+    assert all(entry["media"].endswith(records[bad[0]]["video"]) and entry["reason"] for entry in listed)
+    assert {i for batch in consumed for i in batch} == set(range(len(records))) - set(bad)
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert metrics[-1]["skipped"] >= 2
+    assert metrics[-1]["skipped"] >= len(bad)
 
 
-def test_too_many_broken_videos_stop_the_run(stages, run_stage, small_annotations, tmp_path):
+def test_too_many_broken_videos_stop_the_run(stages, run_stage, broken_data, tmp_path):
     def strict(config):
         config.data.max_skip_share = 0.0
 
-    root, _, video = small_annotations
-    with pytest.raises(UserError, match=re.escape(video)):
+    root, records, bad = broken_data
+    with pytest.raises(UserError, match=re.escape(records[bad[0]]["video"])):
         run_stage(tmp_path, INSTRUCT, strict, root=root).run(stages["align"][1])
 
 
