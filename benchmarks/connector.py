@@ -337,8 +337,8 @@ def main() -> None:
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     notes = (
         f"Seconds, medians of {options.runs} interleaved runs, {options.dtype}. MiB: peak while the "
-        "connector runs, weights and inputs included. Error: largest difference of tokens from `published`, over their "
-        f"largest magnitude. {about['device']}; {versions}; {about['date']}."
+        "connector runs, weights and inputs included. Error: largest difference of tokens from `published`, "
+        f"over their largest magnitude. {about['device']}; {versions}; {about['date']}."
     )
     text = f"{table(results)}\n\n{notes}\n"
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -292,7 +292,16 @@ def _validate_model(model: ConfigDict) -> None:
         f"{where}.language",
         *("vocab_size", "width", "depth", "heads", "kv_heads", "head_dim", "mlp_dim"),
     )
-    _positive(text, f"{where}.text_encoder", "vocab_size", "max_text", "num_queries", "width", "depth")
+    _positive(
+        text,
+        f"{where}.text_encoder",
+        *("vocab_size", "max_text", "num_queries", "width", "depth", "heads", "mlp_dim", "cross_every"),
+    )
+    for key in ("mean", "std"):
+        _require(
+            len(vision[key]) == 3 and all(isinstance(value, int | float) for value in vision[key]),
+            f"{where}.vision.{key} is {tuple(vision[key])}, expected three numbers: red, green, blue.",
+        )
     for name in ("vision", "text_encoder"):
         section = model[name]
         _require(
@@ -344,8 +353,8 @@ def _validate_model(model: ConfigDict) -> None:
     finer = grid * grid
     for index, level in enumerate(cce.levels):
         _require(
-            len(level) == 2 and 1 <= level[0] <= finer and level[1] >= 1,
-            f"{where}.cce.levels[{index}] is {tuple(level)}, expected (M, k) with 1 <= M <= {finer} "
+            isinstance(level, tuple | list) and len(level) == 2 and 1 <= level[0] <= finer and level[1] >= 1,
+            f"{where}.cce.levels[{index}] is {level}, expected (M, k) with 1 <= M <= {finer} "
             "(the tokens of the level before) and k >= 1.",
         )
         finer = level[0]
@@ -377,6 +386,14 @@ def _validate_stage(stage_config: ConfigDict, where: str, devices: int) -> None:
     _positive(stage_config, where, "steps", "batch_size", "num_frames", "max_text", "learning_rate", "clip")
     _one_of(f"{where}.connector", stage_config.connector, KINDS)
     _one_of(f"{where}.schedule", stage_config.schedule, ("cosine", "linear_tail"))
+    if stage_config.max_turns is not None:
+        _positive(stage_config, where, "max_turns")
+    for key in ("random_steps", "weight_decay"):
+        _require(stage_config[key] >= 0, f"{where}.{key} is {stage_config[key]}, expected at least 0.")
+    _require(
+        all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in stage_config.lr_scale),
+        f"{where}.lr_scale is {stage_config.lr_scale}, expected pairs: ((regular expression, factor), ...).",
+    )
     _require(
         0 <= stage_config.warmup < 1, f"{where}.warmup is {stage_config.warmup}, expected a share in [0, 1)."
     )
@@ -403,6 +420,8 @@ def validate(config: ConfigDict, devices: int = 1) -> None:
     Raises:
       UserError: one sentence that names the field, its value and the remedy.
     """
+    from dynfocus_jax.data.conversation import TEMPLATES
+
     _check_fields(config, default_config(), "config")
     _require(len(config.stages) > 0, "config.stages is empty, expected at least one stage(...).")
     for index, stage_config in enumerate(config.stages):
@@ -419,6 +438,9 @@ def validate(config: ConfigDict, devices: int = 1) -> None:
     _require(len(set(names)) == len(names), f"config.stages has two stages of one name: {', '.join(names)}.")
     _require(config.data.root is not None, "config.data.root is not set; name the folder of the data.")
     _one_of("config.data.generate", config.data.generate, (None, "needles"))
+    _one_of("config.data.template", config.data.template, TEMPLATES)
+    share = config.data.max_skip_share
+    _require(0 <= share < 1, f"config.data.max_skip_share is {share}, expected at least 0 and below 1.")
     _positive(config.data, "config.data", "max_query", "threads", "workers")
     _require(
         config.data.max_query <= config.model.text_encoder.max_text,

@@ -145,6 +145,7 @@ def test_values_of_the_model(section, field, value, parts):
         ({"name": "instruct"}, ("two stages of one name",)),
         ({"max_turns": 0}, ("max_turns is 0",)),
         ({"random_steps": -1}, ("random_steps is -1",)),
+        ({"weight_decay": -0.1}, ("weight_decay is -0.1",)),
         ({"lr_scale": ("language/.*", 2.0)}, ("lr_scale",)),
     ],
     ids=str,
@@ -177,6 +178,10 @@ def test_other_values():
     config = toy("variant=released")
     config.model.cce.levels = ((4, 5),)
     refuse(config, "1 levels", "released")
+    for changes in ({"cones": "single_grained"}, {"rods": ("coarse", "context")}):
+        config = toy("variant=released")
+        config.model.cce.update(changes)
+        refuse(config, "'released' merges the levels")
     config = toy()
     config.data.max_skip_share = 1.5
     refuse(config, "max_skip_share")

@@ -58,6 +58,10 @@ class WordTokenizer:
         return self._ids.get(word, self.unk_id)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """The words of `ids` joined by spaces; special tokens are left out unless asked for."""
+        """The words of `ids` joined by spaces; special tokens are left out unless asked for.
+
+        A model may have more ids than there are words: those read <unk>.
+        """
         first = len(SPECIALS) if skip_special else 0
-        return " ".join(self._words[i] for i in map(int, ids) if i >= first)
+        words = self._words
+        return " ".join(words[i if i < len(words) else self.unk_id] for i in map(int, ids) if i >= first)

@@ -1,7 +1,6 @@
 """One face for the clusterings that the paper compares (Table 11): DPC-KNN, k-means and weighted k-means."""
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -96,13 +95,21 @@ def map_frames(function: Callable, frames: jax.Array):
     once.
 
     Args:
-      function: of [N, D] and, frame by frame, of [F, N, D].
+      function: of any number of frames [F, N, D], which it must treat one by one.
     """
     piece = max(1, CPU_PIECE // frames[0].size)
     if piece >= len(frames):
         return function(frames)
-    pieces = partial(jax.lax.map, function, batch_size=piece)
-    return jax.lax.platform_dependent(frames, cpu=pieces, default=function)
+
+    def in_pieces(frames):
+        whole = len(frames) // piece * piece
+        found = jax.lax.map(function, frames[:whole].reshape(-1, piece, *frames.shape[1:]))
+        found = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), found)
+        if whole == len(frames):
+            return found
+        return jax.tree.map(lambda *x: jnp.concatenate(x), found, function(frames[whole:]))
+
+    return jax.lax.platform_dependent(frames, cpu=in_pieces, default=function)
 
 
 def _relative(log_importance: jax.Array) -> jax.Array:

@@ -143,10 +143,10 @@ class StageRun:
             except NotFinite:
                 self.checkpoints.wait()
                 good, where = self.checkpoints.latest_step(), self.checkpoints.directory
-                saved = "no checkpoint yet" if good is None else f"a last good checkpoint, step {good} in {where}"
+                saved = "no checkpoint" if good is None else f"a last good checkpoint, step {good} in {where}"
                 raise RunError(
-                    f"stage {stage.name!r}: the loss or gradient is not finite at step {step}; there is {saved}. "
-                    "Lower the learning rate, or look at the data of these steps."
+                    f"stage {stage.name!r}: the loss or gradient is not finite at step {step}; "
+                    f"there is {saved}. Lower the learning rate, or look at the data of these steps."
                 ) from None
             seconds = before + time.perf_counter() - started
             self.checkpoints.save(step, state, batches, seconds, last=step == end)

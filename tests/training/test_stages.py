@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_before_the_first_checkpoint(stages, run_stage
         explode(config, 1)
         config.checkpoint.every = 100
 
-    with pytest.raises(RunError, match=r"not finite at step 2; there is no checkpoint yet"):
+    with pytest.raises(RunError, match=r"not finite at step 2; there is no checkpoint"):
         run_stage(tmp_path, INSTRUCT, change).run(stages["align"][1])
 
 
