@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynfocus_jax import trees
-from dynfocus_jax.data.batch import Batch, padding_sample
+from dynfocus_jax.batch import Batch, padding_sample
 from dynfocus_jax.training.loop import build_model
 from dynfocus_jax.training.losses import answer_loss
 

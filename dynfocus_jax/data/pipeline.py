@@ -9,8 +9,8 @@ import cachetools
 import grain
 import numpy as np
 
+from dynfocus_jax.batch import Batch, padding_sample
 from dynfocus_jax.config import UserError
-from dynfocus_jax.data.batch import Batch, padding_sample
 from dynfocus_jax.data.conversation import (
     Conversation,
     SampleError,

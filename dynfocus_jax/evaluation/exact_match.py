@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from dynfocus_jax.data.batch import Batch
+from dynfocus_jax.batch import Batch
 from dynfocus_jax.data.sources import Record
 from dynfocus_jax.models.connectors import VisualTokens
 from dynfocus_jax.serving.generate import Answers

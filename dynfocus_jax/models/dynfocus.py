@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dynfocus_jax.data.batch import Batch
+from dynfocus_jax.batch import Batch
 from dynfocus_jax.models.connectors import VisualTokens, build_connector
 from dynfocus_jax.models.llama import Cache, Llama
 from dynfocus_jax.models.qformer import QFormer

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dynfocus_jax.data.batch import Batch
+from dynfocus_jax.batch import Batch
 from dynfocus_jax.models.connectors import VisualTokens
 from dynfocus_jax.models.dynfocus import DynFocus
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dynfocus_jax.data.batch import Batch
+from dynfocus_jax.batch import Batch
 
 
 def answer_loss(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -9,7 +9,7 @@ import optax
 from ml_collections import ConfigDict
 
 from dynfocus_jax import trees
-from dynfocus_jax.data.batch import Batch
+from dynfocus_jax.batch import Batch
 from dynfocus_jax.models.dynfocus import DynFocus
 from dynfocus_jax.parallel import mesh as mesh_lib
 from dynfocus_jax.training.losses import answer_loss

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynfocus_jax import trees
+from dynfocus_jax.batch import padding_sample
 from dynfocus_jax.config import default_config
-from dynfocus_jax.data.batch import padding_sample
 from dynfocus_jax.models.vit import VisionTransformer
 from dynfocus_jax.training.loop import build_model
 from tests.tiny import change, forward, make_sample, model_of, pad, random_params, shaken, stack, tiny_config

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dynfocus_jax.batch import padding_sample
 from dynfocus_jax.config import UserError, stage
-from dynfocus_jax.data.batch import padding_sample
 from dynfocus_jax.training.losses import answer_loss
 from dynfocus_jax.training.optimizer import make_optimizer, schedule
 
