@@ -42,14 +42,12 @@ def main() -> None:
     stop_at = _parse_stop(_STOP_AT.value, [stage.name for stage in config.stages])
     mesh = make_mesh(data_axis)
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
 
     # --- Data -----------------------------------------------------------------------------------------
     started = time.perf_counter()
     data_root = prepare(config.data)
     tokenizer = make_tokenizer(config, data_root / config.data.vocabulary)
-    shutil.copyfile(data_root / config.data.vocabulary, workdir / "vocabulary.json")
     held_out = config.evaluation.annotations
     if held_out is not None and not (data_root / held_out).is_file():
         raise UserError(f"config.evaluation.annotations is {held_out!r}, which is not a file in {data_root}.")
@@ -65,6 +63,9 @@ def main() -> None:
         StageRun(config, index, workdir=workdir, data_root=data_root, tokenizer=tokenizer, mesh=mesh)
         for index in range(len(config.stages))
     ]
+    # Only now that the stages accept what the workdir holds: a refused run leaves it as it was.
+    (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(data_root / config.data.vocabulary, workdir / "vocabulary.json")
     done = max((index for index, stage in enumerate(stages) if stage.finished), default=-1)
     params = initial
     for index, stage in enumerate(stages):

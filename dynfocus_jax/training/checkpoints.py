@@ -26,6 +26,8 @@ class StageCheckpoints:
         self._manager = ocp.CheckpointManager(
             self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
         )
+        if self.latest_step() is not None:
+            self._check_settings()
 
     def latest_step(self) -> int | None:
         """The step of the newest complete checkpoint."""
@@ -51,10 +53,8 @@ class StageCheckpoints:
 
     def restore(self, abstract: TrainState, data: grain.DatasetIterator) -> tuple[TrainState, float]:
         """The newest checkpoint's state (laid out as `abstract`) and training seconds; moves `data` there."""
-        step = self.latest_step()
-        self._check_settings(step)
         restored = self._manager.restore(
-            step,
+            self.latest_step(),
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(abstract._asdict()),
                 data=grain.checkpoint.CheckpointRestore(data),
@@ -65,20 +65,18 @@ class StageCheckpoints:
 
     def restore_params(self) -> dict:
         """The newest checkpoint's parameters as host arrays."""
-        step = self.latest_step()
-        self._check_settings(step)
-        return restore_params(self.directory, step)
+        return restore_params(self.directory, self.latest_step())
 
     def seconds(self) -> float:
         """Training seconds up to the newest checkpoint."""
-        return self._meta(self.latest_step())["seconds"]
+        return self._meta()["seconds"]
 
-    def _meta(self, step: int) -> dict:
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    def _meta(self) -> dict:
+        meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return self._manager.restore(self.latest_step(), args=meta)["meta"]
 
-    def _check_settings(self, step: int) -> None:
-        meta = self._meta(step)
-        changed = sorted(_differences(meta["settings"], self._settings))
+    def _check_settings(self) -> None:
+        changed = sorted(_differences(self._meta()["settings"], self._settings))
         if changed:
             raise UserError(
                 f"{self.directory} was made with other settings ({'; '.join(changed[:5])}); "
