@@ -27,7 +27,7 @@ def our_params(published: dict[str, np.ndarray]) -> dict:
     for name, value in published.items():
         module, _, kind = name.rpartition(".")
         if kind == "weight":
-            kind, value = "scale" if value.ndim == 1 else "kernel", value.T
+            kind, value = "scale" if value.ndim == 1 else "kernel", np.ascontiguousarray(value.T)
         flat[f"{MODULES[module]}/{kind}"] = value
     return trees.unflatten(flat)
 

@@ -11,7 +11,7 @@ from dynfocus_jax.ops.dpc_knn import clean, first_twin
 # Distances through inner products are off by up to 6e-7 of the points' greatest squared distance from the
 # first one (measured at D = 22,528). Where that hides which centroid is nearest, differences decide.
 ROUNDING = 1e-6
-CANDIDATES = 4
+CANDIDATES = 16  # how many of the nearest are measured so
 
 
 class KMeans(NamedTuple):
