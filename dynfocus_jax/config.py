@@ -490,6 +490,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
         if len(rest) > 1:
             raise UserError(f"argument {rest[1]!r} is not understood; arguments have the form --name=value.")
         return rest
+    except SystemExit:  # absl prints --help and exits with 1
+        sys.exit(0)
     except UserError as error:
         sentence = str(error)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:

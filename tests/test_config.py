@@ -276,6 +276,13 @@ def train(*arguments, config=TOY):
     return done.returncode, done.stdout, done.stderr
 
 
+def test_help():
+    code, stdout, stderr = train("--help")
+    assert (code, stderr) == (0, "")
+    assert "--config configs/toy.py --workdir" in stdout
+    assert "--stop_at" in stdout
+
+
 MISTAKES = {
     "value": (["--config.model.dpe.num_selected=9"], "error: config.model.dpe.num_selected (J) is 9"),
     "type": (["--config.model.dpe.num_prototypes=many"], "error: "),
