@@ -117,7 +117,7 @@ class DynFocusConnector(nn.Module):
         tokens, mask, count = pack_frames(
             rods, cones, selection.frames, rod_mask, cone_mask, self.length(features.shape[1])
         )
-        return VisualTokens(tokens, mask, count, selection)
+        return VisualTokens(tokens, mask, count, None if self.cce.cones == "none" else selection)
 
 
 class PooledConnector(nn.Module):
