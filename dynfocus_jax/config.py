@@ -29,7 +29,9 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # initial parameters, data order, selection noise
 
-    config.initial = placeholder(str)  # checkpoint folder (WORKDIR/checkpoints/STAGE/STEP) to start from
+    config.initial = placeholder(
+        str
+    )  # WORKDIR/checkpoints/STAGE/STEP or a converted checkpoint to start from
 
     config.model = model = ConfigDict()
     model.mode = "paper"  # "paper": the method as published; "released": what the authors' code computes
@@ -46,8 +48,11 @@ def default_config() -> ConfigDict:
             "mean": (0.48145466, 0.4578275, 0.40821073),
             "std": (0.26862954, 0.26130258, 0.27577711),
             "cls_token": True,
+            "patch_bias": True,
+            "pre_norm": False,  # LayerNorm between embeddings and blocks (CLIP)
+            "select_layer": -1,  # the output of the last block; -2 of the last but one, ...
             "final_norm": False,
-            "activation": "gelu",
+            "activation": "gelu",  # | "gelu_tanh" | "quick_gelu" | "silu"
             "eps": 1e-6,
             "remat": "none",
             "attention": placeholder(str),  # "cudnn" for the fused kernel; None is XLA
@@ -64,6 +69,7 @@ def default_config() -> ConfigDict:
             "mlp_dim": 3072,
             "cross_every": 2,
             "eps": 1e-12,
+            "vision_eps": 1e-5,  # of the LayerNorm on the frame's features
             "attention": placeholder(str),
         }
     )
@@ -106,7 +112,14 @@ def default_config() -> ConfigDict:
             "kv_heads": 32,
             "head_dim": 128,
             "mlp_dim": 11008,
+            "qkv_bias": False,  # Qwen2
+            "qk_norm": False,  # RMSNorm of every head's query and key (Qwen3)
             "rope_theta": 1e4,
+            "rope_scaling": "none",  # | "linear" | "llama3": how longer contexts turn more slowly ...
+            "rope_factor": 1.0,  # ... by how much; the rest is of "llama3":
+            "rope_low_freq": 1.0,  # fewer turns than this in the original length: slowed by the factor
+            "rope_high_freq": 4.0,  # more turns than this: kept
+            "rope_original_length": 8192,  # positions
             "eps": 1e-5,
             "tied_embeddings": False,
             "remat": "none",
@@ -119,6 +132,8 @@ def default_config() -> ConfigDict:
             "root": placeholder(str),  # folder of annotations and media
             "generate": placeholder(str),  # "needles": make the toy benchmark below `root` first
             "vocabulary": "vocabulary.json",  # words of the tokenizer, relative to the root
+            "tokenizer": placeholder(str),  # folder of a Hugging Face tokenizer instead of those words
+            "query_tokenizer": placeholder(str),  # folder or vocab.txt of the text encoder's; None: the same
             "template": "plain",  # conversation form, see data/conversation.py
             "max_query": 32,  # text tokens for the text encoder
             "cache_gib": 0.5,  # decoded media kept in memory
@@ -133,6 +148,17 @@ def default_config() -> ConfigDict:
                 "num_images": 8000,
                 "num_sequences": 4000,
             },
+        }
+    )
+
+    config.weights = ConfigDict(
+        {
+            # Published file or folder of each part, read by `python -m dynfocus_jax.convert`
+            "vision": placeholder(str),
+            "text_encoder": placeholder(str),
+            "language": placeholder(str),
+            "connector": placeholder(str),
+            "skip": (),  # regular expressions of published names that are left out on purpose
         }
     )
 
@@ -314,6 +340,24 @@ def _validate_model(model: ConfigDict) -> None:
         f"{where}.language.heads is {language.heads}, not a multiple of kv_heads = {language.kv_heads}.",
     )
     _require(language.head_dim % 2 == 0, f"{where}.language.head_dim is {language.head_dim}, expected even.")
+    _validate_rope(language, f"{where}.language")
+    _require(
+        -vision.depth <= vision.select_layer <= -1,
+        f"{where}.vision.select_layer is {vision.select_layer}, expected -1 (the last of the {vision.depth} "
+        f"blocks) to -{vision.depth} (the first).",
+    )
+    _require(
+        vision.select_layer == -1 or not vision.final_norm,
+        f"{where}.vision.final_norm follows the last block, but select_layer is {vision.select_layer}; "
+        "set final_norm to False, or select_layer to -1.",
+    )
+    for name, key in (
+        ("vision", "eps"),
+        ("language", "eps"),
+        ("text_encoder", "eps"),
+        ("text_encoder", "vision_eps"),
+    ):
+        _positive(model[name], f"{where}.{name}", key)
     _require(
         vision.image_size % vision.patch_size == 0,
         f"{where}.vision.image_size is {vision.image_size}, not a multiple of patch_size = "
@@ -374,6 +418,31 @@ def _validate_model(model: ConfigDict) -> None:
     )
 
 
+def _validate_rope(language: ConfigDict, where: str) -> None:
+    from dynfocus_jax.models.llama import ROPE_SCALINGS
+
+    _one_of(f"{where}.rope_scaling", language.rope_scaling, ROPE_SCALINGS)
+    _positive(language, where, "rope_theta", "rope_factor", "rope_low_freq", "rope_original_length")
+    _require(
+        language.rope_scaling != "none" or language.rope_factor == 1,
+        f"{where}.rope_factor is {language.rope_factor}, but rope_scaling is 'none'; choose 'linear' or "
+        "'llama3', or leave the factor 1.",
+    )
+    _require(
+        language.rope_low_freq < language.rope_high_freq,
+        f"{where}.rope_low_freq is {language.rope_low_freq}, expected less than rope_high_freq = "
+        f"{language.rope_high_freq}.",
+    )
+
+
+def _regular_expressions(where: str, patterns) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise UserError(f"{where}: {pattern!r} is not a regular expression: {error}.") from None
+
+
 def _validate_stage(stage_config: ConfigDict, where: str, devices: int) -> None:
     from dynfocus_jax.models.connectors import KINDS
 
@@ -403,11 +472,20 @@ def _validate_stage(stage_config: ConfigDict, where: str, devices: int) -> None:
         f"{where}.batch_size is {stage_config.batch_size}, which the {devices} devices of the data axis do "
         f"not divide; choose a multiple of {devices}.",
     )
-    for pattern in (*stage_config.trainable, *(pair[0] for pair in stage_config.lr_scale)):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"{where}: {pattern!r} is not a regular expression: {error}.") from None
+    _regular_expressions(where, (*stage_config.trainable, *(pair[0] for pair in stage_config.lr_scale)))
+
+
+def validate_model(config: ConfigDict) -> None:
+    """Check that all fields exist, and those that the model and its published weights are described by.
+
+    Raises:
+      UserError: one sentence that names the field, its value and the remedy.
+    """
+    _check_fields(config, default_config(), "config")
+    for index, stage_config in enumerate(config.stages):
+        _check_fields(stage_config, stage(), f"config.stages[{index}]")
+    _validate_model(config.model)
+    _regular_expressions("config.weights.skip", config.weights.skip)
 
 
 def validate(config: ConfigDict, devices: int = 1) -> None:
@@ -422,17 +500,16 @@ def validate(config: ConfigDict, devices: int = 1) -> None:
     """
     from dynfocus_jax.data.conversation import TEMPLATES
 
-    _check_fields(config, default_config(), "config")
+    validate_model(config)
     _require(len(config.stages) > 0, "config.stages is empty, expected at least one stage(...).")
-    for index, stage_config in enumerate(config.stages):
-        _check_fields(stage_config, stage(), f"config.stages[{index}]")
-    _validate_model(config.model)
     for index, stage_config in enumerate(config.stages):
         _validate_stage(stage_config, f"config.stages[{index}]", devices)
     if config.initial is not None:
+        folder = Path(config.initial).expanduser()
         _require(
-            Path(config.initial).name.isdigit() and Path(config.initial).expanduser().is_dir(),
-            f"config.initial is {config.initial!r}, expected a folder WORKDIR/checkpoints/STAGE/STEP.",
+            (folder / "params").is_dir() or (folder.name.isdigit() and folder.is_dir()),
+            f"config.initial is {config.initial!r}, expected WORKDIR/checkpoints/STAGE/STEP of a training "
+            "run, or the --output of python -m dynfocus_jax.convert.",
         )
     names = [stage_config.name for stage_config in config.stages]
     _require(len(set(names)) == len(names), f"config.stages has two stages of one name: {', '.join(names)}.")

@@ -114,10 +114,22 @@ def test_from_dict_refuses_unknown_fields():
         ("vision", "image_size", 50, ("image_size is 50", "patch_size = 8")),
         ("vision", "heads", 5, ("vision.width is 64", "5 heads")),
         ("vision", "mean", (0.5, 0.5), ("vision.mean",)),
+        ("vision", "activation", "relu", ("vision.activation", "gelu_tanh", "quick_gelu")),
+        ("vision", "select_layer", 0, ("select_layer is 0", "-1 (the last of the 3 blocks)", "-3")),
+        ("vision", "select_layer", -4, ("select_layer is -4", "-3 (the first)")),
+        ("vision", "select_layer", -2, ("final_norm", "select_layer is -2")),
+        ("vision", "eps", 0.0, ("vision.eps is 0.0",)),
         ("language", "kv_heads", 3, ("kv_heads = 3",)),
         ("language", "head_dim", 25, ("head_dim is 25", "even")),
         ("language", "attention", "flash", ("language.attention",)),
         ("language", "remat", "some", ("language.remat",)),
+        ("language", "rope_scaling", "yarn", ("rope_scaling is 'yarn'", "'linear'", "'llama3'")),
+        ("language", "rope_factor", 2.0, ("rope_factor is 2.0", "rope_scaling is 'none'")),
+        ("language", "rope_factor", 0.0, ("rope_factor is 0.0",)),
+        ("language", "rope_low_freq", 4.0, ("rope_low_freq is 4.0", "rope_high_freq = 4.0")),
+        ("language", "rope_original_length", 0, ("rope_original_length is 0",)),
+        ("language", "eps", -1e-5, ("language.eps",)),
+        ("text_encoder", "vision_eps", 0.0, ("text_encoder.vision_eps",)),
         ("text_encoder", "heads", 0, ("text_encoder.heads",)),
     ],
 )
@@ -182,6 +194,9 @@ def test_other_values():
         config = toy("variant=released")
         config.model.cce.update(changes)
         refuse(config, "'released' merges the levels")
+    config = toy()
+    config.weights.skip = ("lm_head(",)
+    refuse(config, "config.weights.skip", "'lm_head('", "regular expression")
     config = toy()
     config.data.max_skip_share = 1.5
     refuse(config, "max_skip_share")

@@ -1,12 +1,18 @@
-"""Llama-family language model (Vicuna by config): embeddings in, hidden states and logits out."""
+"""Llama-family language model: embeddings in, hidden states and logits out.
+
+By config Llama 1 to 3 and Vicuna, SmolLM2 (tied embeddings), Qwen2 (`qkv_bias`) and Qwen3 (`qk_norm`).
+"""
 
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dynfocus_jax.models.layers import RMSNorm, attention, scan_layers
+
+ROPE_SCALINGS = ("none", "linear", "llama3")
 
 
 class Cache(NamedTuple):
@@ -17,10 +23,36 @@ class Cache(NamedTuple):
     lengths: jax.Array
 
 
-def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary embedding of `x [B, L, H, h]` at `positions [B, L]`; halves rotated as in Hugging Face Llama."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+def rope_frequencies(
+    head_dim: int,
+    theta: float,
+    scaling: str = "none",
+    factor: float = 1.0,
+    low_freq: float = 1.0,
+    high_freq: float = 4.0,
+    original_length: int = 8192,
+) -> np.ndarray:
+    """Radians a position by which each pair of a head's channels turns, float32 `[head_dim / 2]`.
+
+    "linear" divides all by the factor. "llama3" divides those that turn fewer than `low_freq` times within
+    `original_length`, keeps those that turn more than `high_freq` times and blends between them linearly in
+    the number of turns (Hugging Face `modeling_rope_utils`, whose float32 arithmetic this follows).
+    """
+    frequency = 1 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    if scaling == "linear":
+        frequency = frequency / factor
+    elif scaling == "llama3":
+        turns = original_length * frequency / (2 * np.pi)
+        kept = np.clip((turns - low_freq) / (high_freq - low_freq), 0, 1)
+        frequency = frequency * kept + frequency / factor * (1 - kept)
+    return frequency
+
+
+def rope(x: jax.Array, positions: jax.Array, frequency: np.ndarray) -> jax.Array:
+    """Rotary embedding of `x [B, L, H, h]` at `positions [B, L]` by `frequency [h/2]` radians a position.
+
+    Halves are rotated as in Hugging Face Llama: channel i with channel i + h/2.
+    """
     angle = positions.astype(jnp.float32)[..., None, None] * frequency  # [B, L, 1, h/2]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -28,11 +60,10 @@ def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
-def _append(buffer: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Write `new [B, L, G, h]` into `buffer [B, S, G, h]` from each row's `start [B]` on."""
-    return jax.vmap(lambda b, n, s: jax.lax.dynamic_update_slice_in_dim(b, n.astype(b.dtype), s, 0))(
-        buffer, new, start
-    )
+def _write(buffer: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
+    """Put `new [B, L, G, h]` at `positions [B, L]` of `buffer [B, S, G, h]`; what lies past S is left out."""
+    rows = jnp.arange(buffer.shape[0])[:, None]
+    return buffer.at[rows, positions].set(new.astype(buffer.dtype), mode="drop", unique_indices=True)
 
 
 class DecoderBlock(nn.Module):
@@ -43,7 +74,8 @@ class DecoderBlock(nn.Module):
     kv_heads: int
     head_dim: int
     mlp_dim: int
-    rope_theta: float
+    qkv_bias: bool
+    qk_norm: bool
     eps: float
     attention: str | None
     dtype: str
@@ -51,24 +83,31 @@ class DecoderBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, cache, context):
-        """`x [B, L, width]`; cache: its (keys, values) or None; context: (positions, lengths, start)."""
-        positions, lengths, start = context
+        """`x [B, L, width]`; cache: its (keys, values) or None.
+
+        context: (positions `[B, L]`, lengths `[B]`, RoPE's frequencies `[h/2]`).
+        """
+        positions, lengths, frequency = context
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
         def heads(y, count, name):
-            return nn.DenseGeneral((count, self.head_dim), use_bias=False, name=name, **types)(y)
+            return nn.DenseGeneral((count, self.head_dim), use_bias=self.qkv_bias, name=name, **types)(y)
+
+        def turned(y, name):
+            if self.qk_norm:
+                y = RMSNorm(self.eps, name=f"{name}_norm", **types)(y)
+            return rope(y, positions, frequency)
 
         y = RMSNorm(self.eps, name="attention_norm", **types)(x)
-        query = rope(heads(y, self.heads, "query"), positions, self.rope_theta)
-        key = rope(heads(y, self.kv_heads, "key"), positions, self.rope_theta)
+        query = turned(heads(y, self.heads, "query"), "query")
+        key = turned(heads(y, self.kv_heads, "key"), "key")
         value = heads(y, self.kv_heads, "value")
         if cache is None:
             out = attention(
                 query, key, value, causal=True, key_lengths=lengths, implementation=self.attention
             )
         else:
-            key, value = _append(cache[0], key, start), _append(cache[1], value, start)
-            cache = (key, value)
+            cache = key, value = _write(cache[0], key, positions), _write(cache[1], value, positions)
             visible = jnp.arange(key.shape[1]) <= positions[:, None, :, None]  # [B, 1, L, S]
             out = attention(query, key, value, mask=visible, implementation=self.attention)
         x = x + nn.DenseGeneral(self.width, axis=(-2, -1), use_bias=False, name="out", **types)(out)
@@ -93,7 +132,14 @@ class Llama(nn.Module):
     kv_heads: int
     mlp_dim: int
     head_dim: int
+    qkv_bias: bool = False
+    qk_norm: bool = False
     rope_theta: float = 1e4
+    rope_scaling: str = "none"
+    rope_factor: float = 1.0
+    rope_low_freq: float = 1.0
+    rope_high_freq: float = 4.0
+    rope_original_length: int = 8192
     eps: float = 1e-5
     tied_embeddings: bool = False
     remat: str = "none"
@@ -112,7 +158,8 @@ class Llama(nn.Module):
             self.kv_heads,
             self.head_dim,
             self.mlp_dim,
-            self.rope_theta,
+            self.qkv_bias,
+            self.qk_norm,
             self.eps,
             self.attention,
             self.dtype,
@@ -136,7 +183,8 @@ class Llama(nn.Module):
           embeddings: `[B, L, width]`, right-padded.
           lengths: int32 `[B]`, valid positions in `embeddings`.
           cache: None for a plain causal pass, or a `Cache` that is extended by these positions: row b's
-            tokens take positions `cache.lengths[b]...`. The caller sees to it that they fit.
+            tokens take positions `cache.lengths[b]...`. The caller sees to it that the valid ones fit (the
+            padding need not). Chunks may differ in size from call to call.
 
         Returns:
           `[B, L, width]` (padding positions hold unspecified values) and the extended cache.
@@ -144,7 +192,16 @@ class Llama(nn.Module):
         start = jnp.zeros_like(lengths) if cache is None else cache.lengths
         positions = start[:, None] + jnp.arange(embeddings.shape[1])
         layers = None if cache is None else (cache.keys, cache.values)
-        x, layers = self.blocks(embeddings, layers, (positions, lengths, start))
+        frequency = rope_frequencies(
+            self.head_dim,
+            self.rope_theta,
+            self.rope_scaling,
+            self.rope_factor,
+            self.rope_low_freq,
+            self.rope_high_freq,
+            self.rope_original_length,
+        )
+        x, layers = self.blocks(embeddings, layers, (positions, lengths, frequency))
         if cache is not None:
             cache = Cache(*layers, start + lengths)
         return self.final_norm(x), cache

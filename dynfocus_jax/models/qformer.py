@@ -57,6 +57,7 @@ class QFormer(nn.Module):
     cross_every: int
     output_width: int
     eps: float = 1e-12
+    vision_eps: float = 1e-5
     attention: str | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -68,7 +69,7 @@ class QFormer(nn.Module):
         self.word_embedding = nn.Embed(self.vocab_size, self.width, embedding_init=normal, **types)
         self.position_embedding = nn.Embed(self.max_text, self.width, embedding_init=normal, **types)
         self.embedding_norm = layer_norm(None, self.eps, **types)
-        self.vision_norm = layer_norm(None, 1e-5, **types)
+        self.vision_norm = layer_norm(None, self.vision_eps, **types)
         self.blocks = [
             QFormerBlock(
                 self.width,

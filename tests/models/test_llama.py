@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynfocus_jax.models.llama import Llama
+from dynfocus_jax.models.llama import Llama, rope_frequencies
 from dynfocus_jax.serving.generate import make_greedy
 from tests.tiny import forward, make_sample, model_of, pad, random_params, shaken, stack, tiny_config
 
@@ -25,17 +25,41 @@ def make_llama(**changes):
     return model, variables, jax.jit(lambda v, t, n: model.apply(v, t, n, method=everything))
 
 
-def numpy_llama(params, tokens, heads, kv_heads, eps=1e-5, theta=1e4):
-    """Logits of one unpadded sequence in float64, one head at a time, from the definition."""
+def wavelength_rule(theta, size, scaling="none", factor=1.0, low=1.0, high=4.0, original=8192):
+    """RoPE's radians a position, pair by pair, told by wavelengths (Llama 3.1's own program)."""
+    frequencies = []
+    for pair in range(size // 2):
+        frequency = theta ** (-2 * pair / size)
+        wavelength = 2 * np.pi / frequency
+        if scaling == "linear" or (scaling == "llama3" and wavelength > original / low):
+            frequency /= factor
+        elif scaling == "llama3" and wavelength > original / high:
+            smooth = (original / wavelength - low) / (high - low)
+            frequency = (1 - smooth) * frequency / factor + smooth * frequency
+        frequencies.append(frequency)
+    return np.array(frequencies)
+
+
+def numpy_llama(params, tokens, heads, kv_heads, eps=1e-5, rope=(1e4,)):
+    """Logits of one unpadded sequence in float64, one head at a time, from the definition.
+
+    rope: theta, and what `wavelength_rule` takes behind `size`.
+    """
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
     def norm(x, name, layer=None):
         scale = params[name]["scale"] if layer is None else params["blocks"][name]["scale"][layer]
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale
 
-    def rotate(x):  # halves, as pairs (i, i + h/2) turned by position * theta ** (-2i/h)
+    def project(x, name, layer, head):
+        out = x @ blocks[name]["kernel"][layer][:, head]
+        if "bias" in blocks[name]:
+            out = out + blocks[name]["bias"][layer][head]
+        return norm(out, f"{name}_norm", layer) if f"{name}_norm" in blocks else out
+
+    def rotate(x):  # halves, as pairs (i, i + h/2)
         half = x.shape[-1] // 2
-        angle = np.arange(len(x))[:, None] * theta ** (-2 * np.arange(half) / x.shape[-1])
+        angle = np.arange(len(x))[:, None] * wavelength_rule(rope[0], x.shape[-1], *rope[1:])
         turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angle)
         return np.concatenate([turned.real, turned.imag], axis=-1)
 
@@ -47,11 +71,12 @@ def numpy_llama(params, tokens, heads, kv_heads, eps=1e-5, theta=1e4):
         y = norm(x, "attention_norm", layer)
         for head in range(heads):
             group = head * kv_heads // heads
-            query, key = rotate(y @ weights["query"][:, head]), rotate(y @ weights["key"][:, group])
+            query = rotate(project(y, "query", layer, head))
+            key, value = rotate(project(y, "key", layer, group)), project(y, "value", layer, group)
             logits = np.where(visible, query @ key.T / np.sqrt(query.shape[-1]), -np.inf)
             share = np.exp(logits - logits.max(-1, keepdims=True))
             share /= share.sum(-1, keepdims=True)
-            x = x + share @ (y @ weights["value"][:, group]) @ weights["out"][head]
+            x = x + share @ value @ weights["out"][head]
         y = norm(x, "mlp_norm", layer)
         gate = y @ weights["gate"]
         x = x + (gate / (1 + np.exp(-gate)) * (y @ weights["up"])) @ weights["down"]
@@ -59,17 +84,49 @@ def numpy_llama(params, tokens, heads, kv_heads, eps=1e-5, theta=1e4):
     return norm(x, "final_norm") @ head
 
 
-@pytest.mark.parametrize("changes", [{}, {"kv_heads": 4}, {"kv_heads": 1, "tied_embeddings": True}], ids=str)
+QWEN2 = {"kv_heads": 4, "qkv_bias": True}
+QWEN3 = {"head_dim": 10, "qk_norm": True, "eps": 1e-6}
+LINEAR = {"rope_scaling": "linear", "rope_factor": 3.0}
+# The three pairs of a head of 6: kept, in between, divided.
+LLAMA3 = {
+    "rope_scaling": "llama3",
+    "rope_factor": 5.0,
+    "rope_low_freq": 0.5,
+    "rope_high_freq": 4.0,
+    "rope_original_length": 100,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"kv_heads": 4}, {"kv_heads": 1, "tied_embeddings": True}, QWEN2, QWEN3, LINEAR, LLAMA3],
+    ids=str,
+)
 def test_against_numpy(changes):
     model, variables, run = make_llama(**changes)
     assert ("head" in variables["params"]) != model.tied_embeddings
+    names = ("rope_scaling", "rope_factor", "rope_low_freq", "rope_high_freq", "rope_original_length")
+    rope = (model.rope_theta, *(getattr(model, name) for name in names))
     tokens = np.random.default_rng(0).integers(0, 11, (3, 9))
     lengths = np.array([9, 4, 1])
     logits = run(variables, tokens, lengths)
     assert logits.dtype == jnp.float32
     for row, length in enumerate(lengths):
-        expected = numpy_llama(variables["params"], tokens[row, :length], model.heads, model.kv_heads)
+        arguments = (variables["params"], tokens[row, :length], model.heads, model.kv_heads)
+        expected = numpy_llama(*arguments, model.eps, rope)
         np.testing.assert_allclose(logits[row, :length], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scaling", ["none", "linear", "llama3"])
+@pytest.mark.parametrize(
+    ("size", "theta", "rest"),
+    [(128, 5e5, (8.0, 1.0, 4.0, 8192)), (64, 5e5, (32.0, 1.0, 4.0, 8192)), (18, 1e4, (7.0, 0.5, 3.0, 60))],
+)
+def test_rope_frequencies(size, theta, rest, scaling):
+    """Of Llama 3.1 and 3.2 among others."""
+    frequencies = rope_frequencies(size, theta, scaling, *rest)
+    assert frequencies.dtype == np.float32
+    np.testing.assert_allclose(frequencies, wavelength_rule(theta, size, scaling, *rest), rtol=2e-6)
 
 
 def test_causality():
@@ -95,12 +152,15 @@ def test_remat_changes_nothing():
     )
 
 
-def test_cache_after_padded_prompts_equals_the_full_forward():
-    """Prompts of 3, 7 and 5 tokens in a bucket of 7, continued token by token to 12."""
-    model, variables, run = make_llama()
-    tokens = np.random.default_rng(3).integers(0, 11, (3, 12))
-    start = np.array([3, 7, 5])
-    full = np.asarray(run(variables, tokens, np.full(3, 12)))
+@pytest.mark.parametrize("changes", [{}, QWEN3 | LLAMA3], ids=["llama", "qwen3"])
+def test_cache_in_padded_chunks_equals_the_full_forward(changes):
+    """Chunks of several sizes, in each of which every row has its own share of valid tokens (or none).
+
+    The cache has room for the 13 valid tokens and no more, so the last chunks' padding hangs over its end.
+    """
+    model, variables, run = make_llama(**changes)
+    tokens = np.random.default_rng(3).integers(0, 11, (3, 13))
+    full = np.asarray(run(variables, tokens, np.full(3, 13)))
 
     @jax.jit
     def step(variables, tokens, lengths, cache):
@@ -110,17 +170,19 @@ def test_cache_after_padded_prompts_equals_the_full_forward():
 
         return model.apply(variables, method=call)
 
-    prompt = np.where(np.arange(7) < start[:, None], tokens[:, :7], 9)  # 9: anything
-    logits, cache = step(variables, prompt, start, model.empty_cache(3, 12))
-    for row in range(3):
-        np.testing.assert_allclose(logits[row, : start[row]], full[row, : start[row]], rtol=1e-5, atol=1e-5)
-    assert cache.lengths.tolist() == start.tolist()
-    for offset in range(5):
-        at = start + offset
-        logits, cache = step(variables, np.take_along_axis(tokens, at[:, None], 1), np.ones(3, int), cache)
-        expected = full[np.arange(3), at]
-        np.testing.assert_allclose(logits[:, 0], expected, rtol=1e-5, atol=1e-5)
-    assert cache.lengths.tolist() == [8, 12, 10]
+    cache, done = model.empty_cache(3, 13), np.zeros(3, int)
+    chunks = [(5, (3, 5, 0)), (1, (1, 1, 1)), (7, (2, 4, 7)), (1, (1, 0, 1)), (5, (5, 3, 4)), (1, (1, 0, 0))]
+    for size, valid in chunks:
+        chunk = np.full((3, size), 9)  # padding: anything
+        for row, count in enumerate(valid):
+            chunk[row, :count] = tokens[row, done[row] : done[row] + count]
+        logits, cache = step(variables, chunk, np.array(valid), cache)
+        for row, count in enumerate(valid):
+            expected = full[row, done[row] : done[row] + count]
+            np.testing.assert_allclose(logits[row, :count], expected, rtol=1e-5, atol=1e-5)
+        done += valid
+        assert cache.lengths.tolist() == done.tolist()
+    assert done.tolist() == [13, 13, 13]
 
 
 def naive_greedy(run, params, samples, new_tokens, text):
