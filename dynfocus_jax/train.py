@@ -17,12 +17,13 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+from dynfocus_jax import trees
 from dynfocus_jax.config import UserError, run_command, to_dict, validate
-from dynfocus_jax.data.prepare import make_tokenizer, prepare
+from dynfocus_jax.data.prepare import check_weights, make_tokenizer, prepare
 from dynfocus_jax.evaluation.run import evaluate_run, format_table
 from dynfocus_jax.parallel.mesh import data_axis_size, make_mesh
-from dynfocus_jax.training.checkpoints import restore_params
-from dynfocus_jax.training.loop import StageRun
+from dynfocus_jax.training.checkpoints import read_params
+from dynfocus_jax.training.loop import StageRun, check_initial
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant=NAME where it has any.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and results.")
@@ -39,6 +40,7 @@ def main() -> None:
     # --- Devices and settings -------------------------------------------------------------------------
     data_axis = data_axis_size(config.mesh.data)
     validate(config, data_axis)
+    check_weights(config)
     stop_at = _parse_stop(_STOP_AT.value, [stage.name for stage in config.stages])
     mesh = make_mesh(data_axis)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -53,21 +55,20 @@ def main() -> None:
         raise UserError(f"config.evaluation.annotations is {held_out!r}, which is not a file in {data_root}.")
     seconds = {"data": time.perf_counter() - started}
 
-    initial = None
-    if config.initial is not None:
-        checkpoint = Path(config.initial).expanduser()
-        initial = restore_params(checkpoint.parent, int(checkpoint.name))
+    initial = {} if config.initial is None else read_params(Path(config.initial).expanduser())
 
     # --- Stages ---------------------------------------------------------------------------------------
     stages = [
         StageRun(config, index, workdir=workdir, data_root=data_root, tokenizer=tokenizer, mesh=mesh)
         for index in range(len(config.stages))
     ]
+    check_initial(config.initial, initial, stages)
     # Only now that the stages accept what the workdir holds: a refused run leaves it as it was.
     (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
-    shutil.copyfile(data_root / config.data.vocabulary, workdir / "vocabulary.json")
+    if config.data.tokenizer is None:
+        shutil.copyfile(data_root / config.data.vocabulary, workdir / "vocabulary.json")
     done = max((index for index, stage in enumerate(stages) if stage.finished), default=-1)
-    params = initial
+    params = {}
     for index, stage in enumerate(stages):
         if index < done:
             seconds[stage.name] = stage.checkpoints.seconds()
@@ -76,7 +77,8 @@ def main() -> None:
             print(f"stage {stage.name}: finished before, its checkpoint is used", flush=True)
         else:
             stop = stop_at[1] if stop_at and stop_at[0] == stage.name else None
-            params, seconds[stage.name] = stage.run(params, stop)
+            # With what `initial` holds for this stage and the one before had no use for.
+            params, seconds[stage.name] = stage.run(trees.merge(initial, params), stop)
             if stop is not None:
                 print(f"stopped at step {stop} of stage {stage.name}; run again to go on", flush=True)
                 return

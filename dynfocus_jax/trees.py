@@ -1,7 +1,7 @@
 """Parameter trees by path: nested dicts whose leaves are named "language/blocks/mlp/up/kernel"."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -33,6 +33,16 @@ def matcher(patterns: Sequence[str], paths: Sequence[str], where: str) -> Callab
                 f"{where}: {pattern.pattern!r} matches no parameter; there are {', '.join(tops)}."
             )
     return lambda path: any(pattern.fullmatch(path) for pattern in compiled)
+
+
+def prefixes(chosen: Collection[str], paths: Collection[str]) -> list[str]:
+    """The shortest prefixes of `paths` that stand for the chosen ones and for no others, sorted."""
+    others = {
+        path.rsplit("/", n)[0] for path in paths if path not in chosen for n in range(path.count("/") + 1)
+    }
+    steps = [path.split("/") for path in chosen]
+    starts = [["/".join(names[:n]) for n in range(1, len(names) + 1)] for names in steps]
+    return sorted({next(start for start in each if start not in others) for each in starts})
 
 
 def split(tree: dict, chosen: Callable[[str], bool]) -> tuple[dict, dict]:

@@ -2,20 +2,26 @@
 # Run a command of the project on this machine, with everything it needs set up first.
 #
 #   bash launch/local.sh python -m dynfocus_jax.train --config configs/toy.py --workdir runs/toy
+#   bash launch/local.sh --convert python -m dynfocus_jax.convert --config configs/align_7b.py --output DIR
 #   bash launch/local.sh --test pytest -n 2
 #
 # Makes a virtual environment (.venv, or $DYNFOCUS_VENV) with Python 3.11 or newer ($PYTHON, default python3)
-# and installs requirements.txt, with --test requirements-test.txt; both only when they have changed.
+# and installs requirements.txt, with --convert also what reads published weights (PyTorch, gguf), with --test
+# also what the tests need; all only when they have changed.
 # JAX on a GPU or TPU: install jax[cuda12], jax[cuda13] or jax[tpu] into that environment afterwards.
 set -euo pipefail
 
-requirements=requirements.txt
-if [[ "${1:-}" == --test ]]; then
-  requirements=requirements-test.txt
-  shift
-fi
+needs=(-r requirements.txt)
+set_up=package
+case "${1:-}" in
+  --convert | --test)
+    set_up=${1#--}
+    needs+=(-r "requirements-$set_up.txt")
+    shift
+    ;;
+esac
 if [[ $# -eq 0 || "$1" == -h || "$1" == --help ]]; then
-  sed -n '2,9s/^# \{0,1\}//p' "$0"
+  sed -n '2,11s/^# \{0,1\}//p' "$0"
   exit 0
 fi
 
@@ -27,11 +33,13 @@ python=${PYTHON:-python3}
   exit 2
 }
 
-stamp="$venv/installed-$requirements-$(cat requirements*.txt | sha256sum | cut -c1-16)"
+stamp="$venv/installed-$set_up-$(cat requirements*.txt | sha256sum | cut -c1-16)"
 if [[ ! -e "$stamp" ]]; then
   [[ -x "$venv/bin/python" ]] || "$python" -m venv "$venv"
-  echo "installing $requirements into $venv" >&2
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
+  echo "installing what the $set_up needs into $venv" >&2
+  install=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+  "${install[@]}" "${needs[@]}"
+  [[ "$set_up" == package ]] || "${install[@]}" --no-deps -r requirements-nodeps.txt
   touch "$stamp"
 fi
 

@@ -1,4 +1,4 @@
-"""The data folder of a configuration, generated when the config says so, and its tokenizer."""
+"""What a configuration takes from disk: its data folder (which may be generated), tokenizers, weights."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from dynfocus_jax.config import UserError
 from dynfocus_jax.data import synthetic
-from dynfocus_jax.data.tokenizer import WordTokenizer
+from dynfocus_jax.data.tokenizer import BertTokenizer, PublishedTokenizer, WithQueries, WordTokenizer
 
 
 def prepare(data: ConfigDict) -> Path:
@@ -25,21 +25,60 @@ def prepare(data: ConfigDict) -> Path:
     return root
 
 
-def make_tokenizer(config: ConfigDict, vocabulary: Path, *, strict: bool = True) -> WordTokenizer:
-    """The tokenizer of a configuration (`strict`: unknown words are errors).
+def check_weights(config: ConfigDict) -> None:
+    """Whether a configuration that builds on published weights (`config.weights`) starts from them.
 
     Raises:
-      UserError: the vocabulary is missing or larger than the model's.
+      UserError: `config.initial` is not set; the sentence says which files are needed, and what to do.
     """
-    tokenizer = WordTokenizer.from_file(vocabulary, strict=strict)
-    for section in ("language", "text_encoder"):
-        size = config.model[section].vocab_size
-        if size < tokenizer.vocab_size:
-            raise UserError(
-                f"config.model.{section}.vocab_size is {size}, but {vocabulary} has "
-                f"{tokenizer.vocab_size} words; raise it."
-            )
-    return tokenizer
+    published = [path for part, path in config.weights.items() if part != "skip" and path]
+    if published and config.initial is None:
+        raise UserError(
+            f"config.initial is not set, but stage {config.stages[0].name!r} starts from published weights: "
+            f"make a checkpoint of {', '.join(published)} (the paths in config.weights) with `python -m "
+            "dynfocus_jax.convert --config=FILE --output=DIR`, FILE being this config, and add "
+            "--config.initial=DIR, or name a checkpoint of a stage that was trained from there."
+        )
+
+
+def make_tokenizer(
+    config: ConfigDict, vocabulary: Path, *, strict: bool = True
+) -> WordTokenizer | PublishedTokenizer | WithQueries:
+    """The tokenizer of a configuration, with the text encoder's own for the questions when it names one.
+
+    vocabulary: word list, read when `config.data.tokenizer` names no published tokenizer.
+    strict: words outside that list are errors.
+
+    Raises:
+      UserError: a file is missing, or there are more ids than the model has embeddings.
+    """
+    data, remedy = config.data, "raise it"
+    if data.tokenizer is None:
+        tokenizer = WordTokenizer.from_file(vocabulary, strict=strict)
+        holds = f"{vocabulary} has {tokenizer.vocab_size} words"
+    else:
+        tokenizer = PublishedTokenizer.from_path(data.tokenizer)
+        holds = f"{data.tokenizer} has {tokenizer.vocab_size} tokens"
+    _check_size(config, "language", tokenizer.vocab_size, f"{holds}; {remedy}")
+    if data.query_tokenizer is None:
+        remedy += ", or name the text encoder's own vocabulary in config.data.query_tokenizer"
+        _check_size(config, "text_encoder", tokenizer.vocab_size, f"{holds}; {remedy}")
+        return tokenizer
+    if data.max_query < 3:
+        raise UserError(
+            f"config.data.max_query is {data.max_query}, expected at least 3: two of the tokens of "
+            "config.data.query_tokenizer are [CLS] and [SEP]."
+        )
+    query = BertTokenizer(data.query_tokenizer)
+    holds = f"{data.query_tokenizer} has {query.vocab_size} tokens"
+    _check_size(config, "text_encoder", query.vocab_size, f"{holds}; {remedy}")
+    return WithQueries(tokenizer, query)
+
+
+def _check_size(config: ConfigDict, section: str, tokens: int, clause: str) -> None:
+    size = config.model[section].vocab_size
+    if size < tokens:
+        raise UserError(f"config.model.{section}.vocab_size is {size}, but {clause}.")
 
 
 def _generate(root: Path, data: ConfigDict) -> Path:

@@ -1,10 +1,11 @@
-"""Checkpoints of a stage: state, data position and the settings that made them."""
+"""Checkpoints: of a stage (state, data position and settings), and of parameters alone."""
 
 import json
 from pathlib import Path
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from dynfocus_jax import trees
@@ -109,6 +110,47 @@ def restore_params(directory: Path, step: int) -> dict:
     )
     state = manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
     return trees.merge(state["trained"], state["frozen"])
+
+
+class _Unchanging(np.ndarray):
+    """An array that is not copied before it is written: nothing changes it meanwhile."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def save_params(folder: Path, params: dict) -> None:
+    """Write parameters (nested numpy arrays) into a folder, as a checkpoint that `read_params` reads.
+
+    Uncompressed: then writing takes no memory beside the parameters.
+    """
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+    with ocp.Checkpointer(handler) as checkpointer:
+        tree = jax.tree.map(lambda leaf: leaf.view(_Unchanging), params)
+        checkpointer.save((folder / "params").absolute(), args=ocp.args.PyTreeSave(tree))
+
+
+def read_params(folder: Path) -> dict:
+    """The parameters of a checkpoint as host arrays: one of training, or one that `convert` made.
+
+    Args:
+      folder: `WORKDIR/checkpoints/STAGE/STEP`, or the `--output` of `dynfocus_jax.convert`.
+
+    Raises:
+      UserError: there is no checkpoint.
+    """
+    folder = folder.absolute()
+    if (folder / "state").is_dir():
+        return restore_params(folder.parent, int(folder.name))
+    if not (folder / "params").is_dir():
+        raise UserError(
+            f"{folder} holds no checkpoint; expected WORKDIR/checkpoints/STAGE/STEP of a training run, or "
+            "the --output of python -m dynfocus_jax.convert."
+        )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        saved = checkpointer.metadata(folder / "params").item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+        return checkpointer.restore(folder / "params", args=ocp.args.PyTreeRestore(restore_args=as_numpy))
 
 
 def _differences(old, new, where: str = "") -> list[str]:

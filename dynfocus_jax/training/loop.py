@@ -1,7 +1,7 @@
 """The train loop: runs one stage of a configuration from start, or from where it stopped."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -19,6 +19,7 @@ from dynfocus_jax.training import optimizer as optimizer_lib
 from dynfocus_jax.training.checkpoints import StageCheckpoints
 from dynfocus_jax.training.metrics import NotFinite, StageLog
 from dynfocus_jax.training.step import TrainState, make_train_step
+from dynfocus_jax.weights.model import belongs_to_connector, check_params
 
 
 def build_model(config: ConfigDict, connector: str) -> DynFocus:
@@ -34,6 +35,9 @@ class StageRun:
     Args:
       config: the validated configuration; index: which of its stages.
       tokenizer: of the data; data_root: folder of annotations and media.
+
+    Attributes:
+      shapes: {parameter path: shape and dtype}; is_trained: whether the stage trains a path.
     """
 
     def __init__(
@@ -72,8 +76,9 @@ class StageRun:
             num_threads=data.threads,
         )
         sample = jax.tree.map(lambda x: x[None], self.loader.padding())
-        self._init = lambda key: self.model.init(key, sample, train=False)["params"]
-        self._is_trained = self._check_paths(jax.eval_shape(self._init, jax.random.key(0)))
+        self._init = lambda key: trees.flatten(self.model.init(key, sample, train=False)["params"])
+        self.shapes = jax.eval_shape(self._init, jax.random.key(0))  # {path: shape and dtype}
+        self.is_trained = self._check_paths()
         self.checkpoints = StageCheckpoints(
             workdir / "checkpoints" / self.stage.name,
             settings={
@@ -106,11 +111,7 @@ class StageRun:
         """
         started = time.perf_counter()
         stage, key = self.stage, jax.random.key(self.config.seed)
-        params = self._initial_params(key, previous)
-        is_trained = trees.matcher(
-            stage.trainable, list(trees.flatten(params)), f"stage {stage.name!r}, trainable"
-        )
-        trained, frozen = trees.split(params, is_trained)
+        trained, frozen = trees.split(self._initial_params(key, previous), self.is_trained)
         optimizer = optimizer_lib.make_optimizer(stage, trained)
         state = TrainState(jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained))
         state = jax.device_put(state, mesh_lib.replicated(self.mesh))
@@ -158,9 +159,9 @@ class StageRun:
         self.checkpoints.wait()
         return params, before + time.perf_counter() - started
 
-    def _check_paths(self, shapes: dict) -> Callable[[str], bool]:
+    def _check_paths(self) -> Callable[[str], bool]:
         """Whether the stage's patterns and copies fit its parameters; returns which of them are trained."""
-        stage, shapes = self.stage, trees.flatten(shapes)
+        stage, shapes = self.stage, self.shapes
         where = f"stage {stage.name!r}"
         is_trained = trees.matcher(stage.trainable, list(shapes), f"{where}, trainable")
         trees.matcher([p for p, _ in stage.lr_scale], list(filter(is_trained, shapes)), f"{where}, lr_scale")
@@ -175,20 +176,49 @@ class StageRun:
         return is_trained
 
     def _initial_params(self, key: jax.Array, previous: dict | None) -> dict:
-        """Fresh parameters, overlaid with the previous stage's and with the stage's copies."""
-        params = trees.flatten(jax.jit(self._init)(key))
-        source = trees.flatten(previous or {})
-        for path in params.keys() & source.keys():
-            if params[path].shape != source[path].shape:
+        """The previous stage's parameters and fresh ones for the rest, overlaid with the stage's copies.
+
+        Trained ones are taken over in the model's `param_dtype`; frozen ones keep what they come in.
+        """
+        source = {path: leaf for path, leaf in trees.flatten(previous or {}).items() if path in self.shapes}
+        for path, leaf in source.items():
+            if leaf.shape != self.shapes[path].shape:
                 raise UserError(
-                    f"stage {self.stage.name!r}: parameter {path} has shape {params[path].shape}, but "
-                    f"{source[path].shape} in the stage before; the stages must share their model."
+                    f"stage {self.stage.name!r}: parameter {path} has shape {self.shapes[path].shape}, but "
+                    f"{leaf.shape} in the stage before; the stages must share their model."
                 )
-            params[path] = source[path]
+        fresh = self.shapes.keys() - source.keys()
+        init = jax.jit(lambda key: {path: leaf for path, leaf in self._init(key).items() if path in fresh})
+        params = init(key) | source
         for line in self.stage.copy:
             params |= {new: params[old] for old, new in _moves(line, params)}
+        if source and fresh:
+            names = ", ".join(trees.prefixes(fresh, self.shapes))
+            print(f"stage {self.stage.name}: not in what it starts from, so from scratch: {names}")
         # Copies own their memory: the state is donated, and `previous` may still be needed.
-        return trees.unflatten({path: jnp.array(leaf) for path, leaf in params.items()})
+        return trees.unflatten(
+            {
+                path: jnp.array(leaf, self.shapes[path].dtype if self.is_trained(path) else leaf.dtype)
+                for path, leaf in params.items()
+            }
+        )
+
+
+def check_initial(folder: str | None, initial: dict, stages: Sequence[StageRun]) -> None:
+    """Whether what training starts from fits the model, and leaves no backbone at random for good.
+
+    Raises:
+      UserError: see `check_params`; needed is what no stage trains, apart from the connector.
+    """
+    shapes = {path: shape for stage in stages for path, shape in stage.shapes.items()}
+    trained = {path for stage in stages for path in stage.shapes if stage.is_trained(path)}
+    needed = [path for path in shapes if path not in trained and not belongs_to_connector(path)]
+    if folder is None and needed:
+        raise UserError(
+            f"{', '.join(trees.prefixes(needed, shapes))} would stay at random, as no stage trains it; set "
+            "config.initial to a checkpoint that holds it (python -m dynfocus_jax.convert makes one)."
+        )
+    check_params(initial, shapes, needed, f"config.initial {folder!r}")
 
 
 def _moves(line: str, paths) -> list[tuple[str, str]]:

@@ -51,7 +51,7 @@ def make_train_step(
         trained = optax.apply_updates(state.trained, updates)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": learning_rate(state.step),
             "frames": batch.frame_mask.sum(dtype=jnp.float32),
             "tokens": (visual.sum() + batch.length.sum()).astype(jnp.float32),

@@ -1,0 +1,111 @@
+"""Our parameters as published files: a folder a part, with safetensors and config.json."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dynfocus_jax import trees
+from dynfocus_jax.config import UserError, to_dict
+from dynfocus_jax.weights import merge
+from dynfocus_jax.weights.settings import make_settings, read_settings
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the name `target` when the block is through, and else is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.with_name(f".{target.name}.{os.getpid()}")
+    folder.mkdir()
+    try:
+        yield folder
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def export_part(
+    folder: Path, part: str, params: Mapping, config: ConfigDict, shard_bytes: int
+) -> tuple[str, int]:
+    """Write one part of the model into a new folder.
+
+    Args:
+      folder: to be made; part: top-level name in `params`, which is the whole tree (the text encoder's
+        projection goes with the connector); config: the whole configuration.
+      shard_bytes: weights beyond this size are split into several files with an index.
+
+    Returns:
+      The family under whose names it was written, and the number of weights.
+    """
+    tree = dict(params.get(part, {}))
+    projection = dict(params.get("text_encoder", {})).get("query_projection")
+    if part == "text_encoder":
+        tree.pop("query_projection", None)
+    family = family_of(part, tree)
+    arrays = merge.export(tree, family)
+    if part == "connector" and projection is not None:
+        arrays |= merge.export(projection, "query_projection")
+    dtype = next(iter(arrays.values())).dtype.name
+    if part == "connector":
+        model = to_dict(config.model)
+        settings = {"model_type": "dynfocus_connector", "torch_dtype": dtype}
+        settings |= {name: model[name] for name in ("mode", "connector", "dpe", "cce")}
+        settings |= {"mm_hidden_size": config.model.vision.width, "hidden_size": config.model.language.width}
+    else:
+        source = config.weights[part]
+        found = source and read_settings(source, part)
+        settings = make_settings(family, part, config.model[part], dtype, found[1] if found else {})
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_safetensors(folder, arrays, shard_bytes)
+    return family, len(arrays)
+
+
+def family_of(part: str, tree: Mapping) -> str:
+    """The family under whose names a part is written.
+
+    Raises:
+      UserError: no published family has such parameters.
+    """
+    paths = trees.flatten(dict(tree)).keys()
+    if part == "connector":
+        return "dynfocus"
+    if part == "text_encoder":
+        return "qformer_instruct_blip"
+    if part == "vision":
+        return "clip" if "pre_norm/scale" in paths else "instruct_blip_vision" if "cls" in paths else "siglip"
+    bias, norm = "blocks/query/bias" in paths, "blocks/query_norm/scale" in paths
+    if bias and norm:
+        raise UserError("A language model with both qkv_bias and qk_norm is of no published family.")
+    return "qwen2" if bias else "qwen3" if norm else "llama"
+
+
+def write_safetensors(folder: Path, arrays: Mapping[str, np.ndarray], shard_bytes: int) -> None:
+    """Write `model.safetensors`, or shards of at most `shard_bytes` (or one array) and their index."""
+    from safetensors.numpy import save_file
+
+    shards: list[dict[str, np.ndarray]] = [{}]
+    size = 0
+    for name, array in arrays.items():
+        if size + array.nbytes > shard_bytes and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = array
+        size += array.nbytes
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = (
+            f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        )
+        whole = {name: np.ascontiguousarray(array) for name, array in shard.items()}
+        save_file(whole, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        total = sum(array.nbytes for array in arrays.values())
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
+        (folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")

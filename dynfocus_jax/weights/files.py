@@ -1,0 +1,330 @@
+"""Published weight files, read one shard at a time and without running anything that is in them."""
+
+import importlib
+import json
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import einops
+import ml_dtypes
+import numpy as np
+
+from dynfocus_jax.config import UserError
+
+SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
+_STEMS = ("model.safetensors", "pytorch_model.bin")  # names in a Hugging Face folder, the first preferred
+_CONTAINERS = ("model", "state_dict", "module")  # keys under which training scripts file the weights
+
+
+def open_weights(path: str | Path) -> "Source":
+    """The weights of a file or of a folder, whose values are read later.
+
+    Args:
+      path: a `.safetensors`, `.bin`, `.pth`, `.pt` or `.gguf` file, the `.index.json` of several shards, or a
+        folder with one of those as Hugging Face lays it out.
+
+    Raises:
+      UserError: nothing is there, it is no weights file, or shards and index do not fit.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        path = _in_folder(path)
+    if path.name.endswith(".index.json"):
+        return Source(path, _read_index(path))
+    if not path.is_file():
+        raise UserError(f"{path}: no such file or folder; name published weights.")
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: not a weights file; expected {', '.join(SUFFIXES)}, or a folder of those.")
+    return Source(path, {path: None})
+
+
+class Source:
+    """Published weights that are read shard by shard.
+
+    where: the file (or index) for messages. files: shard -> the names that an index expects in it (None
+    without index).
+    """
+
+    def __init__(self, where: Path, files: dict[Path, set[str] | None]):
+        self.where = str(where)
+        self._files = files
+        self._open: tuple[Path, Mapping[str, np.ndarray]] | None = None
+
+    def names(self) -> list[str]:
+        """Names of all weights, sorted."""
+        known = [names if names is not None else self._shard(file) for file, names in self._files.items()]
+        return sorted(name for names in known for name in names)
+
+    def shards(self) -> Iterator[Mapping[str, np.ndarray]]:
+        """One mapping a shard: name -> array, read when it is asked for (bfloat16 through ml_dtypes)."""
+        for file, names in self._files.items():
+            shard = self._shard(file)
+            lost = sorted((names or set()) - set(shard))
+            if lost:
+                raise UserError(
+                    f"{file}: {len(lost)} weights that the index {self.where} expects there are missing "
+                    f"({_some(lost)}); download the file again."
+                )
+            yield shard
+
+    def _shard(self, file: Path) -> Mapping[str, np.ndarray]:
+        if self._open is None or self._open[0] != file:
+            self._open = None  # the last shard's memory goes before the next one comes
+            self._open = file, _READERS[file.suffix](file)
+        return self._open[1]
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+# --- Folders and indices ------------------------------------------------------------------------------
+
+
+def _in_folder(folder: Path) -> Path:
+    """The weights file or index of a folder."""
+    for stem in _STEMS:
+        for name in (f"{stem}.index.json", stem):
+            if (folder / name).is_file():
+                return folder / name
+    found = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
+    if not found:
+        raise UserError(f"{folder}: no weights in this folder; expected {', '.join(SUFFIXES)} files.")
+    if len(found) == 1 and "-of-" not in found[0].stem:
+        return found[0]
+    if any("-of-" in file.stem for file in found):
+        raise UserError(
+            f"{folder}: the shards ({_some([file.name for file in found])}) have no index; download "
+            f"{' or '.join(f'{stem}.index.json' for stem in _STEMS)} too."
+        )
+    raise UserError(
+        f"{folder}: several weights files ({_some([file.name for file in found])}); name one of them."
+    )
+
+
+def _read_index(index: Path) -> dict[Path, set[str]]:
+    """Shard -> names of its weights."""
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {name: index.parent / Path(shard).name for name, shard in names.items()}
+    except OSError:
+        raise UserError(f"{index}: no such file; name published weights.") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index}: not an index of shards (no 'weight_map'); download it again.") from None
+    missing = sorted({file.name for file in files.values() if not file.is_file()})
+    if missing:
+        raise UserError(f"{index}: it names {_some(missing)}, which the folder lacks; download the rest.")
+    unknown = sorted({file.name for file in files.values() if file.suffix not in _READERS})
+    if unknown or not files:
+        raise UserError(f"{index}: it names {_some(unknown) or 'no shard'}, expected {', '.join(SUFFIXES)}.")
+    shards = {file: set() for file in files.values()}
+    for name, file in files.items():
+        shards[file].add(name)
+    return shards
+
+
+# --- Readers of one file ------------------------------------------------------------------------------
+
+
+def _import(module: str, file: Path, packages: str):
+    """A module that only some files need."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(
+            f"{file}: reading {file.suffix} files needs {packages}, not installed here; "
+            "pip install -r requirements-convert.txt."
+        ) from None
+
+
+class _Safetensors(Mapping):
+    """A safetensors file; each access reads one array."""
+
+    def __init__(self, file: Path):
+        import safetensors
+
+        self._file = file
+        try:
+            self._handle = safetensors.safe_open(file, "np")
+        except safetensors.SafetensorError as error:
+            raise UserError(
+                f"{file}: truncated or not a safetensors file ({error}); download it again."
+            ) from None
+        self._names = list(self._handle.keys())
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        try:
+            return self._handle.get_tensor(name)
+        except (TypeError, AttributeError, ValueError) as error:
+            kind = self._handle.get_slice(name).get_dtype()
+            raise UserError(
+                f"{self._file}: {name} is of type {kind}, which is not read here ({error}); "
+                "expected float32, float16 or bfloat16 weights."
+            ) from None
+
+    def __iter__(self):
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _Torch(Mapping):
+    """The tensors of a PyTorch state dict as arrays that share their memory."""
+
+    def __init__(self, tensors: Mapping):
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        import torch
+
+        tensor = self._tensors[name].detach()
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+
+    def __iter__(self):
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _read_torch(file: Path) -> _Torch:
+    """A `torch.save` file: of its pickle nothing but tensors and plain containers is accepted."""
+    torch = _import("torch", file, "the package torch")
+    try:
+        # Files of PyTorch before 1.6 are no zip archives and can't be mapped.
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" in str(error) or "Unsupported" in str(error):
+            raise UserError(
+                f"{file}: its pickle holds Python objects besides weights, which are not run here; "
+                "save the weights alone, best as safetensors."
+            ) from None
+        raise UserError(f"{file}: truncated or not a PyTorch file; download it again.") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError):
+        raise UserError(f"{file}: truncated or not a PyTorch file; download it again.") from None
+    for key in _CONTAINERS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
+        raise UserError(
+            f"{file}: not a state dict; expected names and tensors, possibly below "
+            f"{' or '.join(map(repr, _CONTAINERS))}."
+        )
+    return _Torch(loaded)
+
+
+class _Gguf(Mapping):
+    """A GGUF file of a decoder: float32 arrays, dequantised one by one, under the Hugging Face names."""
+
+    def __init__(self, file: Path):
+        gguf = _import("gguf", file, "the package gguf")
+        reader, self._architecture, field = _open_gguf(file)
+        heads = field.get(f"{self._architecture}.attention.head_count", 1)
+        kv_heads = field.get(f"{self._architecture}.attention.head_count_kv", heads)
+        if self._architecture not in _GGUF_ARCHITECTURES:
+            raise UserError(
+                f"{file}: a model of architecture {self._architecture!r}, expected one of "
+                f"{', '.join(_GGUF_ARCHITECTURES)}."
+            )
+        self._file, self._dequantize = file, gguf.dequantize
+        self._heads = {"q_proj": heads, "k_proj": kv_heads}
+        self._tensors = {_gguf_name(tensor.name): tensor for tensor in reader.tensors}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name]
+        try:
+            array = self._dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise UserError(f"{self._file}: {name} cannot be read ({error}).") from None
+        heads = self._heads.get(name.split(".")[-2])
+        if self._architecture == "llama" and heads:
+            # llama.cpp rotates neighbouring channels, Hugging Face's Llama the halves of a head.
+            array = einops.rearrange(array, "(head n two) ... -> (head two n) ...", head=heads, two=2)
+        return array
+
+    def __iter__(self):
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _open_gguf(file: Path) -> tuple:
+    """The reader of a GGUF file, its architecture and its fields, those of the tokenizer apart."""
+    gguf = _import("gguf", file, "the package gguf")
+    try:
+        reader = gguf.GGUFReader(file)
+        field = {key: field.contents() for key, field in reader.fields.items() if "tokenizer" not in key}
+        return reader, field["general.architecture"], field
+    except (ValueError, IndexError, KeyError, OSError):
+        raise UserError(f"{file}: truncated or not a GGUF file; download it again.") from None
+
+
+def gguf_settings(file: Path) -> dict:
+    """What a GGUF file says of its decoder, under the names of Hugging Face's config.json.
+
+    Llama 3's RoPE scaling is stored as a factor for every frequency; here it is `{"rope_type": "llama3"}`.
+    """
+    reader, prefix, field = _open_gguf(file)
+    settings = {
+        theirs: field[f"{prefix}.{name}"]
+        for name, theirs in _GGUF_SETTINGS.items()
+        if f"{prefix}.{name}" in field
+    }
+    kind = field.get(f"{prefix}.rope.scaling.type", "none")
+    scaling = {"rope_type": "default" if kind == "none" else kind}
+    if any(tensor.name.startswith("rope_freqs") for tensor in reader.tensors):
+        scaling = {"rope_type": "llama3"}
+    elif f"{prefix}.rope.scaling.factor" in field:
+        scaling["factor"] = field[f"{prefix}.rope.scaling.factor"]
+    tied = not any(tensor.name.startswith("output.") for tensor in reader.tensors)
+    return settings | {"rope_scaling": scaling, "tie_word_embeddings": tied}
+
+
+_GGUF_SETTINGS = {
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+_GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_GGUF_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "rope_freqs": "model.rotary_emb.inv_freq",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def _gguf_name(name: str) -> str:
+    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight; an unknown name stays."""
+    *block, module, kind = name.split(".")
+    if module not in _GGUF_NAMES:
+        return name
+    return ".".join([*(["model.layers", *block[1:]] if block else []), _GGUF_NAMES[module], kind])
+
+
+_READERS = {
+    ".safetensors": _Safetensors,
+    ".bin": _read_torch,
+    ".pth": _read_torch,
+    ".pt": _read_torch,
+    ".gguf": _Gguf,
+}

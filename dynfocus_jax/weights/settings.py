@@ -1,0 +1,186 @@
+"""Hugging Face's config.json and our model section: what must agree beside shapes, and what export writes."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from dynfocus_jax.config import UserError
+from dynfocus_jax.weights.files import gguf_settings
+
+# Hugging Face's field -> ours, of each part
+_LANGUAGE = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "width",
+    "intermediate_size": "mlp_dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "eps",
+    "tie_word_embeddings": "tied_embeddings",
+}
+_VISION = {
+    "hidden_size": "width",
+    "intermediate_size": "mlp_dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "layer_norm_eps": "eps",
+}
+_QFORMER = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "width",
+    "intermediate_size": "mlp_dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "max_position_embeddings": "max_text",
+    "cross_attention_frequency": "cross_every",
+    "layer_norm_eps": "eps",
+}
+_ROPE = {
+    "factor": "rope_factor",
+    "low_freq_factor": "rope_low_freq",
+    "high_freq_factor": "rope_high_freq",
+    "original_max_position_embeddings": "rope_original_length",
+}
+_ROPE_FIELDS = {"none": (), "linear": ("factor",), "llama3": tuple(_ROPE)}
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "quick_gelu": "quick_gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "silu": "silu",
+}
+# What shapes do not show: a mistake here would compute something else from weights that fit.
+_UNSEEN = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "patch_size",
+    "cross_attention_frequency",
+)
+_UNSEEN += ("rms_norm_eps", "layer_norm_eps", "tie_word_embeddings")
+
+# Family -> Hugging Face's model class and model_type
+_CLASSES = {
+    "llama": ("LlamaForCausalLM", "llama"),
+    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+    "clip": ("CLIPVisionModel", "clip_vision_model"),
+    "siglip": ("SiglipVisionModel", "siglip_vision_model"),
+    "instruct_blip_vision": ("InstructBlipVisionModel", "instructblip_vision_model"),
+    "qformer_instruct_blip": ("InstructBlipQFormerModel", "instructblip_qformer"),
+}
+_FIELDS = {"language": _LANGUAGE, "vision": _VISION, "text_encoder": _QFORMER}
+
+
+def read_settings(weights: str | Path, part: str) -> tuple[Path, dict] | None:
+    """The config.json beside published weights and its section on a part; None when there is none.
+
+    A GGUF file holds these settings itself.
+    """
+    weights = Path(weights).expanduser()
+    if weights.suffix == ".gguf" and weights.is_file():
+        return (weights, gguf_settings(weights)) if part == "language" else None
+    file = (weights if weights.is_dir() else weights.parent) / "config.json"
+    try:
+        whole = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    except ValueError:
+        raise UserError(f"{file}: not a JSON file; download it again, or remove it.") from None
+    if not isinstance(whole, dict):
+        return None
+    section = {"language": "text_config", "vision": "vision_config", "text_encoder": "qformer_config"}[part]
+    if isinstance(whole.get(section), dict):
+        return file, whole[section]
+    kind = str(whole.get("model_type", ""))
+    fits = {
+        "language": "rms_norm_eps" in whole,
+        "vision": "vision_model" in kind,
+        "text_encoder": "qformer" in kind,
+    }
+    return (file, whole) if fits[part] else None
+
+
+def check_settings(weights: str | Path, part: str, section: Mapping) -> None:
+    """Whether the config.json beside published weights, if any, agrees with ours where shapes cannot show it.
+
+    Args:
+      weights: file or folder; part: "language", "vision" or "text_encoder"; section: `config.model.<part>`.
+
+    Raises:
+      UserError: every field that differs.
+    """
+    found = read_settings(weights, part)
+    if found is None:
+        return
+    file, published = found
+    theirs = {name: published[name] for name in _UNSEEN if published.get(name) is not None}
+    theirs = {_FIELDS[part][name]: value for name, value in theirs.items() if name in _FIELDS[part]}
+    if part == "language":
+        theirs |= _rope_of(published)
+    elif "hidden_act" in published:
+        theirs["activation"] = _ACTIVATIONS.get(published["hidden_act"], published["hidden_act"])
+    wrong = [
+        f"{name} is {section[name]!r}, there {value!r}"
+        for name, value in theirs.items()
+        if name in section and not _equal(section[name], value)
+    ]
+    if wrong:
+        raise UserError(
+            f"config.model.{part} differs from {file}: {'; '.join(wrong)}; take the file's values."
+        )
+
+
+def _equal(ours, theirs) -> bool:
+    if isinstance(ours, float) and isinstance(theirs, int | float):
+        return math.isclose(ours, theirs, rel_tol=1e-6)
+    return ours == theirs
+
+
+def _rope_of(published: Mapping) -> dict:
+    """Our RoPE fields by a config.json, new (`rope_parameters`) or old (`rope_theta`, `rope_scaling`)."""
+    rope = published.get("rope_parameters") or published.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", published.get("rope_theta"))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    ours = {} if theta is None else {"rope_theta": theta}
+    ours["rope_scaling"] = "none" if kind == "default" else kind
+    return ours | {_ROPE[name]: rope[name] for name in _ROPE_FIELDS.get(kind, ()) if name in rope}
+
+
+def make_settings(family: str, part: str, section: Mapping, dtype: str, published: Mapping) -> dict:
+    """The config.json of an exported part.
+
+    Args:
+      family: of `tables.FAMILIES`; section: `config.model.<part>`; dtype: of the weights.
+      published: the section of the source's config.json; gives what our configuration does not hold.
+    """
+    architecture, kind = _CLASSES[family]
+    settings = {
+        "architectures": [architecture],
+        "model_type": kind,
+        "torch_dtype": dtype,
+        **{name: section[ours] for name, ours in _FIELDS[part].items()},
+    }
+    if part == "language":
+        rope = {name: section[_ROPE[name]] for name in _ROPE_FIELDS[section["rope_scaling"]]}
+        scaling = section["rope_scaling"].replace("none", "default")
+        length = int(section["rope_original_length"] * section["rope_factor"])
+        kept = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+        settings |= {
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "rope_theta": section["rope_theta"],
+            "rope_scaling": {"rope_type": scaling, **rope} if rope else None,
+            "rope_parameters": {"rope_type": scaling, "rope_theta": section["rope_theta"], **rope},
+            "max_position_embeddings": length,
+            **{name: published[name] for name in kept if name in published},
+        }
+    elif part == "vision":
+        built = section["depth"] + 1 + section["select_layer"]
+        names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+        settings |= {"num_hidden_layers": built, "hidden_act": names[section["activation"]]}
+    return settings

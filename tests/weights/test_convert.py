@@ -1,0 +1,494 @@
+"""`python -m dynfocus_jax.convert` and what training makes of its checkpoints."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+from transformers import AutoModelForCausalLM
+
+from dynfocus_jax import trees
+from dynfocus_jax.config import UserError, validate
+from dynfocus_jax.data.prepare import make_tokenizer, prepare
+from dynfocus_jax.models.llama import Llama
+from dynfocus_jax.parallel.mesh import make_mesh
+from dynfocus_jax.training.checkpoints import read_params, save_params
+from dynfocus_jax.training.loop import StageRun, check_initial
+from dynfocus_jax.weights.export import new_folder
+from dynfocus_jax.weights.merge import DTYPES
+from dynfocus_jax.weights.model import abstract_params, export_model, read_model
+from tests.weights import published
+from tests.weights.conftest import small_config
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+W_Q = "text_encoder/query_projection"
+
+
+def same(actual: dict, expected: dict, without: tuple[str, ...] = ()) -> None:
+    """The same paths (but for those `without`), dtypes and bits."""
+    actual, expected = trees.flatten(actual), trees.flatten(expected)
+    assert actual.keys() == {path for path in expected if not path.startswith(without)}
+    for path, leaf in actual.items():
+        assert leaf.dtype == expected[path].dtype, path
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(expected[path]), path)
+
+
+def to_torch(tensors: dict) -> dict:
+    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in tensors.items()}
+
+
+def write_files(folder: Path, params: dict) -> dict[str, str]:
+    """One file or folder a part, each in another layout: {part: path}."""
+    folder.mkdir(exist_ok=True)
+    torch.save(to_torch(published.eva_lavis(params["vision"])), folder / "eva_vit_g.pth")
+    text = {"model": to_torch(published.qformer_lavis(params["text_encoder"]))}
+    torch.save(text, folder / "instruct_blip_vicuna7b_trimmed.pth")
+    torch.save(to_torch(published.llama_vid_connector(params)), folder / "mm_projector.bin")
+    language = folder / "vicuna"
+    language.mkdir()
+    tensors = published.decoder(params["language"])
+    index = {}
+    for number in range(3):
+        shard = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)[number::3]}
+        file = f"model-{number + 1:05}-of-00003.safetensors"
+        save_file(shard, language / file)
+        index |= dict.fromkeys(shard, file)
+    (language / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return {
+        "vision": str(folder / "eva_vit_g.pth"),
+        "text_encoder": str(folder / "instruct_blip_vicuna7b_trimmed.pth"),
+        "language": str(language),
+        "connector": str(folder / "mm_projector.bin"),
+    }
+
+
+@pytest.fixture(scope="session")
+def files(params, tmp_path_factory):
+    return write_files(tmp_path_factory.mktemp("published"), params)
+
+
+def naming(files: dict, **fields):
+    """The small configuration with these files in `config.weights`."""
+    config = small_config(**fields)
+    config.weights.update(files)
+    return config
+
+
+def command(*arguments) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of the command."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dynfocus_jax.convert", *map(str, arguments)],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+# --- Published files to a checkpoint ------------------------------------------------------------------
+
+
+def test_every_part_from_its_own_file(files, params, capsys):
+    converted = read_model(naming(files), None)
+    same(converted, params, without=("connector/dpe",))
+    printed = capsys.readouterr().out
+    assert "so from scratch where training starts from it: connector/dpe\n" in printed
+    assert "of which the first 3 are built: blocks.3." in printed
+    assert f"{W_Q}: {files['connector']}, 0.000 M parameters, float32" in printed
+
+
+def test_all_parts_from_one_checkpoint(tmp_path, params, capsys):
+    file = tmp_path / "llama_vid.pth"
+    torch.save(to_torch(published.llama_vid(params)), file)
+    parts = ("vision", "text_encoder", "language", "connector")
+    same(read_model(naming(dict.fromkeys(parts, str(file))), None), params, without=("connector/dpe",))
+
+
+def test_instruct_blip_combined_checkpoint(tmp_path, params, capsys):
+    tensors = {name: np.asarray(t, np.float32) for name, t in published.instruct_blip(params).items()}
+    tensors["qformer.embeddings.position_ids"] = np.arange(8)[None]
+    torch.save(to_torch(tensors), tmp_path / "pytorch_model.bin")
+    named = dict.fromkeys(("vision", "text_encoder", "language"), str(tmp_path))
+    same(read_model(naming(named), None), params, without=("connector", W_Q))
+    assert "from scratch where training starts from it: connector, text_encoder/query_projection\n" in (
+        capsys.readouterr().out
+    )
+
+
+def test_single_parts(files, params, capsys):
+    for part in ("vision", "language"):
+        converted = read_model(naming({part: files[part]}), "bfloat16")
+        expected = jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), {part: params[part]})
+        same(converted, expected)
+    converted = read_model(naming({"connector": files["connector"]}), None)
+    held = {
+        "connector": params["connector"],
+        "text_encoder": {"query_projection": params["text_encoder"]["query_projection"]},
+    }
+    same(converted, held, without=("connector/dpe",))
+
+
+@pytest.fixture(scope="session")
+def converted(files, tmp_path_factory):
+    """A checkpoint made by the command, and what it printed."""
+    folder = tmp_path_factory.mktemp("converted")
+    (folder / "small.py").write_text(
+        "from tests.weights.conftest import small_config\n\nget_config = lambda arg='': small_config()\n"
+    )
+    named = [f"--config.weights.{part}={path}" for part, path in files.items()]
+    arguments = (f"--config={folder}/small.py", *named, f"--output={folder}/checkpoint")
+    code, stdout, stderr = command(*arguments)
+    assert code == 0, stderr
+    assert sorted(os.listdir(folder)) == ["checkpoint", "small.py"]
+    return folder / "checkpoint", stdout, arguments
+
+
+def test_command(converted, params):
+    folder, stdout, arguments = converted
+    assert f"written to {folder}" in stdout
+    same(read_params(folder), params, without=("connector/dpe",))
+    code, _, stderr = command(*arguments)
+    assert code == 2
+    assert f"{folder} exists" in stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ["--config.weights.vision=nowhere.pth"],
+            "config.weights names what does not exist: vision = nowhere.pth; download them",
+        ),
+        (["--config.model.vision.mlp_dim=23"], "9 mis-shaped"),
+        (["--dtype=int8"], "dtype"),
+    ],
+)
+def test_command_that_fails_leaves_nothing(converted, tmp_path, change, message):
+    *arguments, _ = converted[2]
+    code, _, stderr = command(*arguments, f"--output={tmp_path}/new", *change)
+    assert code == 2
+    assert message in stderr
+    assert "Traceback" not in stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_command_without_its_arguments(converted):
+    for arguments, message in (
+        ([], "name one of --output"),
+        (["--output=x", "--export=y"], "name one of --output"),
+        (["--export=y"], "--export and --checkpoint belong together"),
+    ):
+        code, _, stderr = command(converted[2][0], *arguments)
+        assert (code, message in stderr) == (2, True), stderr
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, params):
+    def write():
+        with new_folder(tmp_path / "new") as folder:
+            save_params(folder, params["connector"])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert os.listdir(tmp_path) == []
+
+
+# --- What cannot be converted -------------------------------------------------------------------------
+
+
+def fails(config, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        read_model(config, None)
+
+
+def test_nothing_named():
+    fails(small_config(), r"config\.weights names nothing to convert")
+
+
+def test_a_part_that_the_model_has_not(files):
+    config = naming({"text_encoder": files["text_encoder"]}, cce__rods=("content",))
+    fails(config, r"config\.weights\.text_encoder: .* is named, but the model has no text_encoder")
+
+
+def test_a_file_for_another_part(files):
+    fails(naming({"vision": files["language"]}), r"config\.weights\.vision: .*seems to hold Llama")
+
+
+def test_skip_cannot_leave_a_backbone_partly_filled(files):
+    config = naming(files)
+    config.weights.skip = (r"lm_head\.weight",)
+    fails(config, "leaves out what the model needs: language/head")
+    config.weights.skip = ("nothing.like.this",)
+    fails(config, r"'nothing\.like\.this' matches no published name")
+
+
+def test_skip_may_leave_out_parts_of_the_connector(files, params, capsys):
+    config = naming(files)
+    config.weights.skip = (r"model\.vlm_att_key_projector\..*",)
+    same(read_model(config, None), params, without=("connector/dpe", "connector/cce/context/key"))
+    assert "from scratch where training starts from it: connector/cce/context/key, connector/dpe\n" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "wrong"),
+    [
+        ({"num_attention_heads": 3, "num_key_value_heads": 3}, "heads is 6, there 3"),
+        ({"rms_norm_eps": 1e-6, "num_key_value_heads": 3}, "eps is 1e-05, there 1e-06"),
+        ({"rms_norm_eps": 1e-5, "rope_theta": 5e5}, "rope_theta is 10000.0, there 500000.0"),
+        (
+            {"rms_norm_eps": 1e-5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling is 'none', there 'linear'; rope_factor is 1.0, there 2.0",
+        ),
+        (
+            {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+            "rope_scaling is 'none', there 'yarn'",
+        ),
+        ({"text_config": {"rms_norm_eps": 1e-5, "tie_word_embeddings": True}}, "tied_embeddings is False"),
+    ],
+)
+def test_settings_that_shapes_do_not_show(tmp_path, params, settings, wrong):
+    """The config.json beside the weights is compared: other heads would compute something else."""
+    path = write_files(tmp_path / "published", params)["language"]
+    (Path(path) / "config.json").write_text(json.dumps({"rms_norm_eps": 1e-5} | settings))
+    fails(naming({"language": path}), rf"config\.model\.language differs from .*config\.json.*{wrong}")
+
+
+def test_a_config_json_of_another_part_is_left_alone(tmp_path, params, capsys):
+    """LLaMA-VID's describes its language model, not the vision tower that it also holds."""
+    torch.save(to_torch(published.llama_vid(params)), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "num_attention_heads": 6}))
+    read_model(naming({"vision": str(tmp_path)}), None)
+
+
+# --- Export -------------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "paper": {},
+    "released": {"cce__levels": ((4, 3), (2, 2)), "mode": "released"},
+    "clip_qwen2": {"vision__pre_norm": True, "vision__patch_bias": False, "language__qkv_bias": True},
+    "siglip_qwen3": {
+        "vision__cls_token": False,
+        "vision__final_norm": True,
+        "vision__activation": "gelu_tanh",
+        "language__qk_norm": True,
+        "language__tied_embeddings": True,
+        "connector__projector": "residual",
+        "dpe__question_conditioned": True,
+        "cce__cones": "cross_attention",
+    },
+    "clip_before_last": {"vision__pre_norm": True, "vision__patch_bias": False, "vision__select_layer": -2},
+}
+
+
+def variant(name: str):
+    fields = dict(VARIANTS[name])
+    mode = fields.pop("mode", "paper")
+    config = small_config(**fields)
+    config.model.mode = mode
+    return config
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_export_converts_back_bit_for_bit(tmp_path, name, dtype, capsys):
+    config = variant(name)
+    params = published.random_params(abstract_params(config), seed=3)
+    params = jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype]), params)
+    with new_folder(tmp_path / "out") as folder:
+        export_model(folder, params, config, shard_bytes=3000)
+    parts = ("connector", "language", "text_encoder", "vision")
+    assert sorted(os.listdir(tmp_path / "out")) == list(parts)
+    assert len(list((tmp_path / "out" / "language").glob("model-*-of-*.safetensors"))) > 1
+    config.weights.update({part: str(tmp_path / "out" / part) for part in parts})
+    same(read_model(config, None), params)
+    assert "not in the checkpoint" not in capsys.readouterr().out
+
+
+def test_export_of_a_checkpoint_of_another_model(tmp_path, params):
+    with pytest.raises(UserError, match=r"the checkpoint does not fit config\.model: it lacks .*query_norm"):
+        export_model(tmp_path, params, small_config(language__qk_norm=True), 1000)
+    with pytest.raises(UserError, match="of another shape are language"):
+        export_model(tmp_path, params, small_config(language__mlp_dim=33), 1000)
+    assert os.listdir(tmp_path) == []
+
+
+LANGUAGE_VARIANTS = {
+    "llama": {},
+    "linear": {"rope_scaling": "linear", "rope_factor": 3.0},
+    "llama3": {"rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_length": 16, "rope_theta": 500.0},
+    "qwen2": {"qkv_bias": True, "tied_embeddings": True},
+    "qwen3": {"qk_norm": True, "rope_theta": 100.0},
+}
+
+
+@pytest.mark.parametrize("name", LANGUAGE_VARIANTS)
+def test_transformers_loads_the_exported_language_model(tmp_path, name, capsys):
+    config = small_config(**{f"language__{field}": value for field, value in LANGUAGE_VARIANTS[name].items()})
+    params = published.random_params(abstract_params(config), seed=4)
+    params = jax.tree.map(lambda leaf: 0.4 * leaf, params)
+    with new_folder(tmp_path / "out") as folder:
+        export_model(folder, params, config, shard_bytes=3000)
+    reference, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out" / "language", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    assert reference.dtype == torch.float32
+
+    model = Llama(**config.model.language)
+    tokens = np.random.default_rng(0).integers(0, 40, (2, 30))
+
+    def logits(module, tokens):
+        hidden, _ = module(module.embed(tokens), jnp.full(len(tokens), tokens.shape[1]))
+        return module.logits(hidden)
+
+    ours = jax.jit(lambda params: model.apply({"params": params}, tokens, method=logits))(params["language"])
+    with torch.no_grad():
+        theirs = reference(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_export_command(converted, params, tmp_path, capsys):
+    folder, _, arguments = converted
+    out = tmp_path / "out"
+    code, stdout, stderr = command(
+        arguments[0], f"--checkpoint={folder}", f"--export={out}", "--shard_gib=1e-5"
+    )
+    assert code == 0, stderr
+    assert "connector: 10 weights as DynFocus connector" in stdout
+    assert len(list((out / "language").glob("*.safetensors"))) > 1
+    parts = ("connector", "language", "text_encoder", "vision")
+    same(
+        read_model(naming({part: str(out / part) for part in parts}), None),
+        params,
+        without=("connector/dpe",),
+    )
+
+
+# --- Training from a converted checkpoint -------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def start(data_root, tmp_path_factory):
+    """`start(initial, **changes)`: the stage that training would begin with, and what it begins from."""
+
+    def build(initial, names=("align",), change=lambda config: None):
+        config = small_config()
+        config.data.root = str(data_root)
+        config.stages = tuple(stage for stage in config.stages if stage.name in names)
+        change(config)
+        config.initial = str(initial)
+        validate(config)
+        root = prepare(config.data)
+        tokenizer = make_tokenizer(config, root / config.data.vocabulary)
+        workdir = tmp_path_factory.mktemp("start")
+        stages = [
+            StageRun(config, index, workdir=workdir, data_root=root, tokenizer=tokenizer, mesh=make_mesh(1))
+            for index in range(len(config.stages))
+        ]
+        params = read_params(Path(initial))
+        check_initial(config.initial, params, stages)
+        return stages[0], params
+
+    return build
+
+
+def test_training_starts_from_exactly_these_parameters(converted, params, start, capsys):
+    stage, initial = start(converted[0])
+    begun, _ = stage.run(initial, stop_at=0)
+    begun = trees.flatten(jax.device_get(begun))
+    expected = trees.flatten(params)
+    for path, leaf in begun.items():
+        equal = np.array_equal(leaf, expected[path])
+        assert equal == (not path.startswith("connector/dpe/")), path
+    assert "not in what it starts from, so from scratch: connector/dpe\n" in capsys.readouterr().out
+    after, _ = stage.run(initial, stop_at=2)
+    after = trees.flatten(jax.device_get(after))
+    for path, leaf in after.items():
+        if path.startswith(("vision/", "language/")):
+            np.testing.assert_array_equal(leaf, expected[path], path)
+    assert not np.array_equal(
+        after["connector/projector/up/kernel"], expected["connector/projector/up/kernel"]
+    )
+    assert not np.array_equal(after[f"{W_Q}/kernel"], expected[f"{W_Q}/kernel"])
+
+
+def test_dtypes_of_a_converted_checkpoint(files, start, tmp_path, capsys):
+    """Frozen parameters stay as converted, trained ones are trained in the model's `param_dtype`."""
+    converted = read_model(naming(files), "bfloat16")
+    save_params(tmp_path, converted)
+    stage, initial = start(tmp_path)
+    begun, _ = stage.run(initial, stop_at=0)
+    converted = trees.flatten(converted)
+    for path, leaf in trees.flatten(begun).items():
+        if path in converted:
+            assert leaf.dtype == (jnp.float32 if stage.is_trained(path) else jnp.bfloat16), path
+            np.testing.assert_array_equal(np.asarray(leaf, np.float32), converted[path].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "lost", ["vision", "language", "text_encoder", "vision/blocks/mlp/up", "language/head"]
+)
+def test_training_refuses_a_backbone_at_random(params, start, tmp_path, lost):
+    flat = {path: leaf for path, leaf in trees.flatten(params).items() if not path.startswith(lost)}
+    save_params(tmp_path, trees.unflatten(flat))
+    with pytest.raises(UserError, match=rf"config\.initial .* does not fit config\.model: it lacks .*{lost}"):
+        start(tmp_path)
+
+
+def test_what_a_later_stage_trains_may_start_at_random(params, start, tmp_path):
+    flat = {path: leaf for path, leaf in trees.flatten(params).items() if not path.startswith("text_encoder")}
+    save_params(tmp_path, trees.unflatten(flat))
+    start(tmp_path, names=("align", "instruct"))
+
+
+def test_training_refuses_another_model(params, start, tmp_path):
+    save_params(tmp_path, params)
+
+    def change(config):
+        config.model.language.mlp_dim = 33
+        config.model.text_encoder.depth = 2
+
+    with pytest.raises(
+        UserError, match=r"the model has no text_encoder/blocks_2; of another shape are language"
+    ):
+        start(tmp_path, change=change)
+
+
+def test_parts_that_an_earlier_stage_has_no_use_for_are_not_lost(params, start, tmp_path):
+    """A stage with the pooled connector reads no question; the text encoder goes on to the next one."""
+    save_params(tmp_path, params)
+
+    def change(config):
+        config.stages[0].connector = "pooled"
+        config.stages[0].trainable = ("connector/projector/.*",)
+
+    stage, initial = start(tmp_path, names=("align", "instruct"), change=change)
+    after, _ = stage.run(initial, stop_at=0)
+    assert "text_encoder" not in after
+    same(
+        {"text_encoder": trees.merge(initial, after)["text_encoder"]},
+        {"text_encoder": params["text_encoder"]},
+    )
+
+
+def test_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        read_params(tmp_path)
+    config = small_config()
+    config.data.root = config.initial = str(tmp_path)
+    with pytest.raises(
+        UserError, match=r"config\.initial .* expected WORKDIR/checkpoints/STAGE/STEP .*convert"
+    ):
+        validate(config)
