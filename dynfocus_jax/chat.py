@@ -36,6 +36,7 @@ def load_run(workdir: Path):
     if not config_file.is_file():
         raise UserError(f"--workdir {workdir} has no config.json; name the folder of a training run.")
     config = from_dict(json.loads(config_file.read_text(encoding="utf-8")))
+    config.initial = None  # what training started from may be gone
     validate(config)
     stage = config.stages[-1]
     params = restore_params(workdir / "checkpoints" / stage.name, stage.steps)

@@ -1,6 +1,6 @@
 """Conversations as tokens: templates, loss masks, and where the visual tokens stand."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -15,10 +15,15 @@ class Tokenizer(Protocol):
     """What is needed of a tokenizer: ids of the special tokens, and text to ids without them."""
 
     pad_id: int
-    bos_id: int
+    bos_id: int | None  # None: nothing stands before a text
     eos_id: int
+    special_ids: frozenset[int]  # those that no text may hold
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode_parts(self, parts: Sequence[str | None]) -> list[list[int]]:
+        """Ids of each part of one text, encoded as a whole; None is the end-of-sequence token."""
+
+    def encode_query(self, text: str, max_length: int) -> list[int]:
+        """Ids of a question for the text encoder, at most `max_length`: the end of a longer one."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,10 @@ class Template:
     """The literal text around the turns; an answer is always closed by the end-of-sequence token.
 
     A conversation reads <bos> system and, for each turn, user_prefix question answer_prefix answer <eos>.
-    The visual tokens stand before or after the first question, set off by `visual_separator`.
+    The visual tokens stand before or after the first question, set off by `visual_separator`. What stands
+    before them and what stands after them are two texts for the tokenizer, as in LLaVA: a tokenizer that
+    marks the start of a text with a space does so after the visual tokens too. An answer is not a text of
+    its own: the tokens are those of question and answer together, predicted from the answer's first on.
     """
 
     system: str = ""
@@ -38,10 +46,12 @@ class Template:
 
 
 TEMPLATES = {
-    "plain": Template(visual_separator=" ", answer_prefix=" "),
-    # Guided captions of the first published stage: visual tokens, then the caption (paper, C.1).
+    "plain": Template(answer_space=" "),
+    # Guided captions of the first published stage: visual tokens, then the caption (paper, C.1). The
+    # published code closes a caption with a newline; here it is the end token, so that an answer can end.
     "plain_guided": Template(show_question=False),
-    # The chat form of Vicuna v1.1 and later, as LLaVA-v1.5 uses it; also known as imgsp_v1.
+    # The chat form of Vicuna v1.1 and later, as LLaVA-v1.5 uses it; also known as imgsp_v1. The loss covers
+    # what it covers there: each answer from the token after "ASSISTANT:" on, and the </s> behind it.
     "vicuna_v1": Template(
         system=(
             "A chat between a curious user and an artificial intelligence assistant. "
@@ -64,11 +74,8 @@ class Conversation(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    text: str
+    text: str | None  # None: the end-of-sequence token
     predicted: bool = False
-
-
-_VISUAL = _Piece("<image>")
 
 
 def encode_conversation(
@@ -82,9 +89,10 @@ def encode_conversation(
 ) -> Conversation:
     """Tokens of (question, answer) turns; visual tokens go before or after the first question.
 
-    Raises SampleError when the tokens are more than `max_length`: a conversation is never cut.
+    Raises SampleError when the tokens are more than `max_length` (a conversation is never cut), or when a
+    text holds a special token, such as a literal "</s>".
     """
-    conversation = _encode(tokenizer, _pieces(turns, template, has_visual, visual_at_end))
+    conversation = _encode(tokenizer, _chunks(turns, template, has_visual, visual_at_end))
     _check_length(conversation, max_length)
     return conversation
 
@@ -101,16 +109,19 @@ def encode_prompt(
 ) -> Conversation:
     """Tokens up to where the answer to `question` starts: a prefix of what `encode_conversation` gives.
 
-    Raises SampleError when the tokens are more than `max_length`.
+    Raises SampleError as `encode_conversation` does.
     """
     turns = [*history, (question, None)]
-    conversation = _encode(tokenizer, _pieces(turns, template, has_visual, visual_at_end))
+    conversation = _encode(tokenizer, _chunks(turns, template, has_visual, visual_at_end))
     _check_length(conversation, max_length)
     return conversation._replace(loss_mask=np.zeros_like(conversation.loss_mask))
 
 
 def query_text(turns: Sequence[tuple[str, str]]) -> str:
-    """The human text of a conversation, for the text encoder."""
+    """The human text of a conversation, for the text encoder.
+
+    Line breaks stay and separate words; the published code removes them, so that words may run together.
+    """
     return " ".join(question for question, _ in turns)
 
 
@@ -122,45 +133,60 @@ def _check_length(conversation: Conversation, max_length: int | None) -> None:
         )
 
 
-def _pieces(
+def _chunks(
     turns: Sequence[tuple[str, str | None]], template: Template, has_visual: bool, visual_at_end: bool
-) -> Iterator[_Piece]:
-    """The conversation as text; adjoining text is one piece, as a tokenizer may join across its parts."""
+) -> list[list[_Piece]]:
+    """The conversation as text: one chunk, or two with the visual tokens between them."""
     if not template.show_question and len(turns) > 1:
         raise SampleError(
             f"the conversation has {len(turns)} turns, but its template hides the questions: "
             "use one turn a sample or another template"
         )
-    text = template.system
+    chunks, text = [[]], template.system
     for i, (question, answer) in enumerate(turns):
         text += template.user_prefix
         visual_here = has_visual and i == 0
         shown = question if template.show_question else ""
         if visual_here and visual_at_end:
-            yield _Piece(text + shown + template.visual_separator)
-            yield _VISUAL
+            chunks[-1].append(_Piece(text + shown + template.visual_separator))
+            chunks.append([])
             text = template.answer_prefix
         elif visual_here:
-            yield _Piece(text)
-            yield _VISUAL
+            chunks[-1].append(_Piece(text))
+            chunks.append([])
             text = template.visual_separator + shown + template.answer_prefix
         else:
             text += shown + template.answer_prefix
-        yield _Piece(text)
+        chunks[-1].append(_Piece(text))
         if answer is not None:
-            yield _Piece(template.answer_space + answer, predicted=True)
+            chunks[-1] += [
+                _Piece(template.answer_space + answer, predicted=True),
+                _Piece(None, predicted=True),
+            ]
         text = ""
+    return chunks
 
 
-def _encode(tokenizer: Tokenizer, pieces: Iterator[_Piece]) -> Conversation:
-    tokens, predicted, visual_position = [tokenizer.bos_id], [False], 1
-    for piece in pieces:
-        if piece is _VISUAL:
+def _encode(tokenizer: Tokenizer, chunks: list[list[_Piece]]) -> Conversation:
+    tokens = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    predicted = [False] * len(tokens)
+    visual_position = len(tokens)
+    for number, chunk in enumerate(chunks):
+        if number == 1:
             visual_position = len(tokens)
-            continue
-        ids = tokenizer.encode(piece.text) if piece.text else []
-        if piece.predicted:
-            ids = [*ids, tokenizer.eos_id]
-        tokens += ids
-        predicted += [piece.predicted] * len(ids)
+        encoded = tokenizer.encode_parts([piece.text for piece in chunk])
+        for piece, ids in zip(chunk, encoded, strict=True):
+            if piece.text is not None and not tokenizer.special_ids.isdisjoint(ids):
+                raise SampleError(f"the text {_short(piece.text)} holds a special token: leave it out")
+            tokens += ids
+            predicted += [piece.predicted] * len(ids)
+    if len(chunks) == 1 and not tokens:
+        raise SampleError("the conversation has neither text nor visual tokens: ask a question")
+    if len(chunks) == 1 or visual_position > 0:
+        predicted[0] = False  # nothing stands before it from which it could be predicted
     return Conversation(np.asarray(tokens, np.int32), np.asarray(predicted, bool), visual_position)
+
+
+def _short(text: str) -> str:
+    text = text.strip()
+    return repr(text if len(text) <= 60 else text[:30] + " ... " + text[-30:])

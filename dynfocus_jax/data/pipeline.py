@@ -109,9 +109,11 @@ class SampleLoader:
 
     def padding(self) -> Batch:
         """A padding row of the same shapes."""
-        return padding_sample(
+        sample = padding_sample(
             self._num_frames, self._image_size, self._max_text, self._max_query, self._tokenizer.pad_id
         )
+        # The text encoder may have its own, smaller vocabulary: 0 is an id of every one.
+        return sample._replace(query_tokens=np.zeros_like(sample.query_tokens))
 
     def __call__(self, index: int, rng: np.random.Generator) -> Batch:
         record = self.records[index]
@@ -120,7 +122,7 @@ class SampleLoader:
             chosen = rng.permutation(chosen)[: self._max_turns]
         turns = [record.turns[i] for i in chosen]
         conversation = self._encode(record, turns)
-        query = self._tokenizer.encode(query_text(turns))[-self._max_query :]
+        query = self._tokenizer.encode_query(query_text(turns), self._max_query)
         sample = self.padding()  # fresh arrays, filled from the left
         if record.media is not None:
             clip = self._read(record.media)

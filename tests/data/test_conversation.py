@@ -21,9 +21,10 @@ class Characters:
     """One token a character, so that sequences can be read back as text."""
 
     pad_id, bos_id, eos_id = 0, 1, 2
+    special_ids = frozenset()
 
-    def encode(self, text):
-        return [3 + ord(c) for c in text]
+    def encode_parts(self, parts):
+        return [[self.eos_id] if part is None else [3 + ord(c) for c in part] for part in parts]
 
     def text(self, tokens):
         return "".join({1: "<s>", 2: "</s>"}.get(t) or chr(t - 3) for t in tokens)
@@ -108,6 +109,15 @@ def test_nothing_is_cut():
     assert len(encode_prompt(WORDS, "what ?", TEMPLATES["plain"], max_length=3).tokens) == 3
     with pytest.raises(SampleError, match="3 text tokens, over the limit of 2"):
         encode_prompt(WORDS, "what ?", TEMPLATES["plain"], max_length=2)
+
+
+def test_a_special_token_in_a_text_is_refused():
+    words = WordTokenizer(["what", "red"], strict=False)
+    for turn in (("what <eos>", "red"), ("what", "<bos> red"), ("<pad>", "red")):
+        with pytest.raises(SampleError, match="holds a special token"):
+            encode_conversation(words, [turn], TEMPLATES["plain"], max_length=9)
+    got = encode_conversation(words, [("<unk> mauve", "red")], TEMPLATES["plain"], max_length=9)
+    assert got.tokens.tolist() == [BOS, 3, 3, 5, EOS]
 
 
 def test_query_text_is_what_the_human_said():
