@@ -25,3 +25,12 @@ def data_root(tmp_path_factory):
     config.data.root = str(root)
     prepare(config.data)
     return root
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _free_compiled_programs():
+    """Programs of one file are of no use to the next; kept, they make a worker grow to gigabytes."""
+    yield
+    import jax
+
+    jax.clear_caches()
