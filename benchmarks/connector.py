@@ -130,7 +130,7 @@ def ours(options: argparse.Namespace, frames: int, mode: str) -> Program:
 
     try:
         device = jax.devices()[0]
-    except RuntimeError:
+    except (RuntimeError, AssertionError):  # the latter without any CUDA plugin
         raise UserError(f"--device gpu: jax {jax.__version__} sees no GPU; use --device cpu.") from None
 
     config = default_config().model

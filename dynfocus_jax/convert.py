@@ -34,7 +34,7 @@ _EXPORT = flags.DEFINE_string("export", None, "Folder to make for published file
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "WORKDIR/checkpoints/STAGE/STEP, or an earlier --output."
 )
-_SHARD_GIB = flags.DEFINE_float("shard_gib", 4.0, "Largest exported file; more is split.", lower_bound=1e-9)
+_SHARD_GIB = flags.DEFINE_float("shard_gib", 2.0, "Largest exported file; more is split.", lower_bound=1e-9)
 
 
 def main() -> None:

@@ -102,8 +102,12 @@ def write_safetensors(folder: Path, arrays: Mapping[str, np.ndarray], shard_byte
         file = (
             f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         )
-        whole = {name: np.ascontiguousarray(array) for name, array in shard.items()}
-        save_file(whole, folder / file, metadata={"format": "pt"})
+        # One copy of one shard at a time: the arrays may be views, the file wants them whole.
+        save_file(
+            {name: np.ascontiguousarray(array) for name, array in shard.items()},
+            folder / file,
+            metadata={"format": "pt"},
+        )
         index |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         total = sum(array.nbytes for array in arrays.values())
