@@ -6,7 +6,7 @@
         --config.data.root=DIR --workdir runs/align_7b
 
 The first command reads the published files that configs/common.py lists; DIR holds align.json (LLaVA format)
-and its media. 31 M parameters are trained; the others take 15 GiB on every device.
+and its media. 31 M parameters are trained; the others take 15 GiB, split over all devices.
 """
 
 from configs import common

@@ -31,6 +31,7 @@ def eva_vicuna_7b():
     model.dpe.update({"num_prototypes": 25, "ratio": 0.8, "samples": 500, "sigma": 0.1})  # J = 20 (B.7)
     model.cce.update({"levels": ((16, 8), (8, 3)), "cones": "multi_grained"})  # 16 + 16 + 8 = 40 tokens
     model.language.remat = "full"
+    config.mesh.update({"data": 1, "fsdp": -1})  # parameters and moments split over all devices
     config.weights.update(
         {
             "vision": "published/eva_vit_g.pth",
@@ -65,6 +66,7 @@ def align(config, **changes):
             learning_rate=1e-3,
             num_frames=32,
             max_text=256,
+            loss_chunk=32,
             **{"trainable": PROJECTORS} | changes,
         ),
     )
@@ -82,17 +84,36 @@ def instruct(config, **changes):
             # their sizes); other data: their number / 32.
             steps=23843,
             batch_size=32,
-            learning_rate=2e-5,
             max_text=2048,
-            **{"num_frames": 64, "trainable": ("language/.*", "connector/.*", PROJECTORS[2])} | changes,
+            loss_chunk=256,
+            **{
+                "num_frames": 64,
+                "learning_rate": 2e-5,
+                "trainable": ("language/.*", "connector/.*", PROJECTORS[2]),
+            }
+            | changes,
         ),
     )
     return config
 
 
+def instruct_lora(config, **changes):
+    """The second stage with low-rank updates in place of the language model itself, as LLaVA 1.5 does it."""
+    every = ("query", "key", "value", "out", "gate", "up", "down")
+    config.model.language.lora.update({"rank": 128, "alpha": 256.0, "targets": every})
+    rest = ("connector/.*", PROJECTORS[2])
+    lora = {
+        "learning_rate": 2e-4,
+        "lr_scale": tuple((pattern, 0.1) for pattern in rest),
+        "trainable": ("language/.*lora_.*", *rest),
+    }
+    return instruct(config, **lora | changes)
+
+
 def _stage(**fields):
     """AdamW with a cosine after 3 % of warm-up and no weight decay, one epoch, in both stages."""
-    return stage(schedule="cosine", warmup=0.03, weight_decay=0.0, b2=0.999, clip=1.0, **fields)
+    recipe = {"schedule": "cosine", "warmup": 0.03, "weight_decay": 0.0, "b2": 0.999, "clip": 1.0}
+    return stage(**recipe, **fields)
 
 
 def options(arg: str, file: str, **choices: tuple[str, ...]) -> dict[str, str]:

@@ -5,12 +5,14 @@
 
 DIR holds instruct.json (LLaVA format) and its media; the visual tokens stand where a record has its <image>,
 before or after the first question. 6.8 B parameters are trained: with their gradients and moments they take
-100 GiB and more on every device as long as parameters are not sharded.
+101 GiB, split over all devices (config.mesh.fsdp). instruct_7b.py:train=lora trains 0.4 B instead: low-rank
+updates of the language model, and the connector as ever.
 """
 
 from configs import common
 
 
 def get_config(arg: str = ""):
-    common.options(arg, "configs/instruct_7b.py")
-    return common.instruct(common.eva_vicuna_7b())
+    chosen = common.options(arg, "configs/instruct_7b.py", train=("full", "lora"))
+    config = common.eva_vicuna_7b()
+    return common.instruct_lora(config) if chosen["train"] == "lora" else common.instruct(config)

@@ -22,6 +22,7 @@ def get_config(arg: str = ""):
             "jacobian": "diagonal",
         }
     )
+    model.text_encoder.remat = "full"
     model.cce.levels = ((16, 8), (6, 3))
     config.evaluation.media_frames = 128
     if chosen["stage"] == "align":

@@ -19,9 +19,9 @@ from dynfocus_jax.data.prepare import make_tokenizer
 from dynfocus_jax.data.sources import Record
 from dynfocus_jax.data.video import MediaError, read_media
 from dynfocus_jax.evaluation.exact_match import focused_frames
+from dynfocus_jax.models.dynfocus import build_model
 from dynfocus_jax.serving.generate import make_greedy
 from dynfocus_jax.training.checkpoints import restore_params
-from dynfocus_jax.training.loop import build_model
 from dynfocus_jax.visualize.focus import Strip, draw_focus
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished training run.")

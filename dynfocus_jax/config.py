@@ -9,6 +9,7 @@ import difflib
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def default_config() -> ConfigDict:
             "cross_every": 2,
             "eps": 1e-12,
             "vision_eps": 1e-5,  # of the LayerNorm on the frame's features
+            "remat": "none",
             "attention": placeholder(str),
         }
     )
@@ -124,6 +126,11 @@ def default_config() -> ConfigDict:
             "tied_embeddings": False,
             "remat": "none",
             "attention": placeholder(str),
+            "lora": {
+                "rank": 0,  # of the low-rank updates; 0 builds none
+                "alpha": 16.0,  # an update counts alpha / rank
+                "targets": ("query", "value"),  # any of query, key, value, out, gate, up, down
+            },
         }
     )
 
@@ -163,8 +170,33 @@ def default_config() -> ConfigDict:
     )
 
     config.stages = ()
-    config.mesh = ConfigDict({"data": -1})  # devices on each axis; -1 takes what is left
-    config.checkpoint = ConfigDict({"every": 500, "keep": 1})  # steps
+    config.mesh = ConfigDict(
+        {
+            # Devices on each axis; -1 takes what is left. Their product is the number of devices.
+            "data": -1,  # copies of the parameters, each with its share of the batch
+            "fsdp": 1,  # shares of the parameters, each with its share of the batch
+            "tensor": 1,  # shares of the heads and hidden units
+            "context": 1,  # shares of the language model's sequence
+        }
+    )
+    config.distributed = ConfigDict(
+        {
+            "mode": "none",  # | "auto": as SLURM, GKE or the TPU says | "explicit": by the fields below
+            "address": placeholder(str),  # host:port of process 0
+            "num_processes": placeholder(int),
+            "process_id": placeholder(int),  # 0 to num_processes - 1
+            "timeout": 60,  # seconds to wait for the others at the start
+        }
+    )
+    config.checkpoint = ConfigDict(
+        {
+            "every": 500,  # steps
+            "keep": 1,  # the newest ones
+            "keep_every": placeholder(int),  # of a multiple of so many steps all are kept for good
+            "best": placeholder(str),  # metric of which the best checkpoint is kept too: "loss"
+            "best_mode": "min",  # | "max"
+        }
+    )
     config.log_every = 50  # steps
     config.evaluation = ConfigDict(
         {
@@ -187,6 +219,8 @@ def stage(**fields) -> ConfigDict:
             "annotations": placeholder(str),  # relative to data.root
             "steps": placeholder(int),
             "batch_size": 32,
+            "microbatches": 1,  # parts of a batch that are gone through in turn, their gradients summed
+            "loss_chunk": 0,  # text tokens at a time whose logits are held for the loss; 0 for all at once
             "num_frames": 16,  # T of the stage's bucket
             "max_text": 64,  # text tokens, without the visual ones
             "max_turns": placeholder(int),  # turns drawn from a record; None takes all
@@ -308,7 +342,7 @@ def _validate_model(model: ConfigDict) -> None:
     for key in ("dtype", "param_dtype"):
         _one_of(f"{where}.{key}", model[key], ("float32", "bfloat16"))
     _one_of(f"{where}.vision.activation", vision.activation, ACTIVATIONS)
-    for name in ("vision", "language"):
+    for name in ("vision", "language", "text_encoder"):
         _one_of(f"{where}.{name}.remat", model[name].remat, REMAT_POLICIES)
     for name in ("vision", "language", "text_encoder"):
         _one_of(f"{where}.{name}.attention", model[name].attention, (None, "xla", "cudnn"))
@@ -339,6 +373,7 @@ def _validate_model(model: ConfigDict) -> None:
         language.heads % language.kv_heads == 0,
         f"{where}.language.heads is {language.heads}, not a multiple of kv_heads = {language.kv_heads}.",
     )
+    _validate_lora(language.lora, f"{where}.language.lora")
     _require(language.head_dim % 2 == 0, f"{where}.language.head_dim is {language.head_dim}, expected even.")
     _validate_rope(language, f"{where}.language")
     _require(
@@ -418,6 +453,19 @@ def _validate_model(model: ConfigDict) -> None:
     )
 
 
+def _validate_lora(lora: ConfigDict, where: str) -> None:
+    from dynfocus_jax.models.llama import PROJECTIONS
+
+    _require(lora.rank >= 0, f"{where}.rank is {lora.rank}, expected at least 0.")
+    _positive(lora, where, "alpha")
+    for target in lora.targets:
+        _one_of(f"an entry of {where}.targets", target, PROJECTIONS)
+    _require(
+        lora.rank == 0 or len(lora.targets) > 0,
+        f"{where}.targets is empty, but rank is {lora.rank}; name projections, or set rank to 0.",
+    )
+
+
 def _validate_rope(language: ConfigDict, where: str) -> None:
     from dynfocus_jax.models.llama import ROPE_SCALINGS
 
@@ -452,12 +500,13 @@ def _validate_stage(stage_config: ConfigDict, where: str, devices: int) -> None:
         re.fullmatch(r"[\w-]+", stage_config.name) is not None,
         f"{where}.name is {stage_config.name!r}, expected letters, digits, '_' or '-': it names a folder.",
     )
-    _positive(stage_config, where, "steps", "batch_size", "num_frames", "max_text", "learning_rate", "clip")
+    _positive(stage_config, where, "steps", "batch_size", "microbatches", "num_frames", "max_text")
+    _positive(stage_config, where, "learning_rate", "clip")
     _one_of(f"{where}.connector", stage_config.connector, KINDS)
     _one_of(f"{where}.schedule", stage_config.schedule, ("cosine", "linear_tail"))
     if stage_config.max_turns is not None:
         _positive(stage_config, where, "max_turns")
-    for key in ("random_steps", "weight_decay"):
+    for key in ("random_steps", "weight_decay", "loss_chunk"):
         _require(stage_config[key] >= 0, f"{where}.{key} is {stage_config[key]}, expected at least 0.")
     _require(
         all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in stage_config.lr_scale),
@@ -467,12 +516,72 @@ def _validate_stage(stage_config: ConfigDict, where: str, devices: int) -> None:
         0 <= stage_config.warmup < 1, f"{where}.warmup is {stage_config.warmup}, expected a share in [0, 1)."
     )
     _require(len(stage_config.trainable) > 0, f"{where}.trainable is empty: nothing would be trained.")
+    parts = stage_config.microbatches * devices
+    each = "" if stage_config.microbatches == 1 else f"{stage_config.microbatches} microbatches on "
     _require(
-        stage_config.batch_size % devices == 0,
-        f"{where}.batch_size is {stage_config.batch_size}, which the {devices} devices of the data axis do "
-        f"not divide; choose a multiple of {devices}.",
+        stage_config.batch_size % parts == 0,
+        f"{where}.batch_size is {stage_config.batch_size}, which {each}the {devices} devices of the mesh's "
+        f"data and fsdp axes do not divide; choose a multiple of {parts}.",
     )
     _regular_expressions(where, (*stage_config.trainable, *(pair[0] for pair in stage_config.lr_scale)))
+
+
+def validate_distributed(distributed: ConfigDict) -> None:
+    """Check the section `config.distributed`, which is needed before there are devices.
+
+    Raises:
+      UserError: one sentence that names the field, its value and the remedy.
+    """
+    where = "config.distributed"
+    _one_of(f"{where}.mode", distributed.mode, ("none", "auto", "explicit"))
+    _positive(distributed, where, "timeout")
+    fields = ("address", "num_processes", "process_id")
+    if distributed.mode != "explicit":
+        for key in fields:
+            _require(
+                distributed[key] is None,
+                f"{where}.{key} is {distributed[key]!r}, but mode is {distributed.mode!r}; set mode to "
+                "'explicit', or leave it out.",
+            )
+        return
+    for key in fields:
+        _require(distributed[key] is not None, f"{where}.{key} is not set, which mode 'explicit' needs.")
+    _require(
+        re.fullmatch(r"\S+:\d+", distributed.address) is not None,
+        f"{where}.address is {distributed.address!r}, expected host:port of process 0.",
+    )
+    _positive(distributed, where, "num_processes")
+    _require(
+        0 <= distributed.process_id < distributed.num_processes,
+        f"{where}.process_id is {distributed.process_id}, expected 0 to {distributed.num_processes - 1}, as "
+        f"num_processes is {distributed.num_processes}.",
+    )
+
+
+def _validate_mesh(mesh: ConfigDict) -> None:
+    for axis, size in mesh.items():
+        _require(
+            size == -1 or size >= 1, f"config.mesh.{axis} is {size}, expected at least 1, or -1 for the rest."
+        )
+    rest = [axis for axis, size in mesh.items() if size == -1]
+    _require(
+        len(rest) <= 1,
+        f"config.mesh has -1 for {' and '.join(rest)}, expected one such axis at most; set the others.",
+    )
+
+
+def _validate_checkpoint(checkpoint: ConfigDict) -> None:
+    where = "config.checkpoint"
+    _positive(checkpoint, where, "every", "keep")
+    if checkpoint.keep_every is not None:
+        _positive(checkpoint, where, "keep_every")
+        _require(
+            checkpoint.keep_every % checkpoint.every == 0,
+            f"{where}.keep_every is {checkpoint.keep_every}, expected a multiple of every = "
+            f"{checkpoint.every}: only those steps are saved.",
+        )
+    _one_of(f"{where}.best", checkpoint.best, (None, "loss", "grad_norm"))
+    _one_of(f"{where}.best_mode", checkpoint.best_mode, ("min", "max"))
 
 
 def validate_model(config: ConfigDict) -> None:
@@ -493,7 +602,7 @@ def validate(config: ConfigDict, devices: int = 1) -> None:
 
     Args:
       config: as from a config file.
-      devices: size of the mesh's data axis, which batches must divide by.
+      devices: those on the mesh's data and fsdp axes, which share the rows of a batch.
 
     Raises:
       UserError: one sentence that names the field, its value and the remedy.
@@ -524,7 +633,9 @@ def validate(config: ConfigDict, devices: int = 1) -> None:
         f"config.data.max_query is {config.data.max_query}, more than the text encoder's "
         f"max_text = {config.model.text_encoder.max_text}.",
     )
-    _positive(config.checkpoint, "config.checkpoint", "every", "keep")
+    validate_distributed(config.distributed)
+    _validate_mesh(config.mesh)
+    _validate_checkpoint(config.checkpoint)
     _positive(config, "config", "log_every")
     evaluation = config.evaluation
     if evaluation.annotations is not None:
@@ -536,7 +647,7 @@ def validate(config: ConfigDict, devices: int = 1) -> None:
         _require(
             evaluation.batch_size % devices == 0,
             f"config.evaluation.batch_size is {evaluation.batch_size}, which the {devices} devices of the "
-            f"data axis do not divide; choose a multiple of {devices}.",
+            f"mesh's data and fsdp axes do not divide; choose a multiple of {devices}.",
         )
 
 
@@ -545,6 +656,7 @@ def validate(config: ConfigDict, devices: int = 1) -> None:
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command: parse the flags, turn `UserError` into one sentence on stderr and exit code 2."""
+    from dynfocus_jax.parallel.start import leave
 
     def guarded(_argv: list[str]) -> None:
         logging.set_verbosity(logging.ERROR)  # the libraries' chatter would bury the run's own lines
@@ -552,10 +664,13 @@ def run_command(main: Callable[[], None]) -> None:
             main()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            leave(2)
         except RunError as error:
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
+            leave(1)
+        except Exception:
+            traceback.print_exc()
+            leave(1)
 
     app.run(guarded, flags_parser=_parse_flags)
 

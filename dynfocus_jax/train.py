@@ -3,9 +3,13 @@
     python -m dynfocus_jax.train --config configs/toy.py --workdir runs/toy
     python -m dynfocus_jax.train --config configs/toy.py:variant=rods_only --config.seed=1 --workdir runs/rods
 
-Started again with the same --workdir it goes on where it stopped; finished stages are not repeated.
+Started again with the same --workdir it goes on where it stopped, on other devices too; finished stages are
+not repeated. SIGTERM makes it save, stop and exit with 0.
 The workdir receives config.json, metrics.jsonl, checkpoints/, skipped.jsonl, eval.json, predictions.jsonl
 and focus.png. Any field is set by --config.FIELD=VALUE, for example --config.stages[3].steps=100.
+
+Several processes train together when each is started with the same arguments and config.distributed says how
+they find each other; launch/ has scripts for it. They share the workdir; the first of them prints and writes.
 """
 
 import json
@@ -21,9 +25,12 @@ from dynfocus_jax import trees
 from dynfocus_jax.config import UserError, run_command, to_dict, validate
 from dynfocus_jax.data.prepare import check_weights, make_tokenizer, prepare
 from dynfocus_jax.evaluation.run import evaluate_run, format_table
-from dynfocus_jax.parallel.mesh import data_axis_size, make_mesh
+from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
+from dynfocus_jax.parallel.sharding import row_shares
+from dynfocus_jax.parallel.start import first_goes_ahead, is_first, say, start
 from dynfocus_jax.training.checkpoints import read_params
 from dynfocus_jax.training.loop import StageRun, check_initial
+from dynfocus_jax.training.preemption import Preemption
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant=NAME where it has any.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and results.")
@@ -38,17 +45,19 @@ def main() -> None:
     config, workdir = _CONFIG.value, Path(_WORKDIR.value).expanduser()
 
     # --- Devices and settings -------------------------------------------------------------------------
-    data_axis = data_axis_size(config.mesh.data)
-    validate(config, data_axis)
+    start(config.distributed)
+    mesh = make_mesh(mesh_shape(config.mesh, jax.device_count()))
+    validate(config, row_shares(mesh))
     check_weights(config)
     stop_at = _parse_stop(_STOP_AT.value, [stage.name for stage in config.stages])
-    mesh = make_mesh(data_axis)
     workdir.mkdir(parents=True, exist_ok=True)
-    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
+    processes = "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
+    say(f"{jax.device_count()} x {jax.devices()[0].device_kind}{processes}, jax {jax.__version__}")
 
     # --- Data -----------------------------------------------------------------------------------------
     started = time.perf_counter()
-    data_root = prepare(config.data)
+    with first_goes_ahead():
+        data_root = prepare(config.data)
     tokenizer = make_tokenizer(config, data_root / config.data.vocabulary)
     held_out = config.evaluation.annotations
     if held_out is not None and not (data_root / held_out).is_file():
@@ -64,35 +73,41 @@ def main() -> None:
     ]
     check_initial(config.initial, initial, stages)
     # Only now that the stages accept what the workdir holds: a refused run leaves it as it was.
-    (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
-    if config.data.tokenizer is None:
-        shutil.copyfile(data_root / config.data.vocabulary, workdir / "vocabulary.json")
+    if is_first():
+        (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+        if config.data.tokenizer is None:
+            shutil.copyfile(data_root / config.data.vocabulary, workdir / "vocabulary.json")
     done = max((index for index, stage in enumerate(stages) if stage.finished), default=-1)
     params = {}
-    for index, stage in enumerate(stages):
-        if index < done:
-            seconds[stage.name] = stage.checkpoints.seconds()
-        elif index == done:
-            params, seconds[stage.name] = stage.checkpoints.restore_params(), stage.checkpoints.seconds()
-            print(f"stage {stage.name}: finished before, its checkpoint is used", flush=True)
-        else:
-            stop = stop_at[1] if stop_at and stop_at[0] == stage.name else None
-            # With what `initial` holds for this stage and the one before had no use for.
-            params, seconds[stage.name] = stage.run(trees.merge(initial, params), stop)
-            if stop is not None:
-                print(f"stopped at step {stop} of stage {stage.name}; run again to go on", flush=True)
-                return
+    with Preemption() as preemption:
+        for index, stage in enumerate(stages):
+            if index < done:
+                seconds[stage.name] = stage.checkpoints.seconds()
+            elif index == done:
+                params, seconds[stage.name] = stage.checkpoints.restore_params(), stage.checkpoints.seconds()
+                say(f"stage {stage.name}: finished before, its checkpoint is used")
+            else:
+                stop = stop_at[1] if stop_at and stop_at[0] == stage.name else None
+                # With what `initial` holds for this stage and the one before had no use for.
+                params, seconds[stage.name] = stage.run(trees.merge(initial, params), stop, preemption)
+                if stop is not None or preemption.agreed:
+                    step = stage.checkpoints.latest_step()
+                    say(f"stopped at step {step} of stage {stage.name}; run again to go on")
+                    return
 
     # --- Evaluation -----------------------------------------------------------------------------------
     if config.evaluation.annotations is None:
         return
     started = time.perf_counter()
-    results = evaluate_run(config, params, data_root=data_root, tokenizer=tokenizer, workdir=workdir)
+    results = evaluate_run(
+        config, params, data_root=data_root, tokenizer=tokenizer, workdir=workdir, mesh=mesh
+    )
     seconds["evaluation"] = time.perf_counter() - started
     results["seconds_by_stage"] = {name: round(value, 1) for name, value in seconds.items()}
-    (workdir / "eval.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(format_table(results))
-    print(f"results in {workdir}/eval.json, picture in {workdir}/focus.png")
+    if is_first():
+        (workdir / "eval.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    say(format_table(results))
+    say(f"results in {workdir}/eval.json, picture in {workdir}/focus.png")
 
 
 def _parse_stop(text: str | None, names: list[str]) -> tuple[str, int] | None:

@@ -45,5 +45,6 @@ fi
 
 # Large pages for malloc: the CPU backend frees and takes large buffers all the time (1.4 times faster).
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
-export PATH="$(cd "$venv/bin" && pwd):$PATH"
+bin=$(cd "$venv/bin" && pwd)
+export PATH="$bin:$PATH"
 exec "$@"

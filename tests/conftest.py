@@ -14,6 +14,13 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
+def pytest_configure():
+    """Eight virtual devices for the tests of meshes; the others use the first, commands have one."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 8)
+
+
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory):
     """A folder in which the tiny needles benchmark has been generated."""

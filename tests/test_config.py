@@ -153,6 +153,9 @@ def test_values_of_the_model(section, field, value, parts):
         ({"warmup": 1.0}, ("warmup is 1.0", "[0, 1)")),
         ({"connector": "resampler"}, ("connector is 'resampler'", "dynfocus")),
         ({"batch_size": 15}, ("stages[1].batch_size is 15", "2 devices")),
+        ({"microbatches": 3}, ("batch_size is 16", "3 microbatches on the 2 devices", "a multiple of 6")),
+        ({"microbatches": 0}, ("stages[1].microbatches is 0",)),
+        ({"loss_chunk": -1}, ("stages[1].loss_chunk is -1",)),
         ({"learning_rate": 0.0}, ("learning_rate is 0.0",)),
         ({"name": "instruct"}, ("two stages of one name",)),
         ({"max_turns": 0}, ("max_turns is 0",)),
@@ -200,6 +203,55 @@ def test_other_values():
     config = toy()
     config.data.max_skip_share = 1.5
     refuse(config, "max_skip_share")
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "parts"),
+    [
+        ("mesh", {"data": -1, "fsdp": -1}, ("-1 for data and fsdp", "one such axis at most")),
+        ("mesh", {"tensor": 0}, ("mesh.tensor is 0", "at least 1")),
+        ("mesh", {"context": -2}, ("mesh.context is -2",)),
+        ("distributed", {"mode": "slurm"}, ("distributed.mode is 'slurm'", "'explicit'")),
+        ("distributed", {"num_processes": 4}, ("num_processes is 4, but mode is 'none'",)),
+        ("distributed", {"mode": "explicit"}, ("distributed.address is not set",)),
+        ("distributed", {"timeout": 0}, ("distributed.timeout is 0",)),
+        (
+            "distributed",
+            {"mode": "explicit", "address": "host", "num_processes": 2, "process_id": 0},
+            ("address is 'host'", "host:port"),
+        ),
+        (
+            "distributed",
+            {"mode": "explicit", "address": "host:1", "num_processes": 2, "process_id": 2},
+            ("process_id is 2", "0 to 1"),
+        ),
+        ("checkpoint", {"keep_every": 0}, ("keep_every is 0",)),
+        ("checkpoint", {"every": 200, "keep_every": 300}, ("keep_every is 300", "a multiple of every = 200")),
+        ("checkpoint", {"best": "accuracy"}, ("checkpoint.best is 'accuracy'", "'loss'")),
+        ("checkpoint", {"best_mode": "least"}, ("best_mode is 'least'",)),
+    ],
+    ids=str,
+)
+def test_devices_and_checkpoints(section, fields, parts):
+    config = toy()
+    config[section].update(fields)
+    refuse(config, *parts)
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({"rank": -1}, ("lora.rank is -1",)),
+        ({"alpha": 0.0}, ("lora.alpha is 0.0",)),
+        ({"rank": 4, "targets": ()}, ("lora.targets is empty", "rank is 4")),
+        ({"targets": ("query", "q_proj")}, ("lora.targets is 'q_proj'", "'query'", "'down'")),
+    ],
+    ids=str,
+)
+def test_values_of_lora(fields, parts):
+    config = toy()
+    config.model.language.lora.update(fields)
+    refuse(config, *parts)
 
 
 def test_unknown_and_mistyped_fields():
@@ -255,6 +307,7 @@ def test_missing_data(tmp_path):
         ("--config.model.dpe.ration=0.5", r"config.model.dpe.ration .*did you mean 'ratio'"),
         ("--config.modle.dpe.ratio=0.5", r"config.modle .*did you mean 'model'"),
         ("--config.stages[1].step=3", r"config.stages\[1\].step .*did you mean 'steps'"),
+        ("--config.mesh.fdsp=8", r"config.mesh.fdsp .*did you mean 'fsdp'"),
         ("--config.stages[9].steps=3", r"config.stages has 4 entries"),
         ("--config.model.dpe.ratio.x=3", r"config.model.dpe.ratio.x is not a field"),
     ],

@@ -9,7 +9,8 @@ import numpy as np
 
 from dynfocus_jax import trees
 from dynfocus_jax.batch import Batch, padding_sample
-from dynfocus_jax.training.loop import build_model
+from dynfocus_jax.models.dynfocus import build_model
+from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.training.losses import answer_loss
 
 TOY = Path(__file__).resolve().parents[1] / "configs" / "toy.py"
@@ -121,6 +122,12 @@ def random_params(model, batch: Batch, seed: int = 0) -> dict:
 def model_of(config):
     """The model of the last stage."""
     return build_model(config, config.stages[-1].connector)
+
+
+def mesh_of(**axes: int):
+    """A mesh on the first devices; axes that are not named are 1."""
+    shape = mesh_shape({"data": 1} | axes, int(np.prod(list(axes.values()), dtype=int)))
+    return make_mesh(shape, jax.devices()[: int(np.prod(list(shape.values())))])
 
 
 def forward(model, train: bool):

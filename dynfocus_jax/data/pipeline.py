@@ -1,6 +1,5 @@
 """The input pipeline: records to batches, in a fixed order that can be resumed exactly."""
 
-import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from dynfocus_jax.data.conversation import (
 )
 from dynfocus_jax.data.sources import Record
 from dynfocus_jax.data.video import Clip, MediaError, read_media
+from dynfocus_jax.json_lines import append_json_line, read_json_lines
 
 
 class Skipped:
@@ -30,7 +30,7 @@ class Skipped:
     `note` raises UserError as soon as more than `max_share` of the samples seen (of the first `grace` samples
     at least, so that one bad file among the first does not stop a run) were skipped. With `path`, each
     bad record is appended there as a json line; records already listed there are not listed again. Safe to
-    use from several threads, not from several processes with one path.
+    use from several threads; each process needs a path of its own.
     """
 
     def __init__(self, path: str | Path | None = None, *, max_share: float = 0.01, grace: int = 100):
@@ -44,8 +44,8 @@ class Skipped:
         self._path = Path(path) if path else None
         self._max_share, self._grace = max_share, grace
         self._lock = threading.Lock()
-        if self._path and self._path.exists():
-            self.records = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+        if self._path:
+            self.records = read_json_lines(self._path)
         self._listed = {record["id"] for record in self.records}
 
     def note(self, record: Record, reason: str | None) -> None:
@@ -69,8 +69,7 @@ class Skipped:
         entry = {"id": record.id, "media": str(record.media) if record.media else None, "reason": reason}
         self.records.append(entry)
         if self._path:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+            append_json_line(self._path, entry)
 
 
 class SampleLoader:
@@ -172,49 +171,50 @@ def make_dataset(
     epochs: int | None = None,
     pad_last: bool = False,
     skipped: Skipped | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
+    start: int = 0,
     num_threads: int = 2,
     prefetch: int = 64,
 ) -> grain.IterDataset:
-    """A grain dataset of batches over `load.records`; its iterators save and restore their position exactly.
+    """A grain dataset of batches over `load.records`, whose whole state is the number of batches consumed.
 
-    One global order of samples is drawn from `seed`, newly shuffled each epoch, and dealt out to the
-    processes in turn; batch_size counts the rows of this process. No sample depends on the number of
-    processes. epochs: None is endless. num_threads threads read `prefetch` samples ahead; 0 reads none ahead.
+    One global order of samples is drawn from `seed`, newly shuffled each epoch, and cut into batches of
+    `batch_size` rows. A process that holds some of the rows of each gives their numbers as `rows`; None is
+    all of them. So batch s is the same however many processes share it, and `start`, the number of batches
+    consumed before, is a position from which any number of processes goes on. epochs: None is endless.
+    num_threads threads read `prefetch` samples ahead; 0 reads none ahead.
 
-    For training, a sample that cannot be used is left out and the batch is filled with the next one; records
-    that do not fill a batch (at the end) or the processes evenly (each epoch) are left out.
-    With `pad_last` (evaluation) every record keeps its place: one that cannot be used becomes a padding row,
-    and padding rows fill the last batch, so that all processes see the same number of batches.
-    Either way `skipped` is told, which raises UserError when there are too many.
+    A sample that cannot be used becomes a padding row (index -1, nothing to learn), so that no other process
+    need know of it; `skipped` is told, which raises UserError when there are too many. Records that do not
+    fill a batch at the end are left out, or with `pad_last` (evaluation) filled up with padding rows.
     """
     skipped = skipped or Skipped()
+    rows = range(batch_size) if rows is None else rows
     num_records = len(load.records)
-    if pad_last:
-        num_positions = -(-num_records // (batch_size * process_count)) * batch_size * process_count
-    else:
-        num_positions = num_records - num_records % process_count
-    if not num_positions:
-        raise UserError(
-            f"{num_records} records are too few for {process_count} processes: check the annotations"
-        )
+    if not num_records:
+        raise UserError("there are no records to read: check the annotations")
 
-    def load_or_skip(index: int, rng: np.random.Generator) -> Batch | None:
+    def load_or_pad(index: int, rng: np.random.Generator) -> Batch:
         if index >= num_records:
             return load.padding()
         try:
             sample, reason = load(index, rng), None
         except (MediaError, SampleError) as error:
-            sample, reason = load.padding() if pad_last else None, str(error)
+            sample, reason = load.padding(), str(error)
         skipped.note(load.records[index], reason)
         return sample
 
-    dataset = grain.MapDataset.range(num_positions if pad_last else num_records)
+    padding = -num_records % batch_size if pad_last else 0
+    samples = grain.MapDataset.range(num_records + padding)
     if shuffle:
-        dataset = dataset.shuffle(seed)
-    dataset = dataset.random_map(load_or_skip, seed=seed)
-    dataset = dataset.slice(slice(process_index, num_positions, process_count)).repeat(epochs)
-    # A None that a map gives is left out on the way from MapDataset to IterDataset.
+        samples = samples.shuffle(seed)
+    samples = samples.random_map(load_or_pad, seed=seed).repeat(epochs)
+
+    def load_row(number: int) -> Batch:
+        batch, row = divmod(number, len(rows))
+        return samples[batch * batch_size + rows[row]]
+
+    end = len(samples) // batch_size
+    numbers = grain.MapDataset.range(min(start, end) * len(rows), end * len(rows))
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
-    return dataset.to_iter_dataset(options).batch(batch_size, drop_remainder=not pad_last)
+    return numbers.map(load_row).to_iter_dataset(options).batch(len(rows), drop_remainder=True)

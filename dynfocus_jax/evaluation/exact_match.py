@@ -1,7 +1,7 @@
 """Exact match of greedy answers, and how often the frames that matter were in focus."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -39,20 +39,32 @@ def focused_frames(visual: VisualTokens, num_frames: int) -> np.ndarray | None:
     return focus
 
 
+class Answered(NamedTuple):
+    """A batch of answers with what judging them needs: `index [B]` and `frame_mask [B, T]` of the batch."""
+
+    index: jax.Array
+    frame_mask: jax.Array
+    answers: Answers
+
+
+def answered(batch: Batch, answers: Answers) -> Answered:
+    """The answers to a batch, without the large arrays of what the model looked at."""
+    visual = answers.visual._replace(tokens=None, mask=None)
+    if visual.selection is not None:
+        visual = visual._replace(selection=visual.selection._replace(events=None, indicators=None))
+    return Answered(batch.index, batch.frame_mask, answers._replace(visual=visual))
+
+
 def predict(
-    greedy: Callable[[dict, Batch], Answers],
-    params: dict,
-    batches,
+    batches: Iterable[Answered],
     records: Sequence[Record],
     decode: Callable[[Sequence[int]], str],
 ) -> list[Prediction]:
-    """Answers every record of `batches` (whose `index` points into `records`), in their order."""
+    """The predictions of answered batches (numpy; their `index` points into `records`), in their order."""
     predictions = []
-    for batch in batches:
-        answers = jax.device_get(greedy(params, batch))
-        num_frames = batch.frame_mask.shape[1]
-        focus = focused_frames(answers.visual, num_frames)
-        for row, index in enumerate(batch.index):
+    for index_of_row, frame_mask, answers in batches:
+        focus = focused_frames(answers.visual, frame_mask.shape[1])
+        for row, index in enumerate(index_of_row):
             if index < 0:
                 continue
             record = records[index]
@@ -70,7 +82,7 @@ def predict(
                     text,
                     text == record.turns[-1][1],
                     int(answers.visual.count[row]),
-                    int(batch.frame_mask[row].sum()),
+                    int(frame_mask[row].sum()),
                     recall,
                     chance,
                     scores,

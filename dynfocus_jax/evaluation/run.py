@@ -1,22 +1,36 @@
 """Evaluation of a training run: answers to the held-out questions, measures, the focus picture."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dynfocus_jax import trees
+from dynfocus_jax.batch import Batch
 from dynfocus_jax.data.conversation import TEMPLATES
 from dynfocus_jax.data.pipeline import SampleLoader, Skipped, make_dataset
 from dynfocus_jax.data.sources import read_records
 from dynfocus_jax.data.video import read_media
-from dynfocus_jax.evaluation.exact_match import Prediction, predict, summarize
+from dynfocus_jax.evaluation.exact_match import Answered, Prediction, answered, predict, summarize
+from dynfocus_jax.models.dynfocus import build_model
+from dynfocus_jax.parallel.sharding import local_rows, on_mesh, place, to_devices
+from dynfocus_jax.parallel.start import is_first, own_name
 from dynfocus_jax.serving.generate import make_greedy
-from dynfocus_jax.training.loop import build_model
+from dynfocus_jax.training.state import abstract_params
 from dynfocus_jax.visualize.focus import Strip, draw_focus
 
 
-def evaluate_run(config: ConfigDict, params: dict, *, data_root: Path, tokenizer, workdir: Path) -> dict:
-    """Answers all questions of `config.evaluation.annotations`; writes predictions.jsonl and focus.png."""
+def evaluate_run(
+    config: ConfigDict, params: dict, *, data_root: Path, tokenizer, workdir: Path, mesh: Mesh
+) -> dict:
+    """Answers all questions of `config.evaluation.annotations`; writes predictions.jsonl and focus.png.
+
+    The devices of the mesh share each batch of questions. All processes return the results, the first writes.
+    """
     evaluation = config.evaluation
     records = read_records(data_root / evaluation.annotations, data_root)
     loader = SampleLoader(
@@ -33,20 +47,34 @@ def evaluate_run(config: ConfigDict, params: dict, *, data_root: Path, tokenizer
     batches = make_dataset(
         loader,
         batch_size=evaluation.batch_size,
+        rows=local_rows(mesh, evaluation.batch_size),
         seed=0,
         shuffle=False,
         epochs=1,
         pad_last=True,
-        skipped=Skipped(workdir / "skipped.jsonl", max_share=config.data.max_skip_share),
+        skipped=Skipped(workdir / own_name("skipped.jsonl"), max_share=config.data.max_skip_share),
         num_threads=config.data.threads,
     )
     model = build_model(config, config.stages[-1].connector)
     greedy = make_greedy(model, evaluation.max_new_tokens, tokenizer.eos_id)
-    predictions = predict(greedy, params, batches, records, tokenizer.decode)
-    _write_predictions(workdir / "predictions.jsonl", predictions)
-    strips = _strips(predictions, evaluation, config.model.vision.image_size)
-    if strips:
-        draw_focus(workdir / "focus.png", strips)
+    layout = abstract_params(config, len(config.stages) - 1, mesh)
+    params = {path: place(leaf, layout[path]) for path, leaf in trees.flatten(params).items()}
+
+    @jax.jit
+    def answer(params: dict, batch: Batch) -> Answered:
+        with on_mesh(mesh):
+            return answered(batch, greedy(trees.unflatten(params), batch))
+
+    def answers() -> Iterator[Answered]:
+        for batch in batches:
+            yield multihost_utils.process_allgather(answer(params, to_devices(batch, mesh)), tiled=True)
+
+    predictions = predict(answers(), records, tokenizer.decode)
+    if is_first():
+        _write_predictions(workdir / "predictions.jsonl", predictions)
+        strips = _strips(predictions, evaluation, config.model.vision.image_size)
+        if strips:
+            draw_focus(workdir / "focus.png", strips)
     return summarize(predictions, len(records))
 
 

@@ -77,6 +77,7 @@ class DynFocusConnector(nn.Module):
         oracle: jax.Array | None = None,
         initial: jax.Array | None = None,
         noise: jax.Array | None = None,
+        share: tuple[jax.Array, int] | None = None,
     ) -> VisualTokens:
         """Encode a batch of videos.
 
@@ -94,6 +95,7 @@ class DynFocusConnector(nn.Module):
             oracle=oracle,
             initial=initial,
             noise=noise,
+            share=share,
         )
         return self.encode(features, frame_mask, self.cce.spatial(features), selection, text_queries)
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from dynfocus_jax.batch import Batch
 from dynfocus_jax.models.connectors import VisualTokens, build_connector
@@ -12,6 +13,7 @@ from dynfocus_jax.models.llama import Cache, Llama
 from dynfocus_jax.models.qformer import QFormer
 from dynfocus_jax.models.vit import VisionTransformer
 from dynfocus_jax.ops.packing import insert_visual
+from dynfocus_jax.parallel.sharding import shard, shares
 
 
 class Output(NamedTuple):
@@ -19,6 +21,13 @@ class Output(NamedTuple):
 
     logits: jax.Array
     visual: VisualTokens
+
+
+def build_model(config: ConfigDict, connector: str) -> "DynFocus":
+    """The model of a whole configuration with the connector of a stage."""
+    model = config.model.copy_and_resolve_references()
+    model.connector.kind = connector
+    return DynFocus(FrozenConfigDict(model))
 
 
 class DynFocus(nn.Module):
@@ -40,6 +49,7 @@ class DynFocus(nn.Module):
     ) -> VisualTokens:
         """Frames (and the question) to packed visual tokens; `selection` goes to the connector."""
         features = self.vision(batch.frames, keep_cls=True)  # [B, T, (1+)N, C]
+        features = shard(features, "batch", None, None, None)
         queries = question = None
         if self.connector.needs_text:
             queries = self.text_encoder(batch.query_tokens, batch.query_length, features)
@@ -58,17 +68,28 @@ class DynFocus(nn.Module):
         )
 
     def _joined(self, batch: Batch, visual: VisualTokens) -> tuple[jax.Array, jax.Array]:
-        """Text with the visual tokens in their place: embeddings `[B, Lt + Lv, D]` and lengths `[B]`."""
+        """Text with the visual tokens in their place: embeddings `[B, L, D]` and lengths `[B]`.
+
+        L is Lt + Lv, rounded up to a multiple of the devices that share the sequence.
+        """
         text = self.language.embed(batch.tokens)
         joined = insert_visual(
             text, batch.length, visual.tokens.astype(text.dtype), visual.count, batch.visual_position
         )
-        return joined, batch.length + visual.count
+        joined = jnp.pad(joined, ((0, 0), (0, -joined.shape[1] % shares("sequence")), (0, 0)))
+        return shard(joined, "batch", "sequence", None), batch.length + visual.count
 
     def __call__(
         self, batch: Batch, *, train: bool = False, random_selection: jax.Array | None = None, **selection
     ) -> Output:
         """Logits of every text token given all that stands before it (row 0 predicts nothing useful)."""
+        hidden, visual = self.hidden(batch, train=train, random_selection=random_selection, **selection)
+        return Output(self.logits(hidden), visual)
+
+    def hidden(
+        self, batch: Batch, *, train: bool = False, random_selection: jax.Array | None = None, **selection
+    ) -> tuple[jax.Array, VisualTokens]:
+        """What `logits` turns into the logits of `__call__`: `[B, Lt, D]`; the visual tokens."""
         visual = self.visual_tokens(batch, train=train, random_selection=random_selection, **selection)
         embeddings, lengths = self._joined(batch, visual)
         hidden, _ = self.language(embeddings, lengths)
@@ -76,8 +97,12 @@ class DynFocus(nn.Module):
         index = jnp.arange(batch.tokens.shape[1])
         behind = index >= batch.visual_position[:, None]
         before = index + jnp.where(behind, visual.count[:, None], 0) - 1
-        hidden = jnp.take_along_axis(hidden, jnp.maximum(before, 0)[..., None], axis=1)
-        return Output(self.language.logits(hidden), visual)
+        hidden = shard(hidden, "batch", None, None)
+        return jnp.take_along_axis(hidden, jnp.maximum(before, 0)[..., None], axis=1), visual
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Of the language model: `[B, Lt, D] -> [B, Lt, V]` float32."""
+        return self.language.logits(hidden)
 
     def prefill(self, batch: Batch, max_new_tokens: int) -> tuple[jax.Array, Cache, VisualTokens]:
         """Read prompts: logits `[B, V]` of the first answer token, the cache with room for the answer."""

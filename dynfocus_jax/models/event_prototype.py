@@ -154,6 +154,7 @@ class EventPrototypes(nn.Module):
         oracle: jax.Array | None = None,
         initial: jax.Array | None = None,
         noise: jax.Array | None = None,
+        share: tuple[jax.Array, int] | None = None,
     ) -> Selection:
         """Select the important frames.
 
@@ -165,6 +166,8 @@ class EventPrototypes(nn.Module):
           oracle: bool `[B, T]`, frames known to matter, for `selection="oracle"`.
           initial: int32 `[B, K]` initial frames for k-means instead of the configured choice.
           noise: float32 `[B, samples, K]` instead of drawn perturbations.
+          share: (i, n) for rows i, i + n, i + 2n, ... of a batch of n * B rows, which draw what they would
+            draw there; i may be traced.
         """
         pooled = pool_grid(features, self.grid, self.pool)  # [B, T, P, C]
         if self.selection != "learned":
@@ -183,17 +186,23 @@ class EventPrototypes(nn.Module):
         raw = jnp.take_along_axis(raw, first_twin(summary, valid), axis=-1)
         scores = min_max(raw, valid)
 
+        def draw(sample, shape):
+            if share is None:
+                return sample(self.make_rng("selection"), shape)
+            index, count = share
+            whole = sample(self.make_rng("selection"), (batch * count, *shape[1:]))
+            return whole.reshape(batch, count, *shape[1:])[:, index]
+
         if train:
             # Noise for all K prototypes, so that a shorter bucket sees the same perturbations.
             if noise is None:
-                shape = (batch, self.samples, self.num_prototypes)
-                noise = jax.random.normal(self.make_rng("selection"), shape)
+                noise = draw(jax.random.normal, (batch, self.samples, self.num_prototypes))
             noise = noise[..., : scores.shape[-1]]
             indicators = perturbed_topk(
                 scores, noise, slots, self.sigma, self.jacobian, mask=valid, count=count
             )
             if random_selection is not None:
-                chance = jax.random.uniform(self.make_rng("selection"), scores.shape)
+                chance = draw(jax.random.uniform, scores.shape)
                 chosen = hard_topk(chance, slots, mask=valid, count=count)
                 uniform = jax.nn.one_hot(chosen, scores.shape[-1], dtype=indicators.dtype)
                 indicators = jnp.where(random_selection, uniform, indicators)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dynfocus_jax.config import UserError
 
@@ -136,6 +137,34 @@ class RMSNorm(nn.Module):
         return (x32 * scale.astype(jnp.float32)).astype(self.dtype)
 
 
+class LoRA(nn.Module):
+    """A linear map and a low-rank update of it (Hu et al. 2021): `W x + alpha / rank * B A x`.
+
+    Its parameters stand beside those of the map: `lora_a [*in, rank]`, and `lora_b [rank, *out]`, which
+    starts at zero, so that the update does. Kernel and bias are named and shaped as without it.
+    """
+
+    base: nn.DenseGeneral
+    rank: int
+    alpha: float
+
+    def setup(self):
+        nn.share_scope(self, self.base)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        out = self.base(x)
+        inputs = x.shape[x.ndim - np.size(self.base.axis) :]
+        every = tuple(range(len(inputs)))
+        uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=every)
+        features = np.atleast_1d(self.base.features)
+        zeros, dtype = nn.initializers.zeros, self.base.param_dtype
+        down = self.param("lora_a", uniform, (*inputs, self.rank), dtype).astype(out.dtype)
+        up = self.param("lora_b", zeros, (self.rank, *features), dtype).astype(out.dtype)
+        low = jnp.tensordot(x.astype(out.dtype), down, len(inputs))
+        return out + jnp.tensordot(low, up, 1) * (self.alpha / self.rank)
+
+
 def layer_norm(name: str, eps: float, dtype: Dtype, param_dtype: Dtype) -> nn.LayerNorm:
     """LayerNorm computed in float32 (flax does so for lower input dtypes), result in `dtype`.
 
@@ -144,18 +173,29 @@ def layer_norm(name: str, eps: float, dtype: Dtype, param_dtype: Dtype) -> nn.La
     return nn.LayerNorm(epsilon=eps, name=name, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False)
 
 
+def rematerialized(
+    block: type[nn.Module], remat: str, static: tuple[int, ...] = (), prevent_cse: bool = True
+) -> type[nn.Module]:
+    """A block that keeps for its backward pass what the policy of that name says.
+
+    static: numbers of its static arguments; prevent_cse: False within a scan, where nothing merges the two
+    computations of it.
+    """
+    if remat not in REMAT_POLICIES:
+        raise UserError(f"remat policy {remat!r} is unknown; choose one of {', '.join(REMAT_POLICIES)}.")
+    if remat == "none":
+        return block
+    return nn.remat(block, prevent_cse=prevent_cse, policy=REMAT_POLICIES[remat], static_argnums=static)
+
+
 def scan_layers(block: type[nn.Module], depth: int, remat: str = "none") -> type[nn.Module]:
     """A module class that applies `block` `depth` times, parameters stacked on axis 0.
 
     `block.__call__(carry, xs, *broadcast) -> (carry, ys)`: `xs` and `ys` are per-layer inputs and outputs
     stacked on axis 0 (None when there are none), the rest is the same for every layer. Remat by policy name.
     """
-    if remat not in REMAT_POLICIES:
-        raise UserError(f"remat policy {remat!r} is unknown; choose one of {', '.join(REMAT_POLICIES)}.")
-    if remat != "none":
-        block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[remat])
     return nn.scan(
-        block,
+        rematerialized(block, remat, prevent_cse=False),
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),

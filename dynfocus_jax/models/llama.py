@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynfocus_jax.models.layers import RMSNorm, attention, scan_layers
+from dynfocus_jax.models.layers import LoRA, RMSNorm, attention, scan_layers
+from dynfocus_jax.parallel.sharding import shard
 
 ROPE_SCALINGS = ("none", "linear", "llama3")
+PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")  # linear maps of a block
 
 
 class Cache(NamedTuple):
@@ -78,6 +80,7 @@ class DecoderBlock(nn.Module):
     qk_norm: bool
     eps: float
     attention: str | None
+    lora: object
     dtype: str
     param_dtype: str
 
@@ -90,15 +93,25 @@ class DecoderBlock(nn.Module):
         positions, lengths, frequency = context
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
+        def linear(y, name, features, **options):
+            options = {"use_bias": False} | options | types
+            if self.lora is None or self.lora.rank == 0 or name not in self.lora.targets:
+                return nn.DenseGeneral(features, name=name, **options)(y)
+            base = nn.DenseGeneral(features, parent=None, **options)
+            return LoRA(base, self.lora.rank, self.lora.alpha, name=name)(y)
+
         def heads(y, count, name):
-            return nn.DenseGeneral((count, self.head_dim), use_bias=self.qkv_bias, name=name, **types)(y)
+            y = linear(y, name, (count, self.head_dim), use_bias=self.qkv_bias)
+            return shard(y, "batch", "sequence" if name == "query" else None, "heads", None)
 
         def turned(y, name):
             if self.qk_norm:
                 y = RMSNorm(self.eps, name=f"{name}_norm", **types)(y)
             return rope(y, positions, frequency)
 
+        x = shard(x, "batch", "sequence", None)
         y = RMSNorm(self.eps, name="attention_norm", **types)(x)
+        # Every device looks with its share of the queries at all keys.
         query = turned(heads(y, self.heads, "query"), "query")
         key = turned(heads(y, self.kv_heads, "key"), "key")
         value = heads(y, self.kv_heads, "value")
@@ -110,13 +123,12 @@ class DecoderBlock(nn.Module):
             cache = key, value = _write(cache[0], key, positions), _write(cache[1], value, positions)
             visible = jnp.arange(key.shape[1]) <= positions[:, None, :, None]  # [B, 1, L, S]
             out = attention(query, key, value, mask=visible, implementation=self.attention)
-        x = x + nn.DenseGeneral(self.width, axis=(-2, -1), use_bias=False, name="out", **types)(out)
+        x = shard(x + linear(out, "out", self.width, axis=(-2, -1)), "batch", "sequence", None)
 
         y = RMSNorm(self.eps, name="mlp_norm", **types)(x)
-        gate = nn.Dense(self.mlp_dim, use_bias=False, name="gate", **types)(y)
-        up = nn.Dense(self.mlp_dim, use_bias=False, name="up", **types)(y)
-        x = x + nn.Dense(self.width, use_bias=False, name="down", **types)(jax.nn.silu(gate) * up)
-        return x, cache
+        gate, up = linear(y, "gate", self.mlp_dim), linear(y, "up", self.mlp_dim)
+        y = shard(jax.nn.silu(gate) * up, "batch", "sequence", "hidden")
+        return shard(x + linear(y, "down", self.width), "batch", "sequence", None), cache
 
 
 class Llama(nn.Module):
@@ -144,6 +156,7 @@ class Llama(nn.Module):
     tied_embeddings: bool = False
     remat: str = "none"
     attention: str | None = None
+    lora: object = None  # the section `config.model.language.lora`; None builds no update
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -162,6 +175,7 @@ class Llama(nn.Module):
             self.qk_norm,
             self.eps,
             self.attention,
+            self.lora,
             self.dtype,
             self.param_dtype,
         )
@@ -172,7 +186,7 @@ class Llama(nn.Module):
             )
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        return self.embedding(tokens)
+        return shard(self.embedding(tokens), "batch", None, None)
 
     def __call__(
         self, embeddings: jax.Array, lengths: jax.Array, cache: Cache | None = None
@@ -207,9 +221,10 @@ class Llama(nn.Module):
         return self.final_norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """`[..., width] -> [..., vocab]` float32."""
+        """`[B, width]` or `[B, L, width]` -> `[..., vocab]` float32."""
         out = self.embedding.attend(hidden) if self.tied_embeddings else self.head(hidden)
-        return out.astype(jnp.float32)
+        leading = ("batch", "sequence")[: out.ndim - 1]
+        return shard(out.astype(jnp.float32), *leading, "vocab")
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache of `length` positions for `batch` rows."""

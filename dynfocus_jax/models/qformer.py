@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dynfocus_jax.models.layers import FeedForward, MultiHeadAttention, layer_norm
+from dynfocus_jax.models.layers import FeedForward, MultiHeadAttention, layer_norm, rematerialized
+from dynfocus_jax.parallel.sharding import shard
 
 
 class QFormerBlock(nn.Module):
@@ -32,6 +33,7 @@ class QFormerBlock(nn.Module):
         def feed_forward(name, y):
             return norm(f"{name}_norm", y + FeedForward(self.mlp_dim, self.width, name=name, **types)(y))
 
+        x = shard(x, "frames", None, None)
         x = norm("attention_norm", x + attend("attention")(x, key_lengths=lengths))
         queries, text = x[:, :num_queries], x[:, num_queries:]
         if self.cross:
@@ -58,6 +60,7 @@ class QFormer(nn.Module):
     output_width: int
     eps: float = 1e-12
     vision_eps: float = 1e-5
+    remat: str = "none"
     attention: str | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -70,8 +73,9 @@ class QFormer(nn.Module):
         self.position_embedding = nn.Embed(self.max_text, self.width, embedding_init=normal, **types)
         self.embedding_norm = layer_norm(None, self.eps, **types)
         self.vision_norm = layer_norm(None, self.vision_eps, **types)
+        block = rematerialized(QFormerBlock, self.remat, static=(4,))  # the number of queries
         self.blocks = [
-            QFormerBlock(
+            block(
                 self.width,
                 self.heads,
                 self.mlp_dim,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynfocus_jax.models.layers import FeedForward, MultiHeadAttention, layer_norm, scan_layers
+from dynfocus_jax.parallel.sharding import shard
 
 
 def _bicubic(source: int, target: int) -> np.ndarray:
@@ -74,6 +75,7 @@ class EncoderBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, _xs: None, _unused: None) -> tuple[jax.Array, None]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = shard(x, "frames", None, None)
         y = layer_norm("attention_norm", self.eps, **types)(x)
         x = x + MultiHeadAttention(self.width, self.heads, self.attention, name="attention", **types)(y)
         y = layer_norm("mlp_norm", self.eps, **types)(x)
@@ -121,7 +123,8 @@ class VisionTransformer(nn.Module):
         if (height, width) != (self.image_size,) * 2:
             raise ValueError(f"frames are {height}x{width}, the vision tower takes {self.image_size} squared")
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = frames.reshape(-1, height, width, 3).astype(jnp.float32) / 255
+        x = shard(frames.reshape(-1, height, width, 3), "frames", None, None, None)
+        x = x.astype(jnp.float32) / 255
         x = (x - jnp.asarray(self.mean)) / jnp.asarray(self.std)
 
         # A stride-p convolution is a linear map of each patch: [F, N, p*p*3] -> [F, N, width].

@@ -1,39 +1,49 @@
-"""The device mesh and the layout of batches and state on it."""
+"""The device mesh: its axes, and its shape from the configuration."""
+
+import math
+from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh
 
 from dynfocus_jax.config import UserError
 
+AXES = ("data", "fsdp", "tensor", "context")
 
-def data_axis_size(wanted: int) -> int:
-    """Devices on the data axis: `wanted`, or all of them for -1."""
-    available = jax.device_count()
-    if wanted == -1:
-        return available
-    if wanted < 1 or available % wanted:
+
+def mesh_shape(mesh: Mapping[str, int], num_devices: int) -> dict[str, int]:
+    """Devices on each axis, in the order of `AXES`.
+
+    Args:
+      mesh: the section `config.mesh`; one axis may be -1 and takes what is left.
+      num_devices: those of all processes.
+
+    Raises:
+      UserError: an axis is unknown, or the axes do not make up the devices.
+    """
+    unknown = [axis for axis in mesh if axis not in AXES]
+    if unknown:
+        raise UserError(f"config.mesh has the unknown axis {unknown[0]!r}; the axes are {', '.join(AXES)}.")
+    shape = {axis: mesh.get(axis, 1) for axis in AXES}
+    rest = [axis for axis, size in shape.items() if size == -1]
+    if len(rest) > 1 or any(size < 1 and size != -1 for size in shape.values()):
+        raise UserError(f"config.mesh is {shape}, expected sizes of at least 1, and -1 for one axis at most.")
+    given = math.prod(size for size in shape.values() if size != -1)
+    product = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size != -1)
+    if rest and num_devices % given:
         raise UserError(
-            f"config.mesh.data is {wanted}, but there are {available} devices; choose -1 or a divisor."
+            f"config.mesh has {product} = {given}, which does not divide the {num_devices} devices, so "
+            f"nothing is left for {rest[0]} = -1; choose sizes whose product divides {num_devices}."
         )
-    return wanted
+    if not rest and given != num_devices:
+        raise UserError(
+            f"config.mesh has {product} = {given} devices, but there are {num_devices}; change an axis, or "
+            "set one to -1 to take what is left."
+        )
+    return shape | {axis: num_devices // given for axis in rest}
 
 
-def make_mesh(size: int) -> Mesh:
-    """A mesh of `size` devices with the one axis "data"."""
-    return jax.make_mesh((size,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:size])
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The layout of state: a copy on every device."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def over_batch(mesh: Mesh) -> NamedSharding:
-    """The layout of a batch: rows dealt out over the data axis."""
-    return NamedSharding(mesh, PartitionSpec("data"))
-
-
-def to_devices(batch, mesh: Mesh):
-    """This process's rows of a batch as global arrays."""
-    sharding = over_batch(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a shape from `mesh_shape` on `devices`, a topology's too; None is all there are."""
+    sizes = tuple(shape[axis] for axis in AXES)
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

@@ -3,29 +3,67 @@
 import json
 from pathlib import Path
 
-import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dynfocus_jax import trees
 from dynfocus_jax.config import UserError
-from dynfocus_jax.training.step import TrainState
+from dynfocus_jax.parallel.start import say
+from dynfocus_jax.training.state import TrainState
 
 
 class StageCheckpoints:
     """The checkpoints of one stage in `directory`. One at step s means that s batches were consumed.
 
+    So its step is the position in the data, with any number of processes. A checkpoint appears under its name
+    only when all of it is written: a run that is killed, inside a save too, goes on from the one before.
+
     settings: JSON-able description of what must not change between runs; a checkpoint made under other
-    settings is refused.
+    settings is refused. about: JSON-able and kept with each checkpoint; "code" is the version of the code.
+    every: steps between checkpoints; keep: so many of the newest stay; keep_every: and all at multiples of so
+    many steps; best: and the one of the smallest ("min") or largest ("max") value of this metric.
     """
 
-    def __init__(self, directory: Path, settings: dict, *, every: int, keep: int):
+    def __init__(
+        self,
+        directory: Path,
+        settings: dict,
+        about: dict,
+        *,
+        every: int,
+        keep: int,
+        keep_every: int | None = None,
+        best: str | None = None,
+        best_mode: str = "min",
+    ):
         self.directory = directory.absolute()
         self._settings = json.loads(json.dumps(settings))
+        self._about = about
         self._every = every
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+        policies = [preservation_policy.LatestN(keep)]
+        if keep_every is not None:
+            policies.append(preservation_policy.EveryNSteps(keep_every))
+        if best is not None:
+            policies.append(
+                preservation_policy.BestN(
+                    get_metric_fn=lambda metrics: metrics[best],
+                    reverse=best_mode == "min",  # the last one of the order is kept
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self._manager = _Manager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+                best_fn=best and (lambda metrics: metrics[best]),
+                best_mode=best_mode,
+                cleanup_tmp_directories=True,  # of saves that were killed
+            ),
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
         )
         if self.latest_step() is not None:
             self._check_settings()
@@ -34,35 +72,57 @@ class StageCheckpoints:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
+    def best_step(self) -> int | None:
+        """The step of the complete checkpoint with the best value of the metric `best`."""
+        return self._manager.best_step()
+
     def is_due(self, step: int) -> bool:
         """Whether `step` is one of those that are saved anyway."""
         return step % self._every == 0
 
-    def save(self, step: int, state: TrainState, data: grain.DatasetIterator, seconds: float, *, last: bool):
-        """Save when `step` is due (always when `last`); returns before the files are written."""
-        if not (last or self.is_due(step)):
-            return
+    def save(self, step: int, state: TrainState, seconds: float, metrics: dict[str, float]):
+        """Save the state after `step` steps; returns as soon as it is copied, the files are written later.
+
+        seconds: training time so far; metrics: means over the steps since the checkpoint before.
+        """
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state._asdict()),
-                data=grain.checkpoint.CheckpointSave(data),
-                meta=ocp.args.JsonSave({"settings": self._settings, "seconds": seconds}),
+                meta=ocp.args.JsonSave({"settings": self._settings, "seconds": seconds} | self._about),
             ),
+            metrics=metrics,
             force=True,
         )
 
-    def restore(self, abstract: TrainState, data: grain.DatasetIterator) -> tuple[TrainState, float]:
-        """The newest checkpoint's state (laid out as `abstract`) and training seconds; moves `data` there."""
+    def restore(self, abstract: TrainState) -> tuple[TrainState, float]:
+        """The newest checkpoint's state, laid out as `abstract` on whatever mesh, and its training seconds.
+
+        Raises:
+          UserError: it holds other leaves, shapes or dtypes.
+        """
+        step = self.latest_step()
+        wanted = abstract._asdict()
+        changed = _differences(
+            _described(self._manager.item_metadata(step)["state"].tree), _described(wanted)
+        )
+        if changed:
+            raise UserError(
+                f"{self.directory / str(step)} holds another state ({'; '.join(sorted(changed)[:5])}); "
+                "start from what it was started from, or choose another --workdir."
+            )
         restored = self._manager.restore(
-            self.latest_step(),
+            step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract._asdict()),
-                data=grain.checkpoint.CheckpointRestore(data),
+                state=ocp.args.StandardRestore(wanted),
                 meta=ocp.args.JsonRestore(),
             ),
         )
-        return TrainState(**restored["state"]), restored["meta"]["seconds"]
+        meta = restored["meta"]
+        if meta["code"] != self._about["code"]:
+            changed = "; ".join(sorted(_differences(meta["code"], self._about["code"])))
+            say(f"note: the checkpoint was made by other code ({changed}); results may differ")
+        return TrainState(**restored["state"]), meta["seconds"]
 
     def restore_params(self) -> dict:
         """The newest checkpoint's parameters as host arrays."""
@@ -89,23 +149,38 @@ class StageCheckpoints:
         self._manager.wait_until_finished()
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """No: `training.preemption` asks, and the service behind it takes one count of steps only."""
+        return False
+
+
+def _described(tree) -> dict[str, str]:
+    """{path: "shape dtype"} of the leaves, whatever containers hold them."""
+    return {
+        "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path): (
+            f"{tuple(leaf.shape)} {jnp.dtype(leaf.dtype).name}"
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
 def restore_params(directory: Path, step: int) -> dict:
     """The parameters of the checkpoint at `step` in a stage's folder, as host arrays."""
     if not (directory / str(step)).is_dir():
         raise UserError(
             f"{directory} has no checkpoint of step {step}, the end of this stage; finish the training run."
         )
-    handlers = {"state": ocp.PyTreeCheckpointHandler()}
-    manager = ocp.CheckpointManager(directory.absolute(), item_handlers=handlers)
+    manager = ocp.CheckpointManager(
+        directory.absolute(),
+        options=ocp.CheckpointManagerOptions(read_only=True),
+        item_handlers={"state": ocp.PyTreeCheckpointHandler()},
+    )
     saved = manager.item_metadata(step)["state"].tree
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = {
-        part: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved[part])
-        for part in ("trained", "frozen")
-    }
+    wanted = {part: saved[part] for part in ("trained", "frozen")}
     restore = ocp.args.PyTreeRestore(
         wanted,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted),
         partial_restore=True,
     )
     state = manager.restore(step, args=ocp.args.Composite(state=restore))["state"]

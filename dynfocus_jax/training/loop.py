@@ -1,32 +1,31 @@
 """The train loop: runs one stage of a configuration from start, or from where it stopped."""
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-from ml_collections import ConfigDict, FrozenConfigDict
+import numpy as np
+from ml_collections import ConfigDict
 
 from dynfocus_jax import trees
 from dynfocus_jax.config import RunError, UserError, to_dict
 from dynfocus_jax.data.conversation import TEMPLATES
 from dynfocus_jax.data.pipeline import SampleLoader, Skipped, make_dataset
-from dynfocus_jax.data.sources import read_records
-from dynfocus_jax.models.dynfocus import DynFocus
-from dynfocus_jax.parallel import mesh as mesh_lib
+from dynfocus_jax.data.sources import Record, read_records
+from dynfocus_jax.models.dynfocus import build_model
+from dynfocus_jax.parallel import sharding as sharding_lib
+from dynfocus_jax.parallel.start import own_name, say
 from dynfocus_jax.training import optimizer as optimizer_lib
+from dynfocus_jax.training import state as state_lib
 from dynfocus_jax.training.checkpoints import StageCheckpoints
 from dynfocus_jax.training.metrics import NotFinite, StageLog
-from dynfocus_jax.training.step import TrainState, make_train_step
+from dynfocus_jax.training.preemption import Preemption
+from dynfocus_jax.training.state import TrainState
+from dynfocus_jax.training.step import make_train_step
+from dynfocus_jax.version import code_version
 from dynfocus_jax.weights.model import belongs_to_connector, check_params
-
-
-def build_model(config: ConfigDict, connector: str) -> DynFocus:
-    """The model of a configuration with the connector of a stage."""
-    model = config.model.copy_and_resolve_references()
-    model.connector.kind = connector
-    return DynFocus(FrozenConfigDict(model))
 
 
 class StageRun:
@@ -37,7 +36,7 @@ class StageRun:
       tokenizer: of the data; data_root: folder of annotations and media.
 
     Attributes:
-      shapes: {parameter path: shape and dtype}; is_trained: whether the stage trains a path.
+      shapes: {parameter path: shape, dtype and layout}; is_trained: whether the stage trains a path.
     """
 
     def __init__(
@@ -64,31 +63,22 @@ class StageRun:
             max_turns=self.stage.max_turns,
             cache_bytes=int(data.cache_gib * 2**30),
         )
-        self.skipped = Skipped(workdir / "skipped.jsonl", max_share=data.max_skip_share)
-        self.data = make_dataset(
-            self.loader,
-            batch_size=self.stage.batch_size // jax.process_count(),
-            seed=config.seed + 1000 * index,
-            shuffle=True,
-            skipped=self.skipped,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            num_threads=data.threads,
-        )
-        sample = jax.tree.map(lambda x: x[None], self.loader.padding())
-        self._init = lambda key: trees.flatten(self.model.init(key, sample, train=False)["params"])
-        self.shapes = jax.eval_shape(self._init, jax.random.key(0))  # {path: shape and dtype}
+        self.skipped = Skipped(workdir / own_name("skipped.jsonl"), max_share=data.max_skip_share)
+        self._seed = config.seed + 1000 * index  # of the order of the data
+        self.shapes = state_lib.abstract_params(config, index, mesh)
         self.is_trained = self._check_paths()
+        self._abstract = state_lib.abstract_state(config, index, mesh)
         self.checkpoints = StageCheckpoints(
             workdir / "checkpoints" / self.stage.name,
             settings={
                 "seed": config.seed,
-                "model": to_dict(config.model),
-                "data": {key: value for key, value in to_dict(config.data).items() if key not in _SPEED},
-                "stage": to_dict(self.stage),
+                "model": _lasting(to_dict(config.model)),
+                "data": _lasting(to_dict(config.data)),
+                "stage": _lasting(to_dict(self.stage)),
+                "records": _digest(self.loader.records),
             },
-            every=config.checkpoint.every,
-            keep=config.checkpoint.keep,
+            about={"config": to_dict(config), "code": code_version()},
+            **config.checkpoint,
         )
 
     @property
@@ -100,47 +90,60 @@ class StageRun:
         """Whether the stage has been trained to its end."""
         return self.checkpoints.latest_step() == self.stage.steps
 
-    def run(self, previous: dict | None, stop_at: int | None = None) -> tuple[dict, float]:
-        """Train to the end (or to step `stop_at`, with a checkpoint there).
+    def run(
+        self, previous: dict | None, stop_at: int | None = None, preemption: Preemption | None = None
+    ) -> tuple[dict, float]:
+        """Train to the end, with a checkpoint there (or at step `stop_at`, or where preemption asks to stop).
 
         Args:
           previous: parameters of the stage before, taken over path by path; None for the first stage.
+          preemption: entered by the caller, asked before every step.
 
         Returns:
           The parameters and the seconds spent in this stage, earlier runs of it included.
         """
         started = time.perf_counter()
         stage, key = self.stage, jax.random.key(self.config.seed)
-        trained, frozen = trees.split(self._initial_params(key, previous), self.is_trained)
-        optimizer = optimizer_lib.make_optimizer(stage, trained)
-        state = TrainState(jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained))
-        state = jax.device_put(state, mesh_lib.replicated(self.mesh))
-
-        batches = iter(self.data)
-        before = 0.0
-        if self.checkpoints.latest_step() is not None:
-            state, before = self.checkpoints.restore(jax.tree.map(_abstract, state), batches)
+        optimizer = optimizer_lib.make_optimizer(stage, self._abstract.trained)
+        if self.checkpoints.latest_step() is None:
+            state, before = self._initial_state(key, previous, optimizer), 0.0
+        else:
+            state, before = self.checkpoints.restore(self._abstract)
         step = int(state.step)
+        batches = iter(
+            make_dataset(
+                self.loader,
+                batch_size=stage.batch_size,
+                seed=self._seed,
+                shuffle=True,
+                skipped=self.skipped,
+                rows=sharding_lib.local_rows(self.mesh, stage.batch_size),
+                start=step,
+                num_threads=self.config.data.threads,
+            )
+        )
         train_step = make_train_step(
             self.model,
             optimizer,
             optimizer_lib.schedule(stage),
             stage,
             jax.random.fold_in(key, 1),
-            self.mesh,
+            state_lib.state_shardings(self._abstract),
         )
         _print_start(stage, state, len(self.loader.records), step)
 
         log = StageLog(self.workdir / "metrics.jsonl", stage.name, stage.steps, step, self.config.log_every)
         end = stage.steps if stop_at is None else min(stop_at, stage.steps)
-        while step < end:
-            batch = mesh_lib.to_devices(next(batches), self.mesh)
+        stopping = False
+        while step < end and not stopping:
+            batch = sharding_lib.to_devices(next(batches), self.mesh)
             state, metrics = train_step(state, batch)
             step += 1
+            stopping = preemption is not None and preemption.requested()
+            saving = self.checkpoints.is_due(step) or step == end or stopping
             try:
                 log.step(step, metrics, self.skipped.count)
-                if self.checkpoints.is_due(step) or step == end:
-                    log.check()
+                means = log.means() if saving else {}
             except NotFinite:
                 self.checkpoints.wait()
                 good, where = self.checkpoints.latest_step(), self.checkpoints.directory
@@ -149,21 +152,34 @@ class StageRun:
                     f"stage {stage.name!r}: the loss or gradient is not finite at step {step}; "
                     f"there is {saved}. Lower the learning rate, or look at the data of these steps."
                 ) from None
-            seconds = before + time.perf_counter() - started
-            self.checkpoints.save(step, state, batches, seconds, last=step == end)
+            if saving:
+                self.checkpoints.save(step, state, before + time.perf_counter() - started, means)
         log.close()
         if self.skipped.count:
-            print(f"{self.skipped.count} samples could not be used; {self.workdir}/skipped.jsonl lists them")
+            say(f"{self.skipped.count} samples could not be used; {self.workdir}/skipped.jsonl lists them")
         params = trees.merge(state.trained, state.frozen)
         jax.block_until_ready(params)
         self.checkpoints.wait()
+        best = self.checkpoints.best_step()
+        if self.config.checkpoint.best is not None and best is not None:
+            where = self.checkpoints.directory / str(best)
+            say(f"best {self.config.checkpoint.best} at step {best} of stage {stage.name}, kept in {where}")
         return params, before + time.perf_counter() - started
+
+    def _initial_state(self, key: jax.Array, previous: dict | None, optimizer) -> TrainState:
+        params = trees.unflatten(self._initial_params(key, previous))
+        trained, frozen = trees.split(params, self.is_trained)
+        layout = state_lib.state_shardings(self._abstract).opt_state
+        opt_state = jax.jit(optimizer.init, out_shardings=layout)(trained)
+        return TrainState(
+            sharding_lib.place(np.zeros((), np.int32), self._abstract.step), trained, frozen, opt_state
+        )
 
     def _check_paths(self) -> Callable[[str], bool]:
         """Whether the stage's patterns and copies fit its parameters; returns which of them are trained."""
         stage, shapes = self.stage, self.shapes
         where = f"stage {stage.name!r}"
-        is_trained = trees.matcher(stage.trainable, list(shapes), f"{where}, trainable")
+        is_trained = state_lib.trained_paths(stage, shapes)
         trees.matcher([p for p, _ in stage.lr_scale], list(filter(is_trained, shapes)), f"{where}, lr_scale")
         for line in stage.copy:
             moves = _moves(line, shapes)
@@ -175,10 +191,10 @@ class StageRun:
                 )
         return is_trained
 
-    def _initial_params(self, key: jax.Array, previous: dict | None) -> dict:
+    def _initial_params(self, key: jax.Array, previous: dict | None) -> dict[str, jax.Array]:
         """The previous stage's parameters and fresh ones for the rest, overlaid with the stage's copies.
 
-        Trained ones are taken over in the model's `param_dtype`; frozen ones keep what they come in.
+        All in the dtypes and the layout of `shapes`; no device ever holds one of them whole.
         """
         source = {path: leaf for path, leaf in trees.flatten(previous or {}).items() if path in self.shapes}
         for path, leaf in source.items():
@@ -188,20 +204,20 @@ class StageRun:
                     f"{leaf.shape} in the stage before; the stages must share their model."
                 )
         fresh = self.shapes.keys() - source.keys()
-        init = jax.jit(lambda key: {path: leaf for path, leaf in self._init(key).items() if path in fresh})
-        params = init(key) | source
+        params = state_lib.init_params(self.model, key, {path: self.shapes[path] for path in fresh}) | source
+        taken = set(source)
         for line in self.stage.copy:
-            params |= {new: params[old] for old, new in _moves(line, params)}
+            moves = _moves(line, params)
+            params |= {new: params[old] for old, new in moves}
+            taken |= {new for _, new in moves}
         if source and fresh:
             names = ", ".join(trees.prefixes(fresh, self.shapes))
-            print(f"stage {self.stage.name}: not in what it starts from, so from scratch: {names}")
+            say(f"stage {self.stage.name}: not in what it starts from, so from scratch: {names}")
         # Copies own their memory: the state is donated, and `previous` may still be needed.
-        return trees.unflatten(
-            {
-                path: jnp.array(leaf, self.shapes[path].dtype if self.is_trained(path) else leaf.dtype)
-                for path, leaf in params.items()
-            }
-        )
+        return {
+            path: sharding_lib.place(leaf, self.shapes[path]) if path in taken else leaf
+            for path, leaf in params.items()
+        }
 
 
 def check_initial(folder: str | None, initial: dict, stages: Sequence[StageRun]) -> None:
@@ -227,20 +243,28 @@ def _moves(line: str, paths) -> list[tuple[str, str]]:
     return [(p, destination + p.removeprefix(source)) for p in paths if p.startswith(source + "/")]
 
 
-_SPEED = ("cache_gib", "threads", "workers", "root")  # settings of data that do not change what is trained
+# Settings that do not change what is trained, but by rounding: other devices may need others
+_SPEED = ("cache_gib", "threads", "workers", "root", "microbatches", "loss_chunk", "remat", "attention")
 
 
-def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+def _lasting(settings):
+    """A part of the configuration without what only concerns speed and memory."""
+    if not isinstance(settings, dict):
+        return settings
+    return {key: _lasting(value) for key, value in settings.items() if key not in _SPEED}
+
+
+def _digest(records: Sequence[Record]) -> str:
+    """Of the records in their order: a position in other data would mean nothing."""
+    return hashlib.sha256("\n".join(record.id for record in records).encode()).hexdigest()[:12]
 
 
 def _print_start(stage: ConfigDict, state: TrainState, records: int, step: int) -> None:
     def millions(tree):
         return sum(x.size for x in jax.tree.leaves(tree)) / 1e6
 
-    print(
+    say(
         f"stage {stage.name}: {records} records, {stage.steps} steps of {stage.batch_size}, "
         f"{millions(state.trained):.3f} M parameters trained, {millions(state.frozen):.3f} M frozen"
-        + (f", resumed at step {step}" if step else ""),
-        flush=True,
+        + (f", resumed at step {step}" if step else "")
     )

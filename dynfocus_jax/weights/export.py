@@ -66,6 +66,27 @@ def export_part(
     return family, len(arrays)
 
 
+def merge_lora(params: Mapping, lora: ConfigDict) -> dict:
+    """The language model with its low-rank updates added to the kernels, and no updates beside them.
+
+    Args:
+      params: the whole tree, numpy arrays; lora: the section `config.model.language.lora`.
+
+    Returns:
+      A tree that computes the same without LoRA, to the rounding of the kernels' dtype.
+    """
+    flat = trees.flatten(dict(params))
+    for path in [path for path in flat if path.endswith("/lora_a")]:
+        place = path.removesuffix("/lora_a")
+        down, up, kernel = flat.pop(path), flat.pop(f"{place}/lora_b"), flat[f"{place}/kernel"]
+        merged = np.empty_like(kernel)
+        for layer, (a, b, base) in enumerate(zip(down, up, kernel, strict=True)):
+            update = np.tensordot(a.astype(np.float32), b.astype(np.float32), 1) * (lora.alpha / lora.rank)
+            merged[layer] = base.astype(np.float32) + update
+        flat[f"{place}/kernel"] = merged
+    return trees.unflatten(flat)
+
+
 def family_of(part: str, tree: Mapping) -> str:
     """The family under whose names a part is written.
 

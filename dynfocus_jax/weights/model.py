@@ -5,14 +5,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from dynfocus_jax import trees
 from dynfocus_jax.batch import padding_sample
 from dynfocus_jax.config import UserError
-from dynfocus_jax.models.dynfocus import DynFocus
-from dynfocus_jax.weights.export import export_part
+from dynfocus_jax.models.dynfocus import build_model
+from dynfocus_jax.weights.export import export_part, merge_lora
 from dynfocus_jax.weights.files import open_weights
 from dynfocus_jax.weights.merge import Merged, read
 from dynfocus_jax.weights.settings import check_settings
@@ -21,13 +21,18 @@ from dynfocus_jax.weights.tables import FAMILIES
 
 def abstract_params(config: ConfigDict) -> dict:
     """Shapes of all parameters of the model, with the connector of its last stage."""
-    section = config.model.copy_and_resolve_references()
-    if config.stages:
-        section.connector.kind = config.stages[-1].connector
-    model = DynFocus(FrozenConfigDict(section))
+    connector = config.stages[-1].connector if config.stages else config.model.connector.kind
+    model = build_model(config, connector)
     sample = padding_sample(1, config.model.vision.image_size, max_text=2, max_query=1)
     batch = jax.tree.map(lambda x: np.asarray(x)[None], sample)
     return jax.eval_shape(lambda key: model.init(key, batch, train=False)["params"], jax.random.key(0))
+
+
+def _without_lora(config: ConfigDict) -> ConfigDict:
+    """The configuration of the model that published files hold."""
+    config = config.copy_and_resolve_references()
+    config.model.language.lora.rank = 0
+    return config
 
 
 def belongs_to_connector(path: str) -> bool:
@@ -93,7 +98,7 @@ def read_model(config: ConfigDict, dtype: str | None) -> dict:
             f"config.weights names what does not exist: {', '.join(missing)}; download them (the config or "
             "configs/common.py says what they are), or name others with --config.weights.PART=PATH."
         )
-    shapes = abstract_params(config)
+    shapes = abstract_params(_without_lora(config))
     params, used = {}, set()
     for part, path in named.items():
         try:
@@ -168,11 +173,14 @@ def _size(leaves: dict[str, np.ndarray]) -> str:
 
 
 def export_model(folder: Path, params: dict, config: ConfigDict, shard_bytes: int) -> None:
-    """Write a folder a part below `folder`, in files of at most `shard_bytes`.
+    """Write a folder a part below `folder`, in files of at most `shard_bytes`; low-rank updates are merged.
 
     Raises:
       UserError: the parameters are not those of the configuration's model.
     """
+    lora, config = config.model.language.lora, _without_lora(config)
+    if lora.rank:
+        params = merge_lora(params, lora)
     shapes = trees.flatten(abstract_params(config))
     held = {path.split("/")[0] for path in trees.flatten(params) if not belongs_to_connector(path)}
     needed = [path for path in shapes if path.split("/")[0] in held and not belongs_to_connector(path)]

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from dynfocus_jax import trees
 from dynfocus_jax.batch import padding_sample
 from dynfocus_jax.data.tokenizer import PublishedTokenizer
+from dynfocus_jax.models.dynfocus import build_model
 from dynfocus_jax.serving.generate import make_greedy
-from dynfocus_jax.training.loop import build_model
 from dynfocus_jax.weights.merge import load
 
 TOY = Path(__file__).resolve().parents[2] / "configs" / "toy.py"

@@ -5,9 +5,8 @@ import pytest
 
 from dynfocus_jax.config import validate
 from dynfocus_jax.data.prepare import make_tokenizer, prepare
-from dynfocus_jax.parallel.mesh import make_mesh
 from dynfocus_jax.training.loop import StageRun
-from tests.tiny import tiny_config
+from tests.tiny import mesh_of, tiny_config
 
 
 @pytest.fixture(scope="session")
@@ -24,9 +23,7 @@ def run_stage(data_root):
         if root is None:
             root = prepare(config.data)
         tokenizer = make_tokenizer(config, root / config.data.vocabulary)
-        return StageRun(
-            config, index, workdir=workdir, data_root=root, tokenizer=tokenizer, mesh=make_mesh(1)
-        )
+        return StageRun(config, index, workdir=workdir, data_root=root, tokenizer=tokenizer, mesh=mesh_of())
 
     return build
 

@@ -51,12 +51,38 @@ def test_not_finite(tmp_path, bad, name, first):
         log.step(2, pair[first], 0)
 
 
-def test_check_looks_at_steps_that_are_not_yet_reported(tmp_path):
+def test_means_over_the_steps_since_the_last_checkpoint(tmp_path):
     log = make_log(tmp_path)
-    log.check()
+    for step in range(1, 4):
+        log.step(step, metrics(loss=step, grad_norm=10 - step), 0)
+    assert log.means() == {"loss": 2, "grad_norm": 8}
+    log.step(4, metrics(loss=7), 0)
+    assert log.means() == {"loss": 7, "grad_norm": 2}
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_means_look_at_steps_that_are_not_yet_reported(tmp_path, name):
+    log = make_log(tmp_path)
     log.step(1, metrics(), 0)
-    log.check()
+    log.means()
     log.step(2, metrics(), 0)
-    log.step(3, metrics(grad_norm=float("nan")), 0)
+    log.step(3, metrics(**{name: float("nan")}), 0)
     with pytest.raises(NotFinite):
-        log.check()
+        log.means()
+
+
+def test_what_was_logged_after_the_checkpoint_is_taken_out(tmp_path):
+    for stage in ("images", "align"):
+        log = StageLog(tmp_path / "metrics.jsonl", stage, 6, 0, 1)
+        for step in range(1, 5):
+            log.step(step, metrics(), 0)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"stage": "al')  # killed while it wrote
+    log = make_log(tmp_path, every=1, start=2)
+    log.step(3, metrics(loss=9), 0)
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(entry["stage"], entry["step"]) for entry in entries] == [
+        *(("images", step) for step in (1, 2, 3, 4)),
+        *(("align", step) for step in (1, 2, 3)),
+    ]
+    assert entries[-1]["loss"] == 9

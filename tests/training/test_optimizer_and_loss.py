@@ -7,7 +7,7 @@ import pytest
 
 from dynfocus_jax.batch import padding_sample
 from dynfocus_jax.config import UserError, stage
-from dynfocus_jax.training.losses import answer_loss
+from dynfocus_jax.training.losses import answer_loss, chunked_answer_loss
 from dynfocus_jax.training.optimizer import make_optimizer, schedule
 
 BASE = {"name": "s", "annotations": "a.json", "steps": 100, "trainable": (".*",), "learning_rate": 0.4}
@@ -90,3 +90,60 @@ def test_loss_counts_answer_tokens_only():
     ]
     np.testing.assert_allclose(losses, by_hand, rtol=1e-5)
     assert counts.tolist() == [2, 1, 0]
+
+
+# --- The loss in chunks -------------------------------------------------------------------------------
+
+ROWS, TEXT, WIDTH, WORDS = 3, 7, 4, 11
+
+
+@pytest.fixture(scope="module")
+def chunked():
+    """A function of (hidden, head, chunk): the sum of the losses, of a batch with and without answers."""
+    rng = np.random.default_rng(1)
+    rows = [padding_sample(1, 4, TEXT, 2) for _ in range(ROWS)]
+    for row in rows[:2]:
+        row.tokens[:] = rng.integers(0, WORDS, TEXT)
+        row.loss_mask[:] = rng.random(TEXT) < 0.6
+    batch = jax.tree.map(lambda *x: np.stack(x), *rows)
+    hidden, head = rng.standard_normal((ROWS, TEXT, WIDTH)), rng.standard_normal((WIDTH, WORDS))
+
+    def losses(hidden, head, chunk):
+        return chunked_answer_loss(hidden, lambda part: part @ head, batch, chunk)
+
+    return losses, batch, jnp.float32(hidden), jnp.float32(head)
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 2, 3, 7, 9])
+def test_chunks_change_nothing(chunked, chunk):
+    losses, batch, hidden, head = chunked
+    found, expected = losses(hidden, head, chunk), answer_loss(hidden @ head, batch)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    np.testing.assert_array_equal(found[1], expected[1])
+    assert found[1].tolist() == batch.loss_mask.sum(1).tolist()
+
+    def gradient(function):
+        return jax.grad(lambda *arguments: function(*arguments)[0].sum(), (0, 1))(hidden, head)
+
+    wanted = gradient(lambda hidden, head: answer_loss(hidden @ head, batch))
+    for one, other in zip(gradient(lambda *x: losses(*x, chunk)), wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def logits_held(jaxpr) -> int:
+    """Numbers in the largest array over the words, the head's aside, in a program and those within it."""
+    shapes = [var.aval.shape for equation in jaxpr.eqns for var in equation.outvars]
+    held = [int(np.prod(shape)) for shape in shapes if WORDS in shape and WIDTH not in shape]
+    parts = [part for equation in jaxpr.eqns for part in jax.tree.leaves(list(equation.params.values()))]
+    inner = [
+        getattr(part, "jaxpr", part) for part in parts if hasattr(part, "eqns") or hasattr(part, "jaxpr")
+    ]
+    return max([0, *held, *map(logits_held, inner)])
+
+
+@pytest.mark.parametrize(("chunk", "held"), [(0, TEXT), (1, 1), (2, 2), (3, 3)])
+def test_no_more_logits_than_those_of_a_chunk(chunked, chunk, held):
+    """Forwards and backwards."""
+    losses, _, hidden, head = chunked
+    gradient = jax.grad(lambda hidden, head: losses(hidden, head, chunk)[0].sum(), (0, 1))
+    assert logits_held(jax.make_jaxpr(gradient)(hidden, head).jaxpr) == ROWS * held * WORDS

@@ -91,13 +91,13 @@ def test_what_a_stage_takes_over(stages):
 @pytest.fixture
 def consumed(monkeypatch):
     """The record numbers of every batch that is trained on."""
-    batches, to_devices = [], loop.mesh_lib.to_devices
+    batches, to_devices = [], loop.sharding_lib.to_devices
 
     def record(batch, mesh):
         batches.append(batch.index.tolist())
         return to_devices(batch, mesh)
 
-    monkeypatch.setattr(loop.mesh_lib, "to_devices", record)
+    monkeypatch.setattr(loop.sharding_lib, "to_devices", record)
     return batches
 
 
@@ -145,9 +145,39 @@ def test_changed_settings_are_refused(stages, run_stage, tmp_path, field, change
     with pytest.raises(UserError, match=rf"other settings \(.*{field}.*--workdir") as error:
         run_stage(tmp_path, INSTRUCT, change).run(stages["align"][1])
     assert "\n" not in str(error.value)
-    # Speed is not a setting.
-    faster = run_stage(tmp_path, INSTRUCT, lambda config: config.data.update({"threads": 1}))
-    faster.run(stages["align"][1], stop_at=1)
+
+
+def test_speed_is_not_a_setting(stages, run_stage, tmp_path):
+    """What other devices may need: the run goes on with it."""
+
+    def change(config):
+        config.data.threads = 1
+        config.model.language.remat = "full"
+        config.stages[INSTRUCT].update({"microbatches": 2, "loss_chunk": 8})
+
+    run_stage(tmp_path, INSTRUCT).run(stages["align"][1], stop_at=1)
+    run_stage(tmp_path, INSTRUCT, change).run(stages["align"][1], stop_at=2)
+
+
+def test_other_records_are_refused(stages, run_stage, broken_data, tmp_path):
+    """A position in them would mean nothing."""
+    run_stage(tmp_path, INSTRUCT).run(stages["align"][1], stop_at=1)
+    with pytest.raises(UserError, match=r"other settings \(records: then '\w+', now '\w+'\)"):
+        run_stage(tmp_path, INSTRUCT, root=broken_data[0])
+
+
+def test_the_best_checkpoint_is_named(stages, run_stage, tmp_path, capsys):
+    def change(config):
+        config.checkpoint.update({"every": 1, "best": "loss"})
+        config.log_every = 1
+
+    stage = run_stage(tmp_path, INSTRUCT, change)
+    stage.run(stages["align"][1])
+    named = re.search(r"best loss at step (\d) of stage instruct, kept in (\S+)", capsys.readouterr().out)
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert int(named[1]) == min(entries, key=lambda entry: entry["loss"])["step"]
+    assert named[2].endswith(f"checkpoints/instruct/{named[1]}")
+    assert Path(named[2]).is_dir()
 
 
 # --- Runs that cannot go on ---------------------------------------------------------------------------
@@ -229,7 +259,7 @@ def test_a_broken_video_is_skipped_counted_and_listed(stages, run_stage, broken_
     listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert sorted(entry["id"] for entry in listed) == sorted(records[index]["id"] for index in bad)
     assert all(entry["media"].endswith(records[bad[0]]["video"]) and entry["reason"] for entry in listed)
-    assert {i for batch in consumed for i in batch} == set(range(len(records))) - set(bad)
+    assert {i for batch in consumed for i in batch} == {-1} | set(range(len(records))) - set(bad)
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["skipped"] >= len(bad)
 

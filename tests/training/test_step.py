@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from dynfocus_jax import trees
-from dynfocus_jax.parallel.mesh import make_mesh, to_devices
+from dynfocus_jax.parallel.sharding import replicated, to_devices
 from dynfocus_jax.training import optimizer as optimizer_lib
-from dynfocus_jax.training.step import TrainState, make_train_step
-from tests.tiny import forward, make_sample, model_of, pad, random_params, stack, tiny_config
+from dynfocus_jax.training.state import TrainState, state_shardings
+from dynfocus_jax.training.step import make_train_step
+from tests.tiny import forward, make_sample, mesh_of, model_of, pad, random_params, stack, tiny_config
 
 BUCKET = (7, 12)  # frames, text
 
@@ -17,14 +18,17 @@ BUCKET = (7, 12)  # frames, text
 @pytest.fixture(scope="module")
 def step_and_state():
     config = tiny_config()
-    model, stage, mesh = model_of(config), config.stages[-1], make_mesh(1)
+    model, stage, mesh = model_of(config), config.stages[-1], mesh_of()
     params = random_params(model, stack([pad(make_sample(np.random.default_rng(0), 1, 4, 3), *BUCKET)]))
     trained, frozen = trees.split(params, lambda path: not path.startswith("vision/"))
     optimizer = optimizer_lib.make_optimizer(stage, trained)
-    step = make_train_step(model, optimizer, lambda step: 0.0, stage, jax.random.key(1), mesh)
 
     def state():  # a fresh one each time: the step takes it over
-        return jax.tree.map(jnp.array, TrainState(jnp.int32(0), trained, frozen, optimizer.init(trained)))
+        new = TrainState(jnp.int32(0), trained, frozen, optimizer.init(trained))
+        return jax.device_put(jax.tree.map(jnp.array, new), replicated(mesh))
+
+    shardings = state_shardings(state())
+    step = make_train_step(model, optimizer, lambda step: 0.0, stage, jax.random.key(1), shardings)
 
     def run(samples, step_number=0):
         batch = to_devices(stack([pad(sample, *BUCKET) for sample in samples]), mesh)

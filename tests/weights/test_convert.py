@@ -19,12 +19,12 @@ from dynfocus_jax import trees
 from dynfocus_jax.config import UserError, validate
 from dynfocus_jax.data.prepare import make_tokenizer, prepare
 from dynfocus_jax.models.llama import Llama
-from dynfocus_jax.parallel.mesh import make_mesh
 from dynfocus_jax.training.checkpoints import read_params, save_params
 from dynfocus_jax.training.loop import StageRun, check_initial
 from dynfocus_jax.weights.export import new_folder
 from dynfocus_jax.weights.merge import DTYPES
 from dynfocus_jax.weights.model import abstract_params, export_model, read_model
+from tests.tiny import mesh_of
 from tests.weights import published
 from tests.weights.conftest import small_config
 
@@ -394,7 +394,7 @@ def start(data_root, tmp_path_factory):
         tokenizer = make_tokenizer(config, root / config.data.vocabulary)
         workdir = tmp_path_factory.mktemp("start")
         stages = [
-            StageRun(config, index, workdir=workdir, data_root=root, tokenizer=tokenizer, mesh=make_mesh(1))
+            StageRun(config, index, workdir=workdir, data_root=root, tokenizer=tokenizer, mesh=mesh_of())
             for index in range(len(config.stages))
         ]
         params = read_params(Path(initial))

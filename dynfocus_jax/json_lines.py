@@ -1,0 +1,28 @@
+"""Files of one json value a line, which a killed process may leave in the middle of a line."""
+
+import json
+import os
+from pathlib import Path
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """All entries; none if there is no file. An unfinished last line is cut off the file."""
+    if not path.exists():
+        return []
+    whole, _, rest = path.read_bytes().rpartition(b"\n")
+    if rest:
+        os.truncate(path, len(whole) + 1 if whole else 0)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def append_json_line(path: Path, entry: dict) -> None:
+    """Add one entry at the end."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def write_json_lines(path: Path, entries: list[dict]) -> None:
+    """Replace the file: a process that is killed meanwhile leaves all the old entries or all the new ones."""
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    os.replace(draft, path)

@@ -1,0 +1,186 @@
+"""How parameters, batches and activations lie on the mesh.
+
+Parameters are split over `fsdp` (gathered layer by layer where they are used) and over `tensor` (heads and
+hidden units), batches over `data` and `fsdp`, the language model's activations over `context` as well.
+"""
+
+import re
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dynfocus_jax.config import UserError
+
+# Parameter path (in full) -> layout of its last dimensions; those before them (the axis of stacked layers)
+# are never split, nor is what has no layout. Exactly one rule matches a path.
+RULES: tuple[tuple[str, PartitionSpec], ...] = tuple(
+    (pattern, PartitionSpec(*spec))
+    for pattern, spec in (
+        (r".*norm/scale|.*/bias", ()),
+        # Language model
+        (r"language/embedding/embedding", ("tensor", "fsdp")),  # [V, D]
+        (r"language/head/kernel", ("fsdp", "tensor")),  # [D, V]
+        (r"language/blocks/(query|key|value)/kernel", ("fsdp", "tensor", None)),  # [D, H, h]
+        (r"language/blocks/out/kernel", ("tensor", None, "fsdp")),  # [H, h, D]
+        (r"language/blocks/(gate|up)/kernel", ("fsdp", "tensor")),
+        (r"language/blocks/down/kernel", ("tensor", "fsdp")),
+        (r"language/blocks/(query|key|value|gate|up)/lora_a", ("fsdp", None)),  # [D, rank]
+        (r"language/blocks/(query|key|value)/lora_b", (None, "tensor", None)),  # [rank, H, h]
+        (r"language/blocks/(gate|up)/lora_b", (None, "tensor")),
+        (r"language/blocks/out/lora_a", ("tensor", None, None)),  # [H, h, rank]
+        (r"language/blocks/down/lora_a", ("tensor", None)),
+        (r"language/blocks/(out|down)/lora_b", (None, "fsdp")),  # [rank, D]
+        # Vision tower
+        (r"vision/(cls|position)", ()),
+        (r"vision/patch_embedding/kernel", (None, "fsdp")),  # [p * p * 3, C]
+        (r"vision/blocks/attention/(query|key|value)/kernel", ("fsdp", "tensor", None)),  # [C, H, h]
+        (r"vision/blocks/attention/out/kernel", ("tensor", None, "fsdp")),
+        (r"vision/blocks/mlp/up/kernel", ("fsdp", "tensor")),
+        (r"vision/blocks/mlp/down/kernel", ("tensor", "fsdp")),
+        # Text encoder: its few heads are not split
+        (r"text_encoder/queries", ()),
+        (r"text_encoder/(word|position)_embedding/embedding", (None, "fsdp")),
+        (r"text_encoder/blocks_\d+/(cross_)?attention/(query|key|value)/kernel", ("fsdp", None, None)),
+        (r"text_encoder/blocks_\d+/(cross_)?attention/out/kernel", (None, None, "fsdp")),
+        (r"text_encoder/blocks_\d+/(query|text)_mlp/up/kernel", ("fsdp", None)),
+        (r"text_encoder/blocks_\d+/(query|text)_mlp/down/kernel", (None, "fsdp")),
+        (r"text_encoder/query_projection/kernel", ("fsdp", None)),
+        # Connector
+        (r"connector/projector/up/kernel", ("fsdp", "tensor")),  # [C, D]
+        (r"connector/projector/down/kernel", ("tensor", "fsdp")),  # [D, D]
+        (r"connector/projector/linear/kernel", ("fsdp", None)),
+        (r"connector/cce/(context|fusion)/(query|key|value)/kernel", ("fsdp", None)),
+        (r"connector/cce/spatial/gate/kernel", ()),
+        (r"connector/dpe/score_net/(in_dense|out_dense_[01])/kernel", ("fsdp", None)),
+        (r"connector/dpe/score_net/out_dense_2/kernel", ()),  # [C / 2, 1]
+        (r"connector/dpe/question_score/bilinear/kernel", ("fsdp", None)),
+    )
+)
+
+# Dimensions of activations by name -> the mesh axes that share them
+LOGICAL: dict[str | None, tuple[str, ...]] = {
+    None: (),
+    "batch": ("data", "fsdp"),
+    "frames": ("data", "fsdp"),  # of all samples, one behind the other
+    "sequence": ("context",),
+    "heads": ("tensor",),
+    "hidden": ("tensor",),
+    "vocab": ("tensor",),
+}
+
+
+# --- Parameters ---------------------------------------------------------------------------------------
+
+
+def param_shardings(shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, NamedSharding]:
+    """The layout of every parameter {path: shape}.
+
+    Raises:
+      UserError: no rule of `RULES` matches a path, or an axis does not divide what it splits.
+    """
+    return {path: NamedSharding(mesh, _spec(path, leaf.shape, mesh)) for path, leaf in shapes.items()}
+
+
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    rule = next((spec for pattern, spec in RULES if re.fullmatch(pattern, path)), None)
+    if rule is None or len(rule) > len(shape):
+        raise UserError(
+            f"parameter {path} of shape {shape} has no layout; add a rule for it to RULES in "
+            "dynfocus_jax/parallel/sharding.py."
+        )
+    if not rule:
+        return rule
+    spec = (None,) * (len(shape) - len(rule)) + tuple(rule)
+    for size, axis in zip(shape, spec, strict=True):
+        if axis is not None and size % mesh.shape[axis]:
+            raise UserError(
+                f"config.mesh.{axis} is {mesh.shape[axis]}, which does not divide the {size} of parameter "
+                f"{path} of shape {shape}; choose a divisor of {size}."
+            )
+    return PartitionSpec(*spec)
+
+
+def place(leaf: np.ndarray | jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """A copy of an array in the dtype and the layout of `like`, which no device ever holds whole."""
+    if isinstance(leaf, jax.Array) and leaf.sharding.device_set == like.sharding.device_set:
+        return jax.device_put(jnp.array(leaf, like.dtype), like.sharding)
+    return jax.make_array_from_callback(
+        like.shape, like.sharding, lambda index: np.array(leaf[index], like.dtype)
+    )
+
+
+# --- Batches ------------------------------------------------------------------------------------------
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The layout of scalars: a copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The layout of a batch: rows over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(LOGICAL["batch"]))
+
+
+def row_shares(mesh: Mesh) -> int:
+    """Devices that share the rows of a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a global batch that this process's devices hold, ascending."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (rows,) in held for row in range(*rows.indices(batch_size))})
+
+
+def to_devices(batch, mesh: Mesh):
+    """This process's rows of a batch (`local_rows`) as global arrays."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+# --- Activations --------------------------------------------------------------------------------------
+
+
+def on_mesh(mesh: Mesh) -> AbstractContextManager:
+    """The context in which `shard` means this mesh; enter it inside of the function that jit traces."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def shares(name: str) -> int:
+    """Devices that share a dimension of that name; 1 without a mesh."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return int(np.prod([shape.get(axis, 1) for axis in _axes(name)], dtype=int))
+
+
+def shard(x: jax.Array, *names: str | None) -> jax.Array:
+    """Lays an activation out by the names of its dimensions (`LOGICAL`); None is not split.
+
+    Without a mesh of several devices it is `x`. A dimension that its axes do not divide is not split: a
+    single decoded token has no sequence to share.
+
+    Raises:
+      ValueError: a name is unknown, or there are not as many as dimensions.
+    """
+    axes = [_axes(name) for name in names]
+    if len(names) != x.ndim:
+        raise ValueError(f"shard: {len(names)} names {names} for an array of shape {x.shape}")
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    spec = [
+        axes or None if size % shares(name) == 0 else None
+        for size, name, axes in zip(x.shape, names, axes, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def _axes(name: str | None) -> tuple[str, ...]:
+    if name not in LOGICAL:
+        known = ", ".join(repr(key) for key in LOGICAL if key)
+        raise ValueError(f"shard: the name {name!r} is unknown; expected one of {known}, or None")
+    return LOGICAL[name]

@@ -1,0 +1,114 @@
+"""Several processes of one run: how they find each other, and what only the first of them does."""
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from dynfocus_jax.config import UserError, validate_distributed
+from dynfocus_jax.parallel.roll_call import roll_call
+
+_HEARTBEAT = 45  # seconds of silence after which a process counts as dead, and JAX ends all others
+
+
+def start(distributed: ConfigDict) -> None:
+    """Joins this process to the others, as the section `config.distributed` says.
+
+    Call it before anything asks JAX for devices. "explicit" takes address, number and id from the config;
+    "auto" what JAX learns from SLURM, a TPU machine, Open MPI or Kubernetes (for GPUs with the package
+    `kubernetes`); "none" is a process on its own.
+
+    Raises:
+      UserError: fields that do not fit each other or those of the other processes.
+      RunError: somebody did not come within `timeout` seconds. Where JAX itself is waiting by then, the
+        process ends with that sentence and exit code 1.
+    """
+    validate_distributed(distributed)
+    if distributed.mode == "none":
+        return
+    timeout = distributed.timeout
+    options = {"initialization_timeout": 2 * timeout + 60, "heartbeat_timeout_seconds": _HEARTBEAT}
+    if distributed.mode == "explicit":
+        address, count, index = distributed.address, distributed.num_processes, distributed.process_id
+        roll_call(address, count, index, timeout)
+        with _deadline(timeout, f"the {count} processes of {address} met, but JAX did not connect them"):
+            jax.distributed.initialize(
+                address, count, index, cluster_detection_method="deactivate", **options
+            )
+        return
+    with _deadline(timeout, "the processes of this job did not come together"):
+        try:
+            jax.distributed.initialize(**options)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(
+                "config.distributed.mode is 'auto', but the environment does not tell where the processes "
+                f"are ({' '.join(str(error).split())}); start them with srun, on a TPU or as a JobSet, "
+                "or set mode to 'explicit' with address, num_processes and process_id."
+            ) from None
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float, what: str) -> Iterator[None]:
+    """Ends the process when the block takes longer: JAX would abort it, and cannot be interrupted."""
+
+    def end():
+        print(
+            f"error: {what} within {seconds:g} s; see whether all of them run and reach each other, or raise "
+            "config.distributed.timeout.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def leave(code: int) -> None:
+    """Ends this process with an exit code, whatever the others do.
+
+    At a normal exit JAX waits for the other processes, which may be waiting for this one.
+    """
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def is_first() -> bool:
+    """Whether this is process 0, which reports and writes what is not written by all together."""
+    return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Prints a line, once for all processes."""
+    if is_first():
+        print(text, flush=True)
+
+
+def own_name(name: str) -> str:
+    """Name of a file that every process has of its own: process 0 `name.jsonl`, process 3 `name.3.jsonl`."""
+    path = Path(name)
+    return name if is_first() else f"{path.stem}.{jax.process_index()}{path.suffix}"
+
+
+@contextlib.contextmanager
+def first_goes_ahead() -> Iterator[None]:
+    """Process 0 runs the block first, the others only after it."""
+    if not is_first():
+        multihost_utils.sync_global_devices("first_goes_ahead")
+    yield
+    if is_first():
+        multihost_utils.sync_global_devices("first_goes_ahead")

@@ -1,0 +1,84 @@
+"""What a configuration needs on a machine, without the machine: memory, work, traffic, speed at best.
+
+    python -m dynfocus_jax.plan --config configs/instruct_7b.py --machine a100-80gb:8
+    python -m dynfocus_jax.plan --config configs/align_7b.py --machine v5p:2x2x4 --steps train --json
+
+Compiles the train step of every stage, prefill and decode for that machine, on any CPU; needs
+`pip install -r requirements-plan.txt`. Machines: a100-40gb, a100-80gb, h100, h200 with the GPUs of one host
+(`:8`) or hosts x GPUs (`:4x8`); v4, v5p (`:2x2x4`), v5e, v6e (`:4x8`) with the shape of the slice in chips.
+Any field is set by --config.FIELD=VALUE, for example --config.mesh.data=1 --config.mesh.fsdp=-1.
+Exit code 1 when a step does not fit.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from dynfocus_jax.config import RunError, UserError, run_command, validate
+from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
+from dynfocus_jax.parallel.sharding import row_shares
+from dynfocus_jax.planning.machines import devices, parse_machine
+from dynfocus_jax.planning.report import format_step, misfit, plan_step
+from dynfocus_jax.planning.steps import serving_steps, train_step
+
+STEPS = ("train", "prefill", "decode")
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant=NAME where it has any.")
+_MACHINE = flags.DEFINE_string("machine", None, "Chips and their shape: a100-80gb:8, h100:4x8, v5p:2x2x4.")
+_STEPS = flags.DEFINE_list("steps", list(STEPS), f"Which to plan, of {','.join(STEPS)}.")
+_JSON = flags.DEFINE_boolean("json", False, "Print one json object instead of tables.")
+_OUTPUT = flags.DEFINE_string("output", None, "File that receives the json object, whatever is printed.")
+
+
+def main() -> None:
+    if _CONFIG.value is None or _MACHINE.value is None:
+        missing = "--config" if _CONFIG.value is None else "--machine"
+        raise UserError(f"{missing} is missing; try --config configs/instruct_7b.py --machine a100-80gb:8.")
+    unknown = [name for name in _STEPS.value if name not in STEPS]
+    if unknown:
+        raise UserError(f"--steps has {unknown[0]!r}, expected some of {','.join(STEPS)}.")
+
+    # --- Machine --------------------------------------------------------------------------------------
+    jax.config.update("jax_platforms", "cpu")  # compiling for other machines needs none of this one's
+    jax.config.update("jax_enable_compilation_cache", False)  # programs for others cannot be read from it
+    machine = parse_machine(_MACHINE.value)
+    mesh = make_mesh(mesh_shape(_CONFIG.value.mesh, machine.num_devices), devices(machine))
+
+    # --- Configuration --------------------------------------------------------------------------------
+    config = _CONFIG.value.copy_and_resolve_references()
+    config.initial = None  # neither weights nor data are read
+    config.data.root = "."
+    validate(config, row_shares(mesh))
+
+    # --- Steps ----------------------------------------------------------------------------------------
+    steps = []
+    if "train" in _STEPS.value:
+        steps += [train_step(config, index, mesh) for index in range(len(config.stages))]
+    if {"prefill", "decode"} & set(_STEPS.value):
+        steps += [step for step in serving_steps(config, mesh) if step.name in _STEPS.value]
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    if not _JSON.value:
+        print(f"{machine.name}: {machine.num_devices} devices, mesh {shape}; all figures for one device")
+    reports = []
+    for step in steps:
+        started = time.perf_counter()
+        reports.append(plan_step(step, machine, mesh) | {"compile_seconds": time.perf_counter() - started})
+        if not _JSON.value:
+            print(format_step(reports[-1], not machine.is_tpu), flush=True)
+    about = {"machine": machine.name, "devices": machine.num_devices, "mesh": dict(mesh.shape)}
+    text = json.dumps(about | {"jax": jax.__version__, "steps": reports}, indent=2)
+    if _JSON.value:
+        print(text)
+    if _OUTPUT.value is not None:
+        Path(_OUTPUT.value).expanduser().write_text(text + "\n", encoding="utf-8")
+    misfits = [misfit(report) for report in reports if not report["fits"]]
+    if misfits:
+        raise RunError(" ".join(misfits))
+
+
+if __name__ == "__main__":
+    run_command(main)

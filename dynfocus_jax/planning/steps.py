@@ -1,0 +1,157 @@
+"""The programs that are planned: the train step, prefill and decode, with abstract arguments on the mesh.
+
+They are the functions that training and evaluation run; nothing is allocated.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from dynfocus_jax import trees
+from dynfocus_jax.batch import Batch, padding_sample
+from dynfocus_jax.models.dynfocus import DynFocus, build_model
+from dynfocus_jax.models.llama import Cache
+from dynfocus_jax.parallel.sharding import LOGICAL, batch_sharding, on_mesh, row_shares
+from dynfocus_jax.training.optimizer import make_optimizer, schedule
+from dynfocus_jax.training.state import abstract_params, abstract_state, state_shardings
+from dynfocus_jax.training.step import make_train_step
+
+
+class Step(NamedTuple):
+    """A program to be planned.
+
+    Attributes:
+      name: "train", "prefill" or "decode"; where: the config section that its size comes from.
+      function: jitted; arguments: abstract, with shardings.
+      held: what the arguments are, {"optimizer": tree, ...}.
+      rows, tokens: of the global batch; tokens count visual ones and padding.
+      plain: the same function without remat, whose arithmetic is the model's own.
+    """
+
+    name: str
+    where: str
+    function: Callable
+    arguments: tuple
+    held: dict[str, object]
+    rows: int
+    tokens: int
+    plain: Callable
+
+
+def train_step(config: ConfigDict, index: int, mesh: Mesh) -> Step:
+    """The train step of stage `index`."""
+    stage = config.stages[index]
+    state = abstract_state(config, index, mesh)
+    batch = _abstract_batch(mesh, config, stage.batch_size, stage.num_frames, stage.max_text)
+
+    def build(config):
+        return make_train_step(
+            build_model(config, stage.connector),
+            make_optimizer(stage, state.trained),
+            schedule(stage),
+            stage,
+            jax.random.key(config.seed),
+            state_shardings(state),
+        )
+
+    held = {
+        "trained parameters": state.trained,
+        "frozen parameters": state.frozen,
+        "optimizer": (state.opt_state, state.step),
+        "batch": batch,
+    }
+    length = stage.max_text + _visual_tokens(config, index, state.trained, state.frozen, batch)
+    return Step(
+        "train",
+        f"config.stages[{index}]",
+        build(config),
+        (state, batch),
+        held,
+        stage.batch_size,
+        stage.batch_size * length,
+        build(_without_remat(config)),
+    )
+
+
+def serving_steps(config: ConfigDict, mesh: Mesh) -> tuple[Step, Step]:
+    """Prefill of one batch of `config.evaluation`, and the decoding of one token for each of its rows.
+
+    Rows are as many as the mesh can share: `config.evaluation.batch_size`, rounded up.
+    """
+    evaluation, index = config.evaluation, len(config.stages) - 1
+    shares = row_shares(mesh)
+    rows = -(-evaluation.batch_size // shares) * shares
+    model = build_model(config, config.stages[index].connector)
+    params = trees.unflatten(abstract_params(config, index, mesh))
+    batch = _abstract_batch(mesh, config, rows, evaluation.media_frames, evaluation.max_text)
+    held = {"parameters": params, "batch": batch}
+    length = evaluation.max_text + _visual_tokens(config, index, params, {}, batch)
+
+    language = config.model.language
+    heads = "tensor" if language.kv_heads % mesh.shape["tensor"] == 0 else None
+    keys = NamedSharding(mesh, PartitionSpec(None, LOGICAL["batch"], None, heads, None))
+    layout = Cache(keys, keys, batch_sharding(mesh))
+
+    def prefill(params, batch):
+        with on_mesh(mesh):
+            logits, cache, _ = model.apply(
+                {"params": params}, batch, evaluation.max_new_tokens, method=DynFocus.prefill
+            )
+        return logits, cache
+
+    def decode(params, tokens, cache):
+        with on_mesh(mesh):
+            return model.apply({"params": params}, tokens, cache, method=DynFocus.decode)
+
+    prefill = jax.jit(prefill, out_shardings=(batch_sharding(mesh), layout))
+    decode = jax.jit(decode, out_shardings=(batch_sharding(mesh), layout), donate_argnums=2)
+    cache = jax.tree.map(_abstract, jax.eval_shape(prefill, params, batch)[1], layout)
+    tokens = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=batch_sharding(mesh))
+    where = "config.evaluation"
+    return (
+        Step("prefill", where, prefill, (params, batch), held, rows, rows * length, prefill),
+        Step(
+            "decode",
+            where,
+            decode,
+            (params, tokens, cache),
+            {"parameters": params, "batch": tokens, "key-value cache": cache},
+            rows,
+            rows,
+            decode,
+        ),
+    )
+
+
+def _abstract(leaf, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _abstract_batch(mesh: Mesh, config: ConfigDict, rows: int, frames: int, text: int) -> Batch:
+    sample = padding_sample(frames, config.model.vision.image_size, text, config.data.max_query)
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((rows, *np.shape(x)), np.asarray(x).dtype, sharding=sharding), sample
+    )
+
+
+def _visual_tokens(config: ConfigDict, index: int, one: dict, other: dict, batch: Batch) -> int:
+    """Visual tokens of a sample of the batch's bucket, padding included."""
+    model = build_model(config, config.stages[index].connector)
+
+    def visual(params, batch):
+        return model.apply({"params": params}, batch, method=DynFocus.visual_tokens).tokens
+
+    return jax.eval_shape(visual, trees.merge(one, other), batch).shape[1]
+
+
+def _without_remat(config: ConfigDict) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    for section in ("vision", "text_encoder", "language"):
+        config.model[section].remat = "none"
+    return config

@@ -1,0 +1,98 @@
+"""Starting train as one or several processes on a small problem: what the tests here share."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from dynfocus_jax.config import stage
+from tests.tiny import tiny_config
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TRAIN = (sys.executable, "-m", "dynfocus_jax.train")
+LAUNCHER = (sys.executable, "launch/local_multiprocess.py")
+
+
+def get_config(arg=""):
+    """All of the tiny model from scratch in one stage: 4 steps of 4 samples, or `arg` without evaluation."""
+    config = tiny_config()
+    config.stages = (
+        stage(
+            name="all",
+            annotations="train.json",
+            steps=int(arg or 4),
+            batch_size=4,
+            num_frames=16,
+            max_text=96,
+            max_turns=2,
+            connector="dynfocus",
+            trainable=(".*",),
+            random_steps=1,
+        ),
+    )
+    if arg:
+        config.evaluation.annotations = None
+    config.model.dtype = "float32"
+    config.log_every = 1
+    config.checkpoint.keep = 10
+    return config
+
+
+def arguments(data_root, workdir, *more, steps=None):
+    return [
+        f"--config={__file__}:{steps}" if steps else f"--config={__file__}",
+        f"--config.data.root={data_root}",
+        f"--workdir={workdir}",
+        *more,
+    ]
+
+
+def explicit(address, count, index, timeout=60):
+    fields = {"mode": "explicit", "address": address, "num_processes": count, "process_id": index}
+    return [f"--config.distributed.{key}={value}" for key, value in (fields | {"timeout": timeout}).items()]
+
+
+def begin(*command, devices=1):
+    """A started process of this repository on virtual CPU devices."""
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_NUM_CPU_DEVICES": str(devices)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(process, timeout=900):
+    """(exit code, stdout, stderr); the process and those it has started are killed when it takes longer."""
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return process.returncode, stdout, stderr
+
+
+def train(processes, *train_arguments, devices=1):
+    """(stdout, stderr) of a run of so many processes that ended well."""
+    command = [*TRAIN, *train_arguments]
+    if processes > 1:
+        command = [*LAUNCHER, f"--processes={processes}", f"--devices={devices}", "--", *command]
+    code, stdout, stderr = end(begin(*command, devices=devices))
+    assert code == 0, stderr[-3000:]
+    return stdout, stderr
+
+
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def free_port():
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]

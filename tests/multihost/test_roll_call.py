@@ -1,0 +1,142 @@
+"""The roll call at the start: who is missing, who is too many, and that all hear it in one sentence."""
+
+import socket
+import threading
+import time
+
+import pytest
+
+from dynfocus_jax.config import RunError, UserError
+from dynfocus_jax.parallel.roll_call import roll_call
+from tests.multihost.processes import free_port
+
+
+def call(members, *, port=None, timeout=20.0):
+    """Outcome of the roll call for each (num_processes, process_id), run at once: None or what was raised."""
+    address = f"localhost:{port or free_port()}"
+    outcomes = [None] * len(members)
+
+    def join(place, count, index):
+        try:
+            roll_call(address, count, index, timeout)
+        except Exception as error:
+            outcomes[place] = error
+
+    threads = [threading.Thread(target=join, args=(i, *member)) for i, member in enumerate(members)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout + 20)
+        assert not thread.is_alive()
+    return outcomes
+
+
+@pytest.mark.parametrize("members", [[(1, 0)], [(2, 0), (2, 1)], [(4, 2), (4, 0), (4, 3), (4, 1)]])
+def test_all_come(members):
+    assert call(members) == [None] * len(members)
+
+
+def test_the_others_may_come_first():
+    port = free_port()
+    outcomes = []
+    early = threading.Thread(target=lambda: outcomes.append(call([(2, 1)], port=port)))
+    early.start()
+    time.sleep(0.5)
+    assert call([(2, 0)], port=port) == [None]
+    early.join()
+    assert outcomes == [[None]]
+
+
+def test_the_port_is_free_again_afterwards():
+    port = free_port()
+    for _ in range(3):
+        assert call([(2, 0), (2, 1)], port=port) == [None, None]
+
+
+def test_nobody_at_the_address():
+    started = time.monotonic()
+    (error,) = call([(3, 2)], timeout=1.5)
+    assert 1.5 <= time.monotonic() - started < 10
+    assert type(error) is RunError
+    assert "process 2 of 3 did not hear from process 0 at localhost:" in str(error)
+    assert "within 1.5 s (nobody answers" in str(error)
+    assert "config.distributed.address" in str(error)
+
+
+def test_an_address_that_does_not_exist():
+    with pytest.raises(RunError, match=r"nowhere\.invalid:4000 within 1 s \(nobody answers: "):
+        roll_call("nowhere.invalid:4000", 2, 1, 1.0)
+
+
+def test_the_missing_are_named():
+    first, there = call([(4, 0), (4, 2)], timeout=2.0)
+    assert type(first) is RunError
+    assert "2 of 4 processes (1, 3) did not reach process 0" in str(first)
+    assert type(there) is RunError
+    assert str(there) == str(first) or "it still waits for others" in str(there)
+
+
+@pytest.mark.parametrize("expects", [2, 5])
+def test_different_numbers_of_processes(expects):
+    errors = call([(3, 0), (3, 1), (expects, expects - 1)], timeout=5.0)
+    assert [type(error) for error in errors[::2]] == [UserError, UserError]
+    for error in errors[::2]:
+        assert f"process {expects - 1} was started as one of {expects}, but process 0 as one of 3" in str(
+            error
+        )
+
+
+def test_the_same_number_twice():
+    errors = call([(3, 0), (3, 1), (3, 1)])
+    for error in errors:
+        assert type(error) is UserError
+        assert "two processes were started with config.distributed.process_id=1" in str(error)
+
+
+def test_a_port_in_use():
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        (error,) = call([(2, 0)], port=port)
+    assert type(error) is UserError
+    assert f"cannot listen on port {port}" in str(error)
+
+
+def test_strangers_do_not_matter():
+    port = free_port()
+    address = ("localhost", port)
+
+    def disturb():
+        for greeting in (b"GET / HTTP/1.1\r\n\r\n\n", b'["a list"]\n', b'{"process_id": "1"}\n', b""):
+            while True:
+                try:
+                    with socket.create_connection(address, timeout=5) as connection:
+                        connection.sendall(greeting)
+                    break
+                except OSError:
+                    time.sleep(0.05)
+
+    stranger = threading.Thread(target=disturb)
+    stranger.start()
+    first = threading.Thread(target=lambda: outcomes.extend(call([(2, 0)], port=port)))
+    outcomes = []
+    first.start()
+    stranger.join(20)
+    assert not stranger.is_alive()
+    assert call([(2, 1)], port=port) == [None]
+    first.join()
+    assert outcomes == [None]
+
+
+def test_a_stranger_at_the_address():
+    with socket.create_server(("localhost", 0)) as server:
+
+        def answer():
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(b"SSH-2.0-OpenSSH\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        port = server.getsockname()[1]
+        (error,) = call([(2, 1)], port=port, timeout=1.0)
+    assert type(error) is RunError
+    assert f"localhost:{port} within 1 s" in str(error)

@@ -1,0 +1,215 @@
+"""The rule table on the full 7B model, activations by name, and what does not fit."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from configs import instruct_7b, released_7b
+from dynfocus_jax import trees
+from dynfocus_jax.config import UserError
+from dynfocus_jax.parallel.sharding import (
+    LOGICAL,
+    RULES,
+    on_mesh,
+    param_shardings,
+    place,
+    replicated,
+    shard,
+    shares,
+)
+from dynfocus_jax.training.state import abstract_state, param_shapes
+from tests.tiny import mesh_of
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "sharding_7b.json"
+
+
+def described(leaf) -> str:
+    """Such as "float32 [32, 4096 fsdp, 11008 tensor]"."""
+    spec = tuple(leaf.sharding.spec) + (None,) * (leaf.ndim - len(leaf.sharding.spec))
+    sizes = [f"{size} {axis}" if axis else str(size) for size, axis in zip(leaf.shape, spec, strict=True)]
+    return f"{leaf.dtype} [{', '.join(sizes)}]"
+
+
+def full_state(config):
+    return abstract_state(config, -1, mesh_of(fsdp=4, tensor=2))
+
+
+@pytest.fixture(scope="module")
+def full_size():
+    return full_state(instruct_7b.get_config())
+
+
+def test_golden_layout_of_the_7b_model(full_size):
+    """Written by hand once more when a rule changes: `described` gives the lines."""
+    state = {"trained": trees.flatten(full_size.trained), "frozen": trees.flatten(full_size.frozen)}
+    found = {
+        part: {path: described(leaf) for path, leaf in sorted(leaves.items())}
+        for part, leaves in state.items()
+    }
+    assert found == json.loads(GOLDEN.read_text())
+
+
+def test_the_optimizer_follows_its_parameters(full_size):
+    adam = full_size.opt_state[1][0]
+    trained = trees.flatten(full_size.trained)
+    for moments in (adam.mu, adam.nu):
+        moments = trees.flatten(moments)
+        assert {p: (m.shape, m.sharding) for p, m in moments.items()} == {
+            path: (leaf.shape, leaf.sharding) for path, leaf in trained.items()
+        }
+        assert {leaf.dtype for leaf in moments.values()} == {np.dtype(np.float32)}
+    assert not any(path.startswith("vision/") for path in trees.flatten(adam.mu))
+    others = [leaf for leaf in jax.tree.leaves(full_size.opt_state) if leaf.shape == ()]
+    assert all(leaf.sharding.is_fully_replicated for leaf in others)
+    assert len(others) + 2 * len(trained) == len(jax.tree.leaves(full_size.opt_state))
+
+
+def test_most_of_the_model_is_split(full_size):
+    """What every device holds a copy of is little."""
+    leaves = trees.flatten(full_size.trained) | trees.flatten(full_size.frozen)
+    copied = sum(leaf.size for leaf in leaves.values() if leaf.sharding.is_fully_replicated)
+    assert copied < 0.001 * sum(leaf.size for leaf in leaves.values())
+
+
+def variants():
+    """Paths of every part that a configuration of that size may have."""
+    config = instruct_7b.get_config()
+    config.model.language.update({"qkv_bias": True, "qk_norm": True})
+    config.model.language.lora.update(
+        {"rank": 8, "targets": ("query", "key", "value", "out", "gate", "up", "down")}
+    )
+    config.model.dpe.question_conditioned = True
+    config.model.connector.projector = "residual"
+    config.model.cce.cones = "cross_attention"
+    config.model.vision.update({"pre_norm": True, "final_norm": True})
+    for each in (instruct_7b.get_config(), config, released_7b.get_config()):
+        yield param_shapes(each, -1)
+
+
+def test_every_rule_is_used_and_every_parameter_has_one_rule():
+    shapes = {path: leaf for each in variants() for path, leaf in each.items()}
+    used = set()
+    for path in shapes:
+        matching = [pattern for pattern, _ in RULES if re.fullmatch(pattern, path)]
+        assert len(matching) == 1, (path, matching)
+        used |= set(matching)
+    assert used == {pattern for pattern, _ in RULES}
+    param_shardings(shapes, mesh_of(fsdp=4, tensor=2))
+
+
+# --- What does not fit --------------------------------------------------------------------------------
+
+
+def refused(shapes, mesh):
+    shapes = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    with pytest.raises(UserError) as error:
+        param_shardings(shapes, mesh)
+    sentence = str(error.value)
+    assert "\n" not in sentence
+    assert sentence.endswith(".")
+    return sentence
+
+
+def test_a_parameter_without_a_rule():
+    mesh = mesh_of(fsdp=2)
+    sentence = refused({"language/blocks/expert/kernel": (2, 8, 8)}, mesh)
+    assert "language/blocks/expert/kernel of shape (2, 8, 8) has no layout" in sentence
+    assert "parallel/sharding.py" in sentence
+    assert "has no layout" in refused({"language/head/kernels": (8, 8)}, mesh)  # in full
+    assert "has no layout" in refused({"language/head/kernel": (8,)}, mesh)  # fewer dimensions than the rule
+
+
+def test_an_axis_that_does_not_divide():
+    sentence = refused({"language/blocks/key/kernel": (2, 24, 3, 8)}, mesh_of(fsdp=4, tensor=2))
+    assert "config.mesh.tensor is 2, which does not divide the 3 of parameter language/blocks/key" in sentence
+    sentence = refused({"vision/patch_embedding/kernel": (48, 20)}, mesh_of(fsdp=8))
+    assert "config.mesh.fsdp is 8" in sentence
+    assert "a divisor of 20" in sentence
+
+
+# --- Placing and constraints --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["numpy", "one device", "another mesh"])
+def test_place_copies_casts_and_splits(kind):
+    values = np.arange(64, dtype=np.float32).reshape(4, 16) / 3
+    path, mesh = "language/head/kernel", mesh_of(fsdp=4, tensor=2)
+
+    def like(mesh, dtype):
+        leaf = jax.ShapeDtypeStruct((4, 16), dtype)
+        return jax.ShapeDtypeStruct((4, 16), dtype, sharding=param_shardings({path: leaf}, mesh)[path])
+
+    source = values
+    if kind != "numpy":
+        source = jax.device_put(values, like(mesh_of(fsdp=2), jnp.float32).sharding)
+    if kind == "one device":
+        source = jnp.asarray(values)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        placed = place(source, like(mesh, dtype))
+        assert placed.dtype == dtype
+        assert {shard.data.shape for shard in placed.addressable_shards} == {(1, 8)}
+        np.testing.assert_array_equal(placed, values.astype(dtype))
+    same = place(source, like(mesh_of(), jnp.float32))
+    same.delete()  # what is taken over can be donated without a loss to its source
+    np.testing.assert_array_equal(source, values)
+
+
+def laid_out(mesh, shape, *names):
+    """The layout that `shard` gives an array inside of jit."""
+
+    def run(x):
+        with on_mesh(mesh):
+            return shard(x + 1, *names)
+
+    found = jax.jit(run, in_shardings=replicated(mesh))(jnp.zeros(shape)).sharding
+    return tuple(found.spec) + (None,) * (len(shape) - len(found.spec))
+
+
+def test_names_of_activations():
+    mesh = mesh_of(data=2, fsdp=2, context=2)
+    rows = ("data", "fsdp")
+    assert laid_out(mesh, (4, 6, 3), "batch", "sequence", None) == (rows, "context", None)
+    assert laid_out(mesh, (8, 3), "frames", None) == (rows, None)
+    mesh = mesh_of(fsdp=2, tensor=4)
+    assert laid_out(mesh, (2, 3, 4, 5), "batch", None, "heads", None)[2] == "tensor"
+    assert laid_out(mesh, (2, 8), None, "vocab") == (None, "tensor")
+    assert laid_out(mesh, (2, 8), None, "hidden") == (None, "tensor")
+    # One decoded token has no sequence to share, one prompt no batch.
+    assert laid_out(mesh_of(fsdp=2, context=4), (1, 1, 8), "batch", "sequence", None) == (None,) * 3
+
+
+def test_shares():
+    assert shares("batch") == shares("sequence") == 1
+    with on_mesh(mesh_of(data=2, fsdp=2, context=2)):
+        assert [shares(name) for name in ("batch", "frames", "sequence", "heads", None)] == [4, 4, 2, 1, 1]
+
+
+def test_without_a_mesh_it_is_the_array_itself():
+    x = jnp.ones((2, 3))
+    assert shard(x, "batch", None) is x
+    with on_mesh(mesh_of()):
+        assert shard(x, "batch", None) is x
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_unknown_names_raise_with_and_without_a_mesh(devices):
+    with on_mesh(mesh_of(data=devices)):
+        with pytest.raises(ValueError, match=r"name 'sequnce' is unknown; expected one of 'batch', 'frames'"):
+            shard(jnp.ones((2, 3)), "batch", "sequnce")
+        with pytest.raises(ValueError, match=r"1 names .* shape \(2, 3\)"):
+            shard(jnp.ones((2, 3)), "batch")
+    with pytest.raises(ValueError, match="unknown"):
+        shares("length")
+
+
+def test_logical_axes_are_axes_of_the_mesh():
+    axes = set(mesh_of().shape)
+    assert {axis for names in LOGICAL.values() for axis in names} == axes
+    assert {axis for _, spec in RULES for axis in spec if axis} == {"fsdp", "tensor"}
+    assert all(isinstance(spec, PartitionSpec) for _, spec in RULES)

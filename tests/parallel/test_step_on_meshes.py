@@ -1,0 +1,169 @@
+"""The train step on eight devices, in parts and in chunks: loss, gradient, parameters are those of one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dynfocus_jax import trees
+from dynfocus_jax.models.dynfocus import build_model
+from dynfocus_jax.parallel.sharding import place, to_devices
+from dynfocus_jax.training.optimizer import make_optimizer, schedule
+from dynfocus_jax.training.state import TrainState, abstract_state, init_params, param_shapes, state_shardings
+from dynfocus_jax.training.step import make_train_step
+from tests.tiny import make_sample, mesh_of, pad, shaken, stack, tiny_config
+
+FRAMES, TEXT, ROWS = 7, 13, 16  # more frames than prototypes; text and sequence that 4 devices do not divide
+MESHES = (
+    {"data": 8},
+    {"fsdp": 8},
+    {"fsdp": 4, "tensor": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"fsdp": 2, "context": 4},
+)
+
+
+def toy(**changes):
+    """The tiny configuration's last stage, with two layers and heads that two devices can share."""
+    config = tiny_config()
+    config.model.language.update({"depth": 2, "kv_heads": 2})
+    config.model.vision.depth = 2
+    config.model.text_encoder.depth = 1
+    config.stages[-1].update({"random_steps": 0, "warmup": 0.0, "learning_rate": 1e-3} | changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Videos, an image, text alone and a padding row."""
+    rng = np.random.default_rng(0)
+    samples = [make_sample(rng, FRAMES, TEXT - row, 1 + row, at_end=row % 2 == 0) for row in range(6)]
+    samples += [make_sample(rng, 1, 9, 2), make_sample(rng, 0, 6, 3)]
+    nothing = make_sample(rng, 0, 1, 1)._replace(loss_mask=np.zeros(1, bool))
+    samples += [nothing, *(make_sample(rng, 3 + row % 4, 4 + row, 2) for row in range(ROWS - 9))]
+    return stack([pad(sample, FRAMES, TEXT) for sample in samples])
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Host parameters, {path: leaf}."""
+    shapes = param_shapes(toy(), -1)
+    rng = np.random.default_rng(1)
+    start = {path: jnp.asarray(0.2 * rng.standard_normal(s.shape), s.dtype) for path, s in shapes.items()}
+    return jax.device_get(trees.flatten(shaken(trees.unflatten(start))))
+
+
+def train(config, mesh, params, batch, steps=2):
+    """The state after some steps on a batch, and the metrics of each."""
+    stage = config.stages[-1]
+    abstract = abstract_state(config, -1, mesh)
+    optimizer = make_optimizer(stage, abstract.trained)
+
+    def placed(tree):
+        return trees.unflatten(
+            {path: place(params[path], like) for path, like in trees.flatten(tree).items()}
+        )
+
+    trained, shardings = placed(abstract.trained), state_shardings(abstract)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
+    step_number = place(np.zeros((), np.int32), abstract.step)
+    state = TrainState(step_number, trained, placed(abstract.frozen), opt_state)
+    model = build_model(config, stage.connector)
+    step = make_train_step(model, optimizer, schedule(stage), stage, jax.random.key(3), shardings)
+    metrics = []
+    for _ in range(steps):
+        state, values = step(state, to_devices(batch, mesh))
+        metrics.append(jax.device_get(values))
+    return state, metrics
+
+
+@pytest.fixture(scope="module")
+def alone(params, batch):
+    """On one device."""
+    return jax.device_get(train(toy(), mesh_of(), params, batch))
+
+
+def assert_same(result, expected):
+    (state, metrics), (expected_state, expected_metrics) = result, expected
+    for values, wanted in zip(metrics, expected_metrics, strict=True):
+        for name in wanted:
+            np.testing.assert_allclose(values[name], wanted[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    # The mean gradient, so to say, and what Adam made of it
+    moments, wanted = trees.flatten(state.opt_state[1][0].mu), expected_state.opt_state[1][0].mu
+    scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
+    trained, compared, elements = trees.flatten(expected_state.trained), 0, 0
+    for path, leaf in trees.flatten(wanted).items():
+        np.testing.assert_allclose(moments[path], leaf, atol=1e-5 * scale, err_msg=path)
+        # Adam divides by the gradient's size: where that is nothing but rounding, so is the update.
+        sure = (np.abs(leaf) > 1e-5 * scale) | (leaf == 0)
+        found = np.asarray(trees.flatten(state.trained)[path])
+        np.testing.assert_allclose(found[sure], trained[path][sure], atol=1e-5, err_msg=path)
+        compared, elements = compared + sure.sum(), elements + sure.size
+    assert compared > 0.8 * elements
+    for path, leaf in trees.flatten(expected_state.frozen).items():
+        np.testing.assert_array_equal(trees.flatten(state.frozen)[path], leaf, err_msg=path)
+
+
+def test_the_step_is_worth_comparing(alone, params):
+    """It learns, everything in it has a gradient, and the learned selection takes part."""
+    state, metrics = alone
+    assert metrics[1]["loss"] < metrics[0]["loss"]
+    moments = trees.flatten(state.opt_state[1][0].mu)
+    without = {path for path, leaf in moments.items() if not np.abs(leaf).max() > 0}
+    assert all("/text_mlp" in path for path in without)  # the last layer's, whose output nothing reads
+    assert any(path.startswith("connector/dpe/score_net") for path in moments)
+    moved = {path: np.abs(params[path] - leaf).max() for path, leaf in trees.flatten(state.trained).items()}
+    assert max(moved.values()) > 1e-4
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_on_eight_devices(axes, alone, params, batch):
+    mesh = mesh_of(**axes)
+    assert mesh.size == 8
+    state, metrics = train(toy(), mesh, params, batch)
+    assert_same((state, metrics), alone)
+    # And no device holds more than its share of what is split.
+    shares = axes.get("fsdp", 1) * axes.get("tensor", 1)
+    kernel = trees.flatten(state.trained)["language/blocks/gate/kernel"]
+    moment = trees.flatten(state.opt_state[1][0].nu)["language/blocks/gate/kernel"]
+    frozen = trees.flatten(state.frozen)["vision/blocks/mlp/up/kernel"]
+    for leaf in (kernel, moment, frozen):
+        assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // shares}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"microbatches": 4}, {"loss_chunk": 5}, {"loss_chunk": 1, "microbatches": 16}, {"loss_chunk": 20}],
+    ids=str,
+)
+def test_in_parts_and_chunks(changes, alone, params, batch):
+    assert_same(train(toy(**changes), mesh_of(), params, batch), alone)
+
+
+def test_in_parts_and_chunks_on_eight_devices(alone, params, batch):
+    config = toy(microbatches=4, loss_chunk=6)
+    config.model.language.remat = "full"
+    assert_same(train(config, mesh_of(fsdp=2, tensor=2, context=2), params, batch), alone)
+
+
+def test_parameters_are_made_where_they_lie():
+    """Bit for bit those of one device; and in bfloat16 the rounded ones."""
+    config, mesh = toy(), mesh_of(fsdp=4, tensor=2)
+    model = build_model(config, config.stages[-1].connector)
+
+    def made(mesh):
+        state = abstract_state(config, -1, mesh)
+        wanted = trees.flatten(trees.merge(state.trained, state.frozen))
+        return init_params(model, jax.random.key(5), wanted)
+
+    many, one = made(mesh), made(mesh_of())
+    for path, leaf in one.items():
+        np.testing.assert_array_equal(many[path], leaf, err_msg=path)
+    assert len(many["language/head/kernel"].addressable_shards[0].data) == 6  # of 24
+    config.model.dtype = "bfloat16"
+    assert made(mesh)["vision/position"].dtype == jnp.float32  # an earlier stage trains it
+    config.stages = config.stages[-1:]
+    rounded = made(mesh)
+    assert rounded["vision/position"].dtype == jnp.bfloat16
+    assert rounded["language/head/kernel"].dtype == jnp.float32
+    np.testing.assert_array_equal(rounded["vision/position"], one["vision/position"].astype(jnp.bfloat16))

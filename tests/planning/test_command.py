@@ -1,0 +1,82 @@
+"""`python -m dynfocus_jax.plan` as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    """(exit code, stdout, stderr) of the command for the tiny configuration."""
+    file = tmp_path_factory.mktemp("plan") / "tiny.py"
+    file.write_text("from tests.tiny import tiny_config as get_config\n")
+
+    def run(*arguments):
+        done = subprocess.run(
+            [sys.executable, "-m", "dynfocus_jax.plan", f"--config={file}", *arguments],
+            cwd=REPOSITORY,
+            # What the tests say of platforms and caches is for them: a plan sees to its own.
+            env={k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+            | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+def test_json(plan, tmp_path):
+    mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")
+    file = tmp_path / "plan.json"
+    code, stdout, stderr = plan(
+        "--machine=a100-80gb:2", "--steps=decode", *mesh, "--json", f"--output={file}"
+    )
+    assert code == 0, stderr
+    report = json.loads(stdout)
+    assert json.loads(file.read_text()) == report
+    assert report["machine"] == "a100-80gb:2"
+    assert report["mesh"] == {"data": 1, "fsdp": 2, "tensor": 1, "context": 1}
+    (decode,) = report["steps"]
+    assert decode["step"] == "decode"
+    assert decode["fits"]
+    assert decode["total"] == sum(decode["memory"].values())
+    # Parameters are gathered where they are used, one layer (the tiny model has one) at a time.
+    assert decode["collectives"]["all-gather"]["bytes"] > 0
+
+
+def test_what_does_not_fit(plan):
+    code, stdout, stderr = plan(
+        "--machine=v5e:1x1", "--steps=decode", f"--config.evaluation.max_new_tokens={10**9}"
+    )
+    assert code == 1
+    assert "DOES NOT FIT" in stdout
+    assert "the largest part is key-value cache" in stderr
+    assert "Change config.evaluation.batch_size" in stderr
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--machine=a100"], "unknown chip 'a100'"),
+        ([], "--machine is missing"),
+        (["--machine=h100:1", "--steps=train,serve"], "--steps has 'serve'"),
+        (["--machine=h100:3", "--config.mesh.fsdp=2"], "which does not divide the 3 devices"),
+        (["--machine=v5e:3x5"], "is refused by its compiler"),
+        (["--machine=h100:7"], "batch_size is"),
+    ],
+)
+def test_mistakes(plan, arguments, sentence):
+    code, stdout, stderr = plan(*arguments)
+    assert code == 2
+    assert sentence in stderr
+    assert "Traceback" not in stderr
+    assert stdout == ""

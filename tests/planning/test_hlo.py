@@ -1,0 +1,170 @@
+"""Reading HLO text: by hand-made lines in the forms of both compilers, and against programs compiled here."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dynfocus_jax.planning.flops import count_flops
+from dynfocus_jax.planning.hlo import read_program, replica_groups
+
+LAYERS, ROWS, D, F = 5, 6, 16, 24
+
+
+def network(weights, x):
+    """LAYERS times two matrix products, recomputed for the backward pass."""
+
+    def layer(x, weights):
+        up, down = weights
+        return x + jnp.tanh(x @ up) @ down, None
+
+    return jax.lax.scan(jax.checkpoint(layer), x, weights)[0].sum()
+
+
+@pytest.fixture(scope="module")
+def arguments():
+    return (jnp.ones((LAYERS, D, F)), jnp.ones((LAYERS, F, D))), jnp.ones((ROWS, D))
+
+
+def test_flops_of_a_trace(arguments):
+    product = 2 * ROWS * D * F
+    assert count_flops(jax.jit(network).trace(*arguments).jaxpr.jaxpr) == 2 * product * LAYERS
+    gradient = jax.jit(jax.grad(network, argnums=(0, 1))).trace(*arguments).jaxpr.jaxpr
+    # Forward 2; the first again, whose result the second's gradient needs (the second is traced too, unused
+    # or not); two gradients of each.
+    assert count_flops(gradient) in ((2 + 1 + 4) * product * LAYERS, (2 + 2 + 4) * product * LAYERS)
+
+
+def test_flops_of_a_compiled_loop(arguments):
+    """The body of a loop counts as often as it turns, which XLA's own analysis leaves out."""
+    # The CPU's compiler may turn dots into calls of its own; these tiny ones stay.
+    text = jax.jit(network).lower(*arguments).compile().as_text()
+    assert read_program(text).flops == 2 * 2 * ROWS * D * F * LAYERS
+
+
+CUBLAS = (
+    'custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":'
+    '{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}'
+)
+GPU = """HloModule m, num_partitions=4
+
+%fused (p.0: f32[5,16,24], p.1: s32[]) -> f32[16,24] {
+  %p.0 = f32[5,16,24]{2,1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,16,24]{2,1,0} dynamic-slice(%p.0, %p.1, %zero, %zero), dynamic_slice_sizes={1,16,24}
+  ROOT %out = f32[16,24]{1,0} bitcast(%slice)
+}
+
+%body (b: (s32[], f32[5,16,24], bf16[6,16])) -> (s32[], f32[5,16,24], bf16[6,16]) {
+  %b = (s32[], f32[5,16,24]{2,1,0}, bf16[6,16]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%b), index=0
+  %w = f32[5,16,24]{2,1,0} get-tuple-element(%b), index=1
+  %x = bf16[6,16]{1,0} get-tuple-element(%b), index=2
+  %layer = f32[16,24]{1,0} fusion(%w, %i), kind=kLoop, calls=%fused
+  %gather = (f32[16,24]{1,0}, f32[32,24]{1,0}) all-gather-start(%layer), replica_groups=[2,2]<=[4]
+  %gathered = f32[32,24]{1,0} all-gather-done(%gather)
+  %y = (f32[6,24]{1,0}, s8[4096]{0}) custom-call(%x, %layer), CUBLAS
+  ROOT %t = (s32[], f32[5,16,24]{2,1,0}, bf16[6,16]{1,0}) tuple(%i, %w, %x)
+}
+
+%condition (c: (s32[], f32[5,16,24], bf16[6,16])) -> pred[] {
+  %c = (s32[], f32[5,16,24]{2,1,0}, bf16[6,16]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%c), index=0
+  %bound = s32[] constant(5)
+  ROOT %less = pred[] compare(%j, %bound), direction=LT
+}
+
+ENTRY %main (a: (s32[], f32[5,16,24], bf16[6,16])) -> f32[] {
+  %a = (s32[], f32[5,16,24]{2,1,0}, bf16[6,16]{1,0}) parameter(0)
+  %loop = (s32[], f32[5,16,24]{2,1,0}, bf16[6,16]{1,0}) while(%a), condition=%condition, body=%body
+  %s = f32[] constant(0)
+  ROOT %sum = f32[] all-reduce(%s), replica_groups={{0,1,2,3}}, to_apply=%add
+}
+"""
+
+
+@pytest.mark.parametrize("counter", ["s32", "u32"])
+def test_a_gpu_program(counter):
+    program = read_program(GPU.replace("CUBLAS", CUBLAS).replace("s32", counter))
+    assert program.flops == 5 * 2 * 6 * 16 * 24
+    gather, reduce = sorted(program.collectives, key=lambda each: each.kind)
+    assert (gather.kind, gather.count, gather.groups.tolist()) == ("all-gather", 5, [[0, 1], [2, 3]])
+    assert [array.dims for array in gather.gives] == [(32, 24)]
+    assert gather.sent == 5 * 32 * 24 * 4 / 2
+    assert (reduce.kind, reduce.count, reduce.sent) == ("all-reduce", 1, 2 * 4 * 3 / 4)
+    layer, index, x, y = 16 * 24 * 4, 4, 6 * 16 * 2, 6 * 24 * 4
+    slices = 2 * layer + index  # of the stack of five layers one is read
+    assert program.hbm_bytes == 5 * (slices + 3 * layer + (x + layer + y + 4096)) + 2 * 4
+
+
+TPU = """HloModule m, num_partitions=8
+
+%all-reduce-scatter.1 (input.1: bf16[64,32]) -> bf16[16,32] {
+  %input.1 = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.1 = bf16[64,32]{1,0:T(8,128)} all-reduce(%input.1), replica_groups={{0,2,4,6},{1,3,5,7}}
+  %k = s32[] constant(0)
+  ROOT %part = bf16[16,32]{1,0:T(8,128)} dynamic-slice(%all-reduce.1, %k, %k), dynamic_slice_sizes={16,32}
+}
+
+%product (p.0: bf16[4,8,16], p.1: bf16[4,16,32]) -> bf16[4,8,32] {
+  %p.0 = bf16[4,8,16]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p.1 = bf16[4,16,32]{2,1,0:T(8,128)(2,1)S(1)} parameter(1)
+  ROOT %conv = bf16[4,8,32]{2,1,0:T(8,128)} convolution(%p.0, %p.1), window={WINDOW}, dim_labels=0bf_0io->0bf
+}
+
+%start (p.2: bf16[16,32]) -> (bf16[16,32], bf16[64,32]) {
+  %p.2 = bf16[16,32]{1,0:T(8,128)} parameter(0)
+  %gather.1 = bf16[64,32]{1,0:T(8,128)} all-gather(%p.2), channel_id=7, replica_groups=[2,4]<=[8]
+  ROOT %s = (bf16[16,32]{1,0:T(8,128)}, bf16[64,32]{1,0:T(8,128)}) custom-call(%gather.1)
+}
+
+%done (p.3: bf16[16,32], p.4: bf16[64,32]) -> bf16[64,32] {
+  %p.3 = bf16[16,32]{1,0:T(8,128)} parameter(0)
+  %p.4 = bf16[64,32]{1,0:T(8,128)} parameter(1)
+  %gather.2 = bf16[64,32]{1,0:T(8,128)} all-gather(%p.3), channel_id=7, replica_groups=[2,4]<=[8]
+  ROOT %d = bf16[64,32]{1,0:T(8,128)} custom-call(%p.3, %gather.2)
+}
+
+ENTRY %main (a: bf16[4,8,16], w: bf16[4,16,32], g: bf16[64,32]) -> bf16[16,32] {
+  %a = bf16[4,8,16]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %w = bf16[4,16,32]{2,1,0:T(8,128)(2,1)S(1)} parameter(1)
+  %g = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(2)
+  %y = bf16[4,8,32]{2,1,0:T(8,128)(2,1)} fusion(%a, %w), kind=kOutput, calls=%product
+  %part = bf16[16,32]{1,0:T(8,128)(2,1)S(1)} bitcast(%g)
+  %started = (bf16[16,32]{1,0:S(1)}, bf16[64,32]{1,0:S(1)}) fusion(%part), kind=kCustom, calls=%start
+  %whole = bf16[64,32]{1,0:T(8,128)S(1)} get-tuple-element(%started), index=1
+  %awaited = bf16[64,32]{1,0:T(8,128)S(1)} fusion(%part, %whole), kind=kCustom, calls=%done
+  ROOT %r = bf16[16,32]{1,0:T(8,128)(2,1)} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_a_tpu_program():
+    program = read_program(TPU.replace("WINDOW", "size=4 stride=3 lhs_dilate=4"))
+    # A product of 4 batches of [8, 16] and [16, 32], written as a convolution over the batches.
+    assert program.flops == 4 * 2 * 8 * 16 * 32
+    gathered, reduced = program.collectives  # the gather stands there twice, started and awaited
+    assert (gathered.kind, gathered.sent) == ("all-gather", 64 * 32 * 2 * 3 / 4)
+    assert (reduced.kind, reduced.groups.shape) == ("reduce-scatter", (2, 4))
+    assert reduced.sent == 64 * 32 * 2 * 3 / 4
+    # What lies in vector memory, S(1), is no traffic.
+    assert program.hbm_bytes == 2 * (4 * 8 * 16 + 4 * 8 * 32) + 2 * (64 * 32 + 16 * 32)
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups={{0,2},{1,3}}, to_apply=%add", [[0, 2], [1, 3]]),
+        ("replica_groups=[2,2]<=[4], dimensions={0}", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, x", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=1,'c'=2] {'a','c'}, x", [[0, 1, 2, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(1)2}, x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(2)2}, x", [[0, 1], [2, 3]]),
+        ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+        ("channel_id=1", [[0, 1, 2]]),
+    ],
+)
+def test_replica_groups(text, groups):
+    np.testing.assert_array_equal(replica_groups(text, 3), groups)

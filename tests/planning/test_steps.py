@@ -1,0 +1,82 @@
+"""The planned programs are those that training and evaluation run, and hold what they hold."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dynfocus_jax import trees
+from dynfocus_jax.planning.report import device_bytes
+from dynfocus_jax.planning.steps import serving_steps, train_step
+from dynfocus_jax.serving.generate import make_greedy
+from tests.tiny import VOCABULARY, make_sample, mesh_of, model_of, pad, random_params, stack, tiny_config
+
+MAX_TEXT, FRAMES, NEW = 24, 6, 4
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = tiny_config()
+    config.stages = config.stages[-1:]
+    config.stages[0].update({"num_frames": FRAMES, "max_text": MAX_TEXT})
+    config.evaluation.update(
+        {"media_frames": FRAMES, "max_text": MAX_TEXT, "max_new_tokens": NEW, "batch_size": 3}
+    )
+    return config
+
+
+def test_what_a_train_step_holds(config):
+    step = train_step(config, 0, mesh_of(fsdp=2))
+    held = {name: device_bytes(tree) for name, tree in step.held.items()}
+    state, batch = step.arguments
+    trained, frozen = trees.flatten(state.trained), trees.flatten(state.frozen)
+    assert any(path.startswith("vision/") for path in frozen)
+    # Adam's two moments of the trained parameters alone, its and the schedule's counters and the step.
+    assert held["optimizer"] == 2 * held["trained parameters"] + 3 * 4
+    moments = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    assert not [path for path, _ in moments if "['vision']" in jax.tree_util.keystr(path)]
+    # Kernels are shared by two, biases and norms are not.
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in trained.values())
+    assert whole / 2 < held["trained parameters"] < 0.7 * whole
+    assert held["batch"] == sum(leaf.size * leaf.dtype.itemsize for leaf in batch) / 2
+    # As the compiler has it: arguments that the step makes no use of are left out of its program.
+    compiled = step.function.lower(*step.arguments).compile()
+    unused = sum(device_bytes(getattr(batch, name)) for name in ("oracle_frames", "index"))
+    assert compiled.memory_analysis().argument_size_in_bytes == sum(held.values()) - unused
+
+
+def test_tokens_of_a_step(config):
+    step = train_step(config, 0, mesh_of(fsdp=2))
+    selected, levels, pool = (
+        config.model.dpe.num_selected,
+        config.model.cce.levels,
+        config.model.connector.pool,
+    )
+    cone = int(np.prod(pool)) + sum(count for count, _ in levels)
+    visual = 2 * (FRAMES - selected) + cone * selected
+    assert step.rows == config.stages[0].batch_size
+    assert step.tokens == step.rows * (MAX_TEXT + visual)
+
+
+def test_serving_steps_give_the_answers_of_evaluation(config):
+    """Prefill and as many decodes as there are new tokens, on two devices: greedy decoding on one."""
+    prefill, decode = serving_steps(config, mesh_of(data=2))
+    assert prefill.rows == decode.rows == decode.tokens == 4  # three, rounded up to what two devices share
+    rng = np.random.default_rng(0)
+    batch = stack([pad(make_sample(rng, FRAMES - i, 9 + i, 5), FRAMES, MAX_TEXT) for i in range(4)])
+    model = model_of(config)
+    params = random_params(model, batch)
+    expected = make_greedy(model, NEW, eos_id=VOCABULARY)(params, batch).tokens
+
+    placed = jax.tree.map(
+        lambda leaf, like: jax.device_put(jnp.asarray(leaf, like.dtype), like.sharding),
+        (params, batch),
+        prefill.arguments,
+    )
+    logits, cache = prefill.function(*placed)
+    assert jax.tree.map(jnp.shape, cache) == jax.tree.map(jnp.shape, decode.arguments[2])
+    tokens = [jnp.argmax(logits, axis=-1).astype(jnp.int32)]
+    for _ in range(NEW - 1):
+        logits, cache = decode.function(placed[0], tokens[-1], cache)
+        tokens.append(jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    np.testing.assert_array_equal(np.stack(tokens, axis=1), expected)

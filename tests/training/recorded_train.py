@@ -1,0 +1,58 @@
+"""`python -m dynfocus_jax.train`, which also writes down what each step was given, and may kill itself.
+
+Before every step it appends a line {"step", "records", "digest" of the whole batch} to the file RECORDED.
+KILL is a json object of moments, at the first of which it sends itself SIGKILL: "seconds" from the start,
+"steps" done and some "after" seconds, or a "save" in a folder of checkpoints that has begun and is not over.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+from dynfocus_jax import train
+from dynfocus_jax.config import run_command
+from dynfocus_jax.json_lines import append_json_line
+from dynfocus_jax.training import loop
+
+MOMENTS = json.loads(os.environ.get("KILL", "{}"))
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_after(seconds):
+    timer = threading.Timer(seconds, kill)
+    timer.daemon = True
+    timer.start()
+
+
+def kill_inside_a_save(folder, stale):
+    while set(Path(folder).glob("*tmp*")) <= stale:
+        time.sleep(0.0005)
+    kill()
+
+
+def recorded(load, *, start, _make_dataset=loop.make_dataset, **options):
+    for step, batch in enumerate(_make_dataset(load, start=start, **options), start):
+        if step - start == MOMENTS.get("steps"):
+            kill_after(MOMENTS["after"])
+        digest = hashlib.sha256(b"".join(array.tobytes() for array in batch)).hexdigest()
+        entry = {"step": step, "records": batch.index.tolist(), "digest": digest}
+        append_json_line(Path(os.environ["RECORDED"]), entry)
+        yield batch
+
+
+if __name__ == "__main__":
+    if "seconds" in MOMENTS:
+        kill_after(MOMENTS["seconds"])
+    if "save" in MOMENTS:
+        folder = MOMENTS["save"]
+        arguments = (folder, set(Path(folder).glob("*tmp*")))
+        threading.Thread(target=kill_inside_a_save, args=arguments, daemon=True).start()
+    loop.make_dataset = recorded
+    run_command(train.main)
