@@ -29,9 +29,8 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # initial parameters, data order, selection noise
 
-    config.initial = placeholder(
-        str
-    )  # WORKDIR/checkpoints/STAGE/STEP or a converted checkpoint to start from
+    # Checkpoint to start from: WORKDIR/checkpoints/STAGE/STEP, or one that `convert` made
+    config.initial = placeholder(str)
 
     config.model = model = ConfigDict()
     model.mode = "paper"  # "paper": the method as published; "released": what the authors' code computes
