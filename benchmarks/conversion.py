@@ -1,6 +1,6 @@
 """Memory and time of converting a language model of 7 B parameters, and of writing it back.
 
-    python benchmarks/conversion.py --folder /tmp/conversion
+    python benchmarks/conversion.py --folder DIR
 
 Writes random bfloat16 weights under the published names of configs/align_7b.py's language model, in shards
 of --shard_gib with an index; converts them with `python -m dynfocus_jax.convert`; exports the checkpoint;

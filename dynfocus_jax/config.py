@@ -30,14 +30,13 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # initial parameters, data order, selection noise
 
-    config.initial = placeholder(
-        str
-    )  # WORKDIR/checkpoints/STAGE/STEP or a converted checkpoint to start from
+    # Checkpoint to start from: WORKDIR/checkpoints/STAGE/STEP, or one that `convert` made
+    config.initial = placeholder(str)
 
     config.model = model = ConfigDict()
     model.mode = "paper"  # "paper": the method as published; "released": what the authors' code computes
-    model.dtype = "bfloat16"  # of the computation
-    model.param_dtype = "float32"  # of the parameters
+    model.dtype = "bfloat16"  # of the computation, and of the parameters that no stage trains
+    model.param_dtype = "float32"  # of the parameters that some stage trains
     model.vision = ConfigDict(
         {
             "image_size": 224,

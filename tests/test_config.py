@@ -1,10 +1,6 @@
 """Mistakes in configurations and on the command line: one sentence, exit code 2, before anything is built."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from ml_collections.config_dict import ConfigDict
@@ -12,9 +8,8 @@ from ml_collections.config_dict import ConfigDict
 from dynfocus_jax import config as config_lib
 from dynfocus_jax.config import UserError, default_config, from_dict, stage, to_dict, validate
 from dynfocus_jax.data.prepare import make_tokenizer, prepare
+from tests.commands import command
 from tests.tiny import TOY, tiny_config
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def toy(arg=""):
@@ -332,16 +327,7 @@ def test_missing_config_file():
 
 def train(*arguments, config=TOY):
     """Runs the command as a user does; a mistake must end it long before there is anything to compile."""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_LOG_COMPILES": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "dynfocus_jax.train", f"--config={config}", *arguments],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stdout, done.stderr
+    return command("train", f"--config={config}", *arguments, timeout=300, JAX_LOG_COMPILES="1")
 
 
 def test_help():

@@ -1,33 +1,15 @@
 """The commands as a user runs them: train from video files to answers, then chat."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from dynfocus_jax.data.prepare import prepare
+from tests.commands import command
 from tests.tiny import tiny_config
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-
-
-def command(name, *arguments):
-    """(exit code, stdout, stderr) of `python -m dynfocus_jax.<name>`."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"dynfocus_jax.{name}", *map(str, arguments)],
-        cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,7 @@
 
 import importlib.util
 import math
-import os
 import runpy
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,9 +14,9 @@ from dynfocus_jax.batch import padding_sample
 from dynfocus_jax.config import UserError, default_config, to_dict, validate
 from dynfocus_jax.data.prepare import check_weights, make_tokenizer, prepare
 from dynfocus_jax.models.dynfocus import build_model
+from tests.commands import REPOSITORY, command
 from tests.data.published_tokenizers import bert_folder, llama_folder
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 EVERY = (
     *(("align_7b", ""), ("instruct_7b", "")),
     *(
@@ -218,16 +214,9 @@ def test_without_data_or_tokenizers(name, tmp_path):
 def test_the_command_reads_such_a_file(tmp_path):
     """What configs share is found by the command too; nothing is built for a config that lacks its data."""
     config = ("--config=configs/released_7b.py:stage=align", "--config.stages[0].steps=7")
-    done = subprocess.run(
-        [sys.executable, "-m", "dynfocus_jax.train", *config, f"--workdir={tmp_path}/run"],
-        cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stderr == "error: config.data.root is not set; name the folder of the data.\n"
+    code, _, stderr = command("train", *config, f"--workdir={tmp_path}/run", timeout=300, PYTHONPATH="")
+    assert code == 2, stderr
+    assert stderr == "error: config.data.root is not set; name the folder of the data.\n"
 
 
 def test_the_paper_is_the_default_model():

@@ -50,13 +50,17 @@ def rope_frequencies(
     return frequency
 
 
-def rope(x: jax.Array, positions: jax.Array, frequency: np.ndarray) -> jax.Array:
-    """Rotary embedding of `x [B, L, H, h]` at `positions [B, L]` by `frequency [h/2]` radians a position.
+def rotation(positions: jax.Array, frequency: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine float32 `[B, L, 1, h/2]` at `positions [B, L]`; `frequency [h/2]`: radians each."""
+    angle = positions.astype(jnp.float32)[..., None, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding of `x [B, L, H, h]` by the `rotation` of its positions.
 
     Halves are rotated as in Hugging Face Llama: channel i with channel i + h/2.
     """
-    angle = positions.astype(jnp.float32)[..., None, None] * frequency  # [B, L, 1, h/2]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
@@ -88,9 +92,9 @@ class DecoderBlock(nn.Module):
     def __call__(self, x, cache, context):
         """`x [B, L, width]`; cache: its (keys, values) or None.
 
-        context: (positions `[B, L]`, lengths `[B]`, RoPE's frequencies `[h/2]`).
+        context: (positions `[B, L]`, lengths `[B]`, their `rotation`).
         """
-        positions, lengths, frequency = context
+        positions, lengths, (cos, sin) = context
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
         def linear(y, name, features, **options):
@@ -107,7 +111,7 @@ class DecoderBlock(nn.Module):
         def turned(y, name):
             if self.qk_norm:
                 y = RMSNorm(self.eps, name=f"{name}_norm", **types)(y)
-            return rope(y, positions, frequency)
+            return rope(y, cos, sin)
 
         x = shard(x, "batch", "sequence", None)
         y = RMSNorm(self.eps, name="attention_norm", **types)(x)
@@ -215,7 +219,7 @@ class Llama(nn.Module):
             self.rope_high_freq,
             self.rope_original_length,
         )
-        x, layers = self.blocks(embeddings, layers, (positions, lengths, frequency))
+        x, layers = self.blocks(embeddings, layers, (positions, lengths, rotation(positions, frequency)))
         if cache is not None:
             cache = Cache(*layers, start + lengths)
         return self.final_norm(x), cache

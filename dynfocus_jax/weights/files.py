@@ -222,23 +222,19 @@ class _Gguf(Mapping):
     """A GGUF file of a decoder: float32 arrays, dequantised one by one, under the Hugging Face names."""
 
     def __init__(self, file: Path):
-        gguf = _import("gguf", file, "the package gguf")
         reader, self._architecture, field = _open_gguf(file)
         heads = field.get(f"{self._architecture}.attention.head_count", 1)
         kv_heads = field.get(f"{self._architecture}.attention.head_count_kv", heads)
-        if self._architecture not in _GGUF_ARCHITECTURES:
-            raise UserError(
-                f"{file}: a model of architecture {self._architecture!r}, expected one of "
-                f"{', '.join(_GGUF_ARCHITECTURES)}."
-            )
-        self._file, self._dequantize = file, gguf.dequantize
+        self._file = file
         self._heads = {"q_proj": heads, "k_proj": kv_heads}
         self._tensors = {_gguf_name(tensor.name): tensor for tensor in reader.tensors}
 
     def __getitem__(self, name: str) -> np.ndarray:
+        import gguf
+
         tensor = self._tensors[name]
         try:
-            array = self._dequantize(tensor.data, tensor.tensor_type)
+            array = gguf.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
             raise UserError(f"{self._file}: {name} cannot be read ({error}).") from None
         heads = self._heads.get(name.split(".")[-2])
@@ -260,9 +256,15 @@ def _open_gguf(file: Path) -> tuple:
     try:
         reader = gguf.GGUFReader(file)
         field = {key: field.contents() for key, field in reader.fields.items() if "tokenizer" not in key}
-        return reader, field["general.architecture"], field
+        architecture = field["general.architecture"]
     except (ValueError, IndexError, KeyError, OSError):
         raise UserError(f"{file}: truncated or not a GGUF file; download it again.") from None
+    if architecture not in _GGUF_ARCHITECTURES:
+        raise UserError(
+            f"{file}: a model of architecture {architecture!r}, expected one of "
+            f"{', '.join(_GGUF_ARCHITECTURES)}."
+        )
+    return reader, architecture, field
 
 
 def gguf_settings(file: Path) -> dict:

@@ -60,8 +60,10 @@ _UNSEEN = (
     "head_dim",
     "patch_size",
     "cross_attention_frequency",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "tie_word_embeddings",
 )
-_UNSEEN += ("rms_norm_eps", "layer_norm_eps", "tie_word_embeddings")
 
 # Family -> Hugging Face's model class and model_type
 _CLASSES = {

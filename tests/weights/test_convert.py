@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -24,11 +22,11 @@ from dynfocus_jax.training.loop import StageRun, check_initial
 from dynfocus_jax.weights.export import new_folder
 from dynfocus_jax.weights.merge import DTYPES
 from dynfocus_jax.weights.model import abstract_params, export_model, read_model
+from tests.commands import command
 from tests.tiny import mesh_of
 from tests.weights import published
 from tests.weights.conftest import small_config
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 W_Q = "text_encoder/query_projection"
 
 
@@ -82,17 +80,9 @@ def naming(files: dict, **fields):
     return config
 
 
-def command(*arguments) -> tuple[int, str, str]:
+def convert(*arguments) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of the command."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dynfocus_jax.convert", *map(str, arguments)],
-        cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    return done.returncode, done.stdout, done.stderr
+    return command("convert", *arguments)
 
 
 # --- Published files to a checkpoint ------------------------------------------------------------------
@@ -147,7 +137,7 @@ def converted(files, tmp_path_factory):
     )
     named = [f"--config.weights.{part}={path}" for part, path in files.items()]
     arguments = (f"--config={folder}/small.py", *named, f"--output={folder}/checkpoint")
-    code, stdout, stderr = command(*arguments)
+    code, stdout, stderr = convert(*arguments)
     assert code == 0, stderr
     assert sorted(os.listdir(folder)) == ["checkpoint", "small.py"]
     return folder / "checkpoint", stdout, arguments
@@ -157,7 +147,7 @@ def test_command(converted, params):
     folder, stdout, arguments = converted
     assert f"written to {folder}" in stdout
     same(read_params(folder), params, without=("connector/dpe",))
-    code, _, stderr = command(*arguments)
+    code, _, stderr = convert(*arguments)
     assert code == 2
     assert f"{folder} exists" in stderr
 
@@ -175,7 +165,7 @@ def test_command(converted, params):
 )
 def test_command_that_fails_leaves_nothing(converted, tmp_path, change, message):
     *arguments, _ = converted[2]
-    code, _, stderr = command(*arguments, f"--output={tmp_path}/new", *change)
+    code, _, stderr = convert(*arguments, f"--output={tmp_path}/new", *change)
     assert code == 2
     assert message in stderr
     assert "Traceback" not in stderr
@@ -188,7 +178,7 @@ def test_command_without_its_arguments(converted):
         (["--output=x", "--export=y"], "name one of --output"),
         (["--export=y"], "--export and --checkpoint belong together"),
     ):
-        code, _, stderr = command(converted[2][0], *arguments)
+        code, _, stderr = convert(converted[2][0], *arguments)
         assert (code, message in stderr) == (2, True), stderr
 
 
@@ -362,7 +352,7 @@ def test_transformers_loads_the_exported_language_model(tmp_path, name, capsys):
 def test_export_command(converted, params, tmp_path, capsys):
     folder, _, arguments = converted
     out = tmp_path / "out"
-    code, stdout, stderr = command(
+    code, stdout, stderr = convert(
         arguments[0], f"--checkpoint={folder}", f"--export={out}", "--shard_gib=1e-5"
     )
     assert code == 0, stderr
@@ -425,10 +415,14 @@ def test_training_starts_from_exactly_these_parameters(converted, params, start,
 
 
 def test_dtypes_of_a_converted_checkpoint(files, start, tmp_path, capsys):
-    """Frozen parameters stay as converted, trained ones are trained in the model's `param_dtype`."""
+    """Frozen parameters stay as converted in the model's `dtype`, trained ones are in its `param_dtype`."""
     converted = read_model(naming(files), "bfloat16")
     save_params(tmp_path, converted)
-    stage, initial = start(tmp_path)
+
+    def change(config):
+        config.model.dtype = "bfloat16"
+
+    stage, initial = start(tmp_path, change=change)
     begun, _ = stage.run(initial, stop_at=0)
     converted = trees.flatten(converted)
     for path, leaf in trees.flatten(begun).items():
