@@ -58,16 +58,20 @@ def align(config, **changes):
     config.stages = (
         _stage(
             name="align",
-            annotations="align.json",
-            # One epoch of 790 k images and videos with captions, as many as LLaMA-VID has; other data: their
-            # number / 256. Of a sample without enough frames (an image has one) the rest is padding.
-            steps=3085,
             batch_size=256,
             learning_rate=1e-3,
             num_frames=32,
             max_text=256,
             loss_chunk=32,
-            **{"trainable": PROJECTORS} | changes,
+            **{
+                "annotations": "align.json",
+                # One epoch of 790 k images and videos with captions, as many as LLaMA-VID has; other data:
+                # their number / 256. Of a sample without enough frames (an image has one) the rest is
+                # padding.
+                "steps": 3085,
+                "trainable": PROJECTORS,
+            }
+            | changes,
         ),
     )
     return config
@@ -79,14 +83,14 @@ def instruct(config, **changes):
     config.stages = (
         _stage(
             name="instruct",
-            annotations="instruct.json",
-            # One epoch of 763 k conversations, as many as LLaMA-VID has (the paper names its sources, not
-            # their sizes); other data: their number / 32.
-            steps=23843,
             batch_size=32,
             max_text=2048,
             loss_chunk=256,
             **{
+                "annotations": "instruct.json",
+                # One epoch of 763 k conversations, as many as LLaMA-VID has (the paper names its sources, not
+                # their sizes); other data: their number / 32.
+                "steps": 23843,
                 "num_frames": 64,
                 "learning_rate": 2e-5,
                 "trainable": ("language/.*", "connector/.*", PROJECTORS[2]),
@@ -95,6 +99,11 @@ def instruct(config, **changes):
         ),
     )
     return config
+
+
+def mixture(sources) -> dict:
+    """Changes of a stage that is trained for one epoch of a mixture instead of one LLaVA file."""
+    return {"annotations": None, "steps": None, "sources": sources, "epochs": 1.0}
 
 
 def instruct_lora(config, **changes):

@@ -13,7 +13,9 @@ class Batch(NamedTuple):
     frame and a single pad token, so that no row of a batch is empty.
     """
 
-    frames: np.ndarray  # uint8 [B, T, H, W, 3], RGB
+    # Pixels, uint8 [B, T, H, W, 3], RGB; or in their place what the vision tower makes of them, in the dtype
+    # of the model: [B, T, N, C], with a class token [B, T, 1 + N, C]
+    frames: np.ndarray
     frame_mask: np.ndarray  # bool [B, T], True for frames that exist
     query_tokens: np.ndarray  # int32 [B, Lq], the human text alone, for the text encoder
     query_length: np.ndarray  # int32 [B]
@@ -25,10 +27,22 @@ class Batch(NamedTuple):
     index: np.ndarray  # int32 [B], number of the record, -1 for a padding row
 
 
-def padding_sample(num_frames: int, image_size: int, max_text: int, max_query: int, pad_id: int = 0) -> Batch:
-    """A sample without content: T = num_frames, H = W = image_size, Lt = max_text, Lq = max_query."""
+def padding_sample(
+    num_frames: int,
+    image_size: int,
+    max_text: int,
+    max_query: int,
+    pad_id: int = 0,
+    *,
+    blank: np.ndarray | None = None,
+) -> Batch:
+    """A sample without content: T = num_frames, H = W = image_size, Lt = max_text, Lq = max_query.
+
+    blank: a frame without content, where features [(1 +) N, C] stand in place of pixels.
+    """
+    blank = np.zeros((image_size, image_size, 3), np.uint8) if blank is None else blank
     return Batch(
-        frames=np.zeros((num_frames, image_size, image_size, 3), np.uint8),
+        frames=np.zeros((num_frames, *blank.shape), blank.dtype),
         frame_mask=np.zeros(num_frames, bool),
         query_tokens=np.full(max_query, pad_id, np.int32),
         query_length=np.int32(1),

@@ -12,16 +12,19 @@ import jax
 import numpy as np
 from absl import flags
 
-from dynfocus_jax.config import UserError, from_dict, run_command, validate
+from dynfocus_jax.command import run_command
+from dynfocus_jax.config import UserError, from_dict
+from dynfocus_jax.data.budget import Budget
 from dynfocus_jax.data.conversation import TEMPLATES, SampleError
-from dynfocus_jax.data.pipeline import SampleLoader
-from dynfocus_jax.data.prepare import make_tokenizer
+from dynfocus_jax.data.prepare import make_media_reader, make_tokenizer
+from dynfocus_jax.data.samples import SampleLoader
 from dynfocus_jax.data.sources import Record
-from dynfocus_jax.data.video import MediaError, read_media
+from dynfocus_jax.data.video import MediaError
 from dynfocus_jax.evaluation.exact_match import focused_frames
 from dynfocus_jax.models.dynfocus import build_model
 from dynfocus_jax.serving.generate import make_greedy
 from dynfocus_jax.training.checkpoints import restore_params
+from dynfocus_jax.validation import validate
 from dynfocus_jax.visualize.focus import Strip, draw_focus
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished training run.")
@@ -49,21 +52,21 @@ def main() -> None:
             raise UserError(f"--{name} is missing or empty; see --help.")
     video, question = Path(_VIDEO.value).expanduser(), _QUESTION.value.strip()
     config, tokenizer, params = load_run(Path(_WORKDIR.value).expanduser())
-    evaluation, size = config.evaluation, config.model.vision.image_size
+    evaluation, media = config.evaluation, make_media_reader(config)
+    record = Record("question", video, ((question, ""),))
     loader = SampleLoader(
-        [Record("question", video, ((question, ""),))],
+        [record],
         tokenizer,
         TEMPLATES[config.data.template],
-        num_frames=evaluation.media_frames,
-        image_size=size,
-        max_text=evaluation.max_text,
+        media,
+        Budget.of([(evaluation.media_frames, evaluation.max_text)]),
         max_query=config.data.max_query,
+        guidance=config.data.text_guidance,
         prompt_only=True,
-        cache_bytes=2**30,
     )
     try:
-        sample = loader(0, np.random.default_rng(0))
-        clip = read_media(video, evaluation.media_frames, size)
+        sample, _ = loader(0, np.random.default_rng(0))
+        clip = media.read(record, evaluation.media_frames, np.random.default_rng(0))
     except (MediaError, SampleError) as error:
         raise UserError(str(error)) from None
     unknown = [word for word in question.lower().split() if tokenizer.encode(word) == [tokenizer.unk_id]]

@@ -22,8 +22,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from dynfocus_jax.config import UserError, run_command, to_dict, validate_model
+from dynfocus_jax.command import run_command
+from dynfocus_jax.config import UserError, to_dict
 from dynfocus_jax.training.checkpoints import read_params, save_params
+from dynfocus_jax.validation import validate_model
 from dynfocus_jax.weights.export import new_folder
 from dynfocus_jax.weights.model import export_model, read_model
 

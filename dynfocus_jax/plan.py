@@ -18,12 +18,14 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from dynfocus_jax.config import RunError, UserError, run_command, validate
+from dynfocus_jax.command import run_command
+from dynfocus_jax.config import RunError, UserError
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.parallel.sharding import row_shares
 from dynfocus_jax.planning.machines import devices, parse_machine
 from dynfocus_jax.planning.report import format_step, misfit, plan_step
 from dynfocus_jax.planning.steps import serving_steps, train_step
+from dynfocus_jax.validation import validate
 
 STEPS = ("train", "prefill", "decode")
 

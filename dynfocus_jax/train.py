@@ -5,8 +5,9 @@
 
 Started again with the same --workdir it goes on where it stopped, on other devices too; finished stages are
 not repeated. SIGTERM makes it save, stop and exit with 0.
-The workdir receives config.json, metrics.jsonl, checkpoints/, skipped.jsonl, eval.json, predictions.jsonl
-and focus.png. Any field is set by --config.FIELD=VALUE, for example --config.stages[3].steps=100.
+The workdir receives config.json, metrics.jsonl, checkpoints/, skipped.jsonl (samples that could not be used),
+overflow.jsonl (those that lost something), lengths.jsonl, eval.json, predictions.jsonl and focus.png. Any
+field is set by --config.FIELD=VALUE, for example --config.stages[3].steps=100.
 
 Several processes train together when each is started with the same arguments and config.distributed says how
 they find each other; launch/ has scripts for it. They share the workdir; the first of them prints and writes.
@@ -22,15 +23,17 @@ from absl import flags
 from ml_collections import config_flags
 
 from dynfocus_jax import trees
-from dynfocus_jax.config import UserError, run_command, to_dict, validate
+from dynfocus_jax.command import run_command
+from dynfocus_jax.config import UserError, to_dict
 from dynfocus_jax.data.prepare import check_weights, make_tokenizer, prepare
-from dynfocus_jax.evaluation.run import evaluate_run, format_table
+from dynfocus_jax.evaluation.run import check_features, evaluate_run, format_table
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.parallel.sharding import row_shares
 from dynfocus_jax.parallel.start import first_goes_ahead, is_first, say, start
 from dynfocus_jax.training.checkpoints import read_params
 from dynfocus_jax.training.loop import StageRun, check_initial
 from dynfocus_jax.training.preemption import Preemption
+from dynfocus_jax.validation import validate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant=NAME where it has any.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and results.")
@@ -62,6 +65,8 @@ def main() -> None:
     held_out = config.evaluation.annotations
     if held_out is not None and not (data_root / held_out).is_file():
         raise UserError(f"config.evaluation.annotations is {held_out!r}, which is not a file in {data_root}.")
+    if held_out is not None:
+        check_features(config, data_root)
     seconds = {"data": time.perf_counter() - started}
 
     initial = {} if config.initial is None else read_params(Path(config.initial).expanduser())
@@ -71,6 +76,7 @@ def main() -> None:
         StageRun(config, index, workdir=workdir, data_root=data_root, tokenizer=tokenizer, mesh=mesh)
         for index in range(len(config.stages))
     ]
+    config.stages = tuple(stage.stage for stage in stages)  # with their numbers of steps
     check_initial(config.initial, initial, stages)
     # Only now that the stages accept what the workdir holds: a refused run leaves it as it was.
     if is_first():

@@ -5,9 +5,10 @@ import json
 import pytest
 from ml_collections.config_dict import ConfigDict
 
-from dynfocus_jax import config as config_lib
-from dynfocus_jax.config import UserError, default_config, from_dict, stage, to_dict, validate
+from dynfocus_jax import command as command_lib
+from dynfocus_jax.config import UserError, default_config, from_dict, stage, to_dict
 from dynfocus_jax.data.prepare import make_tokenizer, prepare
+from dynfocus_jax.validation import validate
 from tests.commands import command
 from tests.tiny import TOY, tiny_config
 
@@ -139,9 +140,9 @@ def test_values_of_the_model(section, field, value, parts):
     [
         ({"name": "a b"}, ("name is 'a b'",)),
         ({"name": "../a"}, ("name is '../a'",)),
-        ({"steps": None}, ("stages[1].steps is not set",)),
+        ({"steps": None}, ("stages[1] has neither steps nor epochs",)),
         ({"steps": 0}, ("stages[1].steps is 0",)),
-        ({"annotations": None}, ("stages[1].annotations is not set",)),
+        ({"annotations": None}, ("stages[1] has neither annotations nor sources",)),
         ({"trainable": ()}, ("stages[1].trainable is empty",)),
         ({"trainable": ("language/(",)}, ("'language/('", "regular expression")),
         ({"schedule": "step"}, ("schedule is 'step'", "cosine")),
@@ -309,20 +310,20 @@ def test_missing_data(tmp_path):
 )
 def test_overrides_that_name_nothing(argument, sentence):
     with pytest.raises(UserError, match=sentence):
-        config_lib._check_overrides(["train", f"--config={TOY}", argument])
+        command_lib._check_overrides(["train", f"--config={TOY}", argument])
 
 
 def test_overrides_that_name_something():
     arguments = ["--config.stages[2].steps=7", "--config.model.dpe.num_selected=2", "--workdir=x"]
-    config_lib._check_overrides(["train", "--config", str(TOY), *arguments])
-    config_lib._check_overrides(["train", f"--config={TOY}:variant=uniform", *arguments])
+    command_lib._check_overrides(["train", "--config", str(TOY), *arguments])
+    command_lib._check_overrides(["train", f"--config={TOY}:variant=uniform", *arguments])
 
 
 def test_missing_config_file():
     with pytest.raises(UserError, match=r"--config names 'configs/tyo.py', which is not a file"):
-        config_lib._check_overrides(["train", "--config", "configs/tyo.py"])
+        command_lib._check_overrides(["train", "--config", "configs/tyo.py"])
     with pytest.raises(UserError, match=r"has no variant 'x'"):
-        config_lib._check_overrides(["train", f"--config={TOY}:variant=x"])
+        command_lib._check_overrides(["train", f"--config={TOY}:variant=x"])
 
 
 def train(*arguments, config=TOY):

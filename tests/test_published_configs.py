@@ -11,9 +11,10 @@ import pytest
 from configs import common
 from dynfocus_jax import trees
 from dynfocus_jax.batch import padding_sample
-from dynfocus_jax.config import UserError, default_config, to_dict, validate
+from dynfocus_jax.config import UserError, default_config, to_dict
 from dynfocus_jax.data.prepare import check_weights, make_tokenizer, prepare
 from dynfocus_jax.models.dynfocus import build_model
+from dynfocus_jax.validation import validate
 from tests.commands import REPOSITORY, command
 from tests.data.published_tokenizers import bert_folder, llama_folder
 

@@ -8,6 +8,10 @@ from ml_collections import ConfigDict
 
 from dynfocus_jax.config import UserError
 from dynfocus_jax.data import synthetic
+from dynfocus_jax.data.conversation import check_template
+from dynfocus_jax.data.features import blank_frame, open_features
+from dynfocus_jax.data.media import MediaReader
+from dynfocus_jax.data.sampling import Sampling
 from dynfocus_jax.data.tokenizer import BertTokenizer, PublishedTokenizer, WithQueries, WordTokenizer
 
 
@@ -50,7 +54,8 @@ def make_tokenizer(
     strict: words outside that list are errors.
 
     Raises:
-      UserError: a file is missing, or there are more ids than the model has embeddings.
+      UserError: a file is missing, there are more ids than the model has embeddings, or a special token of
+        the conversation's template is none of the tokenizer's.
     """
     data, remedy = config.data, "raise it"
     if data.tokenizer is None:
@@ -60,6 +65,7 @@ def make_tokenizer(
         tokenizer = PublishedTokenizer.from_path(data.tokenizer)
         holds = f"{data.tokenizer} has {tokenizer.vocab_size} tokens"
     _check_size(config, "language", tokenizer.vocab_size, f"{holds}; {remedy}")
+    check_template(tokenizer, data.template)
     if data.query_tokenizer is None:
         remedy += ", or name the text encoder's own vocabulary in config.data.query_tokenizer"
         _check_size(config, "text_encoder", tokenizer.vocab_size, f"{holds}; {remedy}")
@@ -73,6 +79,29 @@ def make_tokenizer(
     holds = f"{data.query_tokenizer} has {query.vocab_size} tokens"
     _check_size(config, "text_encoder", query.vocab_size, f"{holds}; {remedy}")
     return WithQueries(tokenizer, query)
+
+
+def make_media_reader(config: ConfigDict, data_root: Path | None = None) -> MediaReader:
+    """What reads the files of a configuration; worker processes share the memory for decoded frames.
+
+    data_root: folder of annotations and media; with it features are read where `config.data.features` names
+      them, without it pixels.
+
+    Raises:
+      UserError: the features are not those of this configuration, see `FeatureStore`.
+    """
+    data, vision = config.data, config.model.vision
+    features = None if data_root is None else open_features(config, data_root)
+    return MediaReader(
+        vision.image_size,
+        sampling=Sampling.from_config(data.sampling),
+        layout=data.image_layout,
+        mean=vision.mean,
+        timeout=data.timeout,
+        cache_bytes=int(data.cache_gib * 2**30) // max(1, data.processes),
+        features=features,
+        blank=None if features is None else blank_frame(config),
+    )
 
 
 def _check_size(config: ConfigDict, section: str, tokens: int, clause: str) -> None:

@@ -5,12 +5,12 @@ language model is published with: Hugging Face's tokenizer.json, the SentencePie
 and Vicuna, or a GGUF file. `BertTokenizer` is the text encoder's. Nothing is fetched from the network.
 """
 
-import bisect
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece
@@ -185,12 +185,11 @@ class PublishedTokenizer:
         texts = [self._eos if part is None else part for part in parts]
         if any(texts):
             texts[0] = self._prefix + texts[0]
-        ends = list(itertools.accumulate(map(len, texts)))
         encoding = self._backend.encode("".join(texts), add_special_tokens=False)
-        ids = [[] for _ in parts]
-        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            ids[bisect.bisect_right(ends, max(start, end - 1))].append(token)
-        return ids
+        ids, offsets = encoding.ids, np.asarray(encoding.offsets).reshape(-1, 2)
+        last = np.maximum(offsets[:, 0], offsets[:, 1] - 1)  # of the characters of each token
+        ends = np.searchsorted(last, np.cumsum([len(text) for text in texts])).tolist()
+        return [ids[start:end] for start, end in itertools.pairwise([0, *ends])]
 
     def encode_query(self, text: str, max_length: int) -> list[int]:
         """The last `max_length` tokens."""

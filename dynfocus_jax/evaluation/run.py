@@ -5,22 +5,31 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dynfocus_jax import trees
 from dynfocus_jax.batch import Batch
+from dynfocus_jax.data.budget import Budget
 from dynfocus_jax.data.conversation import TEMPLATES
-from dynfocus_jax.data.pipeline import SampleLoader, Skipped, make_dataset
+from dynfocus_jax.data.features import open_features
+from dynfocus_jax.data.images import MediaError
+from dynfocus_jax.data.media import MediaReader
+from dynfocus_jax.data.order import Order
+from dynfocus_jax.data.pipeline import make_dataset
+from dynfocus_jax.data.prepare import make_media_reader
+from dynfocus_jax.data.samples import SampleLoader
+from dynfocus_jax.data.skipped import Skipped
 from dynfocus_jax.data.sources import read_records
-from dynfocus_jax.data.video import read_media
 from dynfocus_jax.evaluation.exact_match import Answered, Prediction, answered, predict, summarize
 from dynfocus_jax.models.dynfocus import build_model
 from dynfocus_jax.parallel.sharding import local_rows, on_mesh, place, to_devices
 from dynfocus_jax.parallel.start import is_first, own_name
 from dynfocus_jax.serving.generate import make_greedy
 from dynfocus_jax.training.state import abstract_params
+from dynfocus_jax.training.tower import check_tower
 from dynfocus_jax.visualize.focus import Strip, draw_focus
 
 
@@ -33,32 +42,30 @@ def evaluate_run(
     """
     evaluation = config.evaluation
     records = read_records(data_root / evaluation.annotations, data_root)
+    media = make_media_reader(config, data_root)
     loader = SampleLoader(
         records,
         tokenizer,
         TEMPLATES[config.data.template],
-        num_frames=evaluation.media_frames,
-        image_size=config.model.vision.image_size,
-        max_text=evaluation.max_text,
+        media,
+        Budget.of([(evaluation.media_frames, evaluation.max_text)]),
         max_query=config.data.max_query,
+        guidance=config.data.text_guidance,
         prompt_only=True,
-        cache_bytes=int(config.data.cache_gib * 2**30),
     )
     batches = make_dataset(
         loader,
-        batch_size=evaluation.batch_size,
+        Order.once(len(loader), evaluation.batch_size),
         rows=local_rows(mesh, evaluation.batch_size),
-        seed=0,
-        shuffle=False,
-        epochs=1,
-        pad_last=True,
         skipped=Skipped(workdir / own_name("skipped.jsonl"), max_share=config.data.max_skip_share),
         num_threads=config.data.threads,
+        num_processes=config.data.processes,
     )
     model = build_model(config, config.stages[-1].connector)
     greedy = make_greedy(model, evaluation.max_new_tokens, tokenizer.eos_id)
     layout = abstract_params(config, len(config.stages) - 1, mesh)
     params = {path: place(leaf, layout[path]) for path, leaf in trees.flatten(params).items()}
+    check_tower(media.features, params, mesh)
 
     @jax.jit
     def answer(params: dict, batch: Batch) -> Answered:
@@ -72,13 +79,26 @@ def evaluate_run(
     predictions = predict(answers(), records, tokenizer.decode)
     if is_first():
         _write_predictions(workdir / "predictions.jsonl", predictions)
-        strips = _strips(predictions, evaluation, config.model.vision.image_size)
+        pixels = media if media.features is None else make_media_reader(config)
+        strips = _strips(predictions, evaluation, pixels)
         if strips:
             draw_focus(workdir / "focus.png", strips)
     return summarize(predictions, len(records))
 
 
-def _strips(predictions: list[Prediction], evaluation: ConfigDict, size: int) -> list[Strip]:
+def check_features(config: ConfigDict, data_root: Path) -> None:
+    """Whether features that are read in place of pixels are there for the evaluation too.
+
+    Raises:
+      UserError: they are not.
+    """
+    features, evaluation = open_features(config, data_root), config.evaluation
+    if features is not None:
+        records = read_records(data_root / evaluation.annotations, data_root)
+        features.require(records, [evaluation.media_frames], config.data.max_skip_share)
+
+
+def _strips(predictions: list[Prediction], evaluation: ConfigDict, media: MediaReader) -> list[Strip]:
     """One question for each of the first videos, of another type each where there are several."""
     strips, seen_media, seen_kinds = [], set(), set()
     kinds = {prediction.record.kind for prediction in predictions}
@@ -91,8 +111,11 @@ def _strips(predictions: list[Prediction], evaluation: ConfigDict, size: int) ->
         if prediction.focus is None or record.media in seen_media or record.kind in seen_kinds:
             continue
         seen_media.add(record.media)
+        try:
+            clip = media.read(record, evaluation.media_frames, np.random.default_rng(0))
+        except MediaError:  # features may be all that is left of a video
+            continue
         seen_kinds.add(record.kind)
-        clip = read_media(record.media, evaluation.media_frames, size)
         count = len(clip.frames)
         strips.append(
             Strip(

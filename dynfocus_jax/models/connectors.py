@@ -60,10 +60,9 @@ class DynFocusConnector(nn.Module):
             both = self.cce.released and important == total
             return cone * important + rod * (total if both else total - important)
 
-        # Fewer than the most frames may be important: oracles, k-means on duplicates, slots that agree.
-        return max(
-            tokens(total, important) for total in range(frames + 1) for important in range(most(total) + 1)
-        )
+        # Fewer than the most frames may be important (oracles, k-means on duplicates, slots that agree); the
+        # tokens grow or shrink with their number steadily.
+        return max(tokens(total, important) for total in range(frames + 1) for important in (0, most(total)))
 
     def __call__(
         self,

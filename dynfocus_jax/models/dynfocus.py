@@ -47,9 +47,11 @@ class DynFocus(nn.Module):
     def visual_tokens(
         self, batch: Batch, *, train: bool = False, random_selection: jax.Array | None = None, **selection
     ) -> VisualTokens:
-        """Frames (and the question) to packed visual tokens; `selection` goes to the connector."""
-        features = self.vision(batch.frames, keep_cls=True)  # [B, T, (1+)N, C]
-        features = shard(features, "batch", None, None, None)
+        """Frames (and the question) to packed visual tokens; `selection` goes to the connector.
+
+        Where the frames are features the vision tower is not run.
+        """
+        features = shard(self._features(batch.frames), "batch", None, None, None)  # [B, T, (1+)N, C]
         queries = question = None
         if self.connector.needs_text:
             queries = self.text_encoder(batch.query_tokens, batch.query_length, features)
@@ -66,6 +68,12 @@ class DynFocus(nn.Module):
             oracle=batch.oracle_frames,
             **selection,
         )
+
+    def _features(self, frames: jax.Array) -> jax.Array:
+        """What the vision tower makes of pixels; features that stand in their place are that already."""
+        if frames.ndim == 5:
+            return self.vision(frames, keep_cls=True)
+        return frames.astype(self.config.dtype)
 
     def _joined(self, batch: Batch, visual: VisualTokens) -> tuple[jax.Array, jax.Array]:
         """Text with the visual tokens in their place: embeddings `[B, L, D]` and lengths `[B]`.

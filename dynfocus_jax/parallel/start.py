@@ -11,8 +11,9 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dynfocus_jax.config import UserError, validate_distributed
+from dynfocus_jax.config import UserError
 from dynfocus_jax.parallel.roll_call import roll_call
+from dynfocus_jax.validation import validate_distributed
 
 _HEARTBEAT = 45  # seconds of silence after which a process counts as dead, and JAX ends all others
 

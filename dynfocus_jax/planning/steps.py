@@ -14,10 +14,13 @@ from ml_collections import ConfigDict
 
 from dynfocus_jax import trees
 from dynfocus_jax.batch import Batch, padding_sample
+from dynfocus_jax.config import with_steps
+from dynfocus_jax.data.features import blank_frame
 from dynfocus_jax.models.dynfocus import DynFocus, build_model
 from dynfocus_jax.models.llama import Cache
 from dynfocus_jax.parallel.sharding import LOGICAL, batch_sharding, on_mesh, row_shares
 from dynfocus_jax.training.optimizer import make_optimizer, schedule
+from dynfocus_jax.training.stage_data import stage_budget
 from dynfocus_jax.training.state import abstract_params, abstract_state, state_shardings
 from dynfocus_jax.training.step import make_train_step
 
@@ -44,10 +47,13 @@ class Step(NamedTuple):
 
 
 def train_step(config: ConfigDict, index: int, mesh: Mesh) -> Step:
-    """The train step of stage `index`."""
+    """The train step of stage `index`, of its largest bucket."""
+    if config.stages[index].steps is None:
+        config = with_steps(config, index, 1)  # how many is not known before the data; no size depends on it
     stage = config.stages[index]
     state = abstract_state(config, index, mesh)
-    batch = _abstract_batch(mesh, config, stage.batch_size, stage.num_frames, stage.max_text)
+    num_frames, max_text = stage_budget(config, index).buckets[-1]
+    batch = _abstract_batch(mesh, config, stage.batch_size, num_frames, max_text)
 
     def build(config):
         return make_train_step(
@@ -65,7 +71,7 @@ def train_step(config: ConfigDict, index: int, mesh: Mesh) -> Step:
         "optimizer": (state.opt_state, state.step),
         "batch": batch,
     }
-    length = stage.max_text + _visual_tokens(config, index, state.trained, state.frozen, batch)
+    length = max_text + _visual_tokens(config, index, state.trained, state.frozen, batch)
     return Step(
         "train",
         f"config.stages[{index}]",
@@ -133,7 +139,8 @@ def _abstract(leaf, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 def _abstract_batch(mesh: Mesh, config: ConfigDict, rows: int, frames: int, text: int) -> Batch:
-    sample = padding_sample(frames, config.model.vision.image_size, text, config.data.max_query)
+    size, blank = config.model.vision.image_size, blank_frame(config)
+    sample = padding_sample(frames, size, text, config.data.max_query, blank=blank)
     sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((rows, *np.shape(x)), np.asarray(x).dtype, sharding=sharding), sample

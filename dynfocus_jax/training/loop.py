@@ -1,8 +1,8 @@
 """The train loop: runs one stage of a configuration from start, or from where it stopped."""
 
-import hashlib
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -10,20 +10,20 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dynfocus_jax import trees
+from dynfocus_jax.batch import Batch
 from dynfocus_jax.config import RunError, UserError, to_dict
-from dynfocus_jax.data.conversation import TEMPLATES
-from dynfocus_jax.data.pipeline import SampleLoader, Skipped, make_dataset
-from dynfocus_jax.data.sources import Record, read_records
 from dynfocus_jax.models.dynfocus import build_model
 from dynfocus_jax.parallel import sharding as sharding_lib
-from dynfocus_jax.parallel.start import own_name, say
+from dynfocus_jax.parallel.start import say
 from dynfocus_jax.training import optimizer as optimizer_lib
 from dynfocus_jax.training import state as state_lib
 from dynfocus_jax.training.checkpoints import StageCheckpoints
 from dynfocus_jax.training.metrics import NotFinite, StageLog
 from dynfocus_jax.training.preemption import Preemption
+from dynfocus_jax.training.stage_data import StageData
 from dynfocus_jax.training.state import TrainState
 from dynfocus_jax.training.step import make_train_step
+from dynfocus_jax.training.tower import check_frozen, check_tower
 from dynfocus_jax.version import code_version
 from dynfocus_jax.weights.model import belongs_to_connector, check_params
 
@@ -49,24 +49,14 @@ class StageRun:
         tokenizer,
         mesh: jax.sharding.Mesh,
     ):
+        self.data = StageData(config, index, workdir=workdir, data_root=data_root, tokenizer=tokenizer)
+        config = self.data.config
         self.config, self.stage, self.workdir, self.mesh = config, config.stages[index], workdir, mesh
         self.model = build_model(config, self.stage.connector)
-        data = config.data
-        self.loader = SampleLoader(
-            read_records(data_root / self.stage.annotations, data_root),
-            tokenizer,
-            TEMPLATES[data.template],
-            num_frames=self.stage.num_frames,
-            image_size=config.model.vision.image_size,
-            max_text=self.stage.max_text,
-            max_query=data.max_query,
-            max_turns=self.stage.max_turns,
-            cache_bytes=int(data.cache_gib * 2**30),
-        )
-        self.skipped = Skipped(workdir / own_name("skipped.jsonl"), max_share=data.max_skip_share)
-        self._seed = config.seed + 1000 * index  # of the order of the data
         self.shapes = state_lib.abstract_params(config, index, mesh)
         self.is_trained = self._check_paths()
+        if config.data.features is not None:
+            check_frozen(self.name, self.shapes, self.is_trained)
         self._abstract = state_lib.abstract_state(config, index, mesh)
         self.checkpoints = StageCheckpoints(
             workdir / "checkpoints" / self.stage.name,
@@ -75,7 +65,7 @@ class StageRun:
                 "model": _lasting(to_dict(config.model)),
                 "data": _lasting(to_dict(config.data)),
                 "stage": _lasting(to_dict(self.stage)),
-                "records": _digest(self.loader.records),
+                "records": self.data.digest(),
             },
             about={"config": to_dict(config), "code": code_version()},
             **config.checkpoint,
@@ -109,19 +99,8 @@ class StageRun:
             state, before = self._initial_state(key, previous, optimizer), 0.0
         else:
             state, before = self.checkpoints.restore(self._abstract)
+        check_tower(self.data.loader.media.features, trees.flatten(state.frozen), self.mesh)
         step = int(state.step)
-        batches = iter(
-            make_dataset(
-                self.loader,
-                batch_size=stage.batch_size,
-                seed=self._seed,
-                shuffle=True,
-                skipped=self.skipped,
-                rows=sharding_lib.local_rows(self.mesh, stage.batch_size),
-                start=step,
-                num_threads=self.config.data.threads,
-            )
-        )
         train_step = make_train_step(
             self.model,
             optimizer,
@@ -130,33 +109,31 @@ class StageRun:
             jax.random.fold_in(key, 1),
             state_lib.state_shardings(self._abstract),
         )
-        _print_start(stage, state, len(self.loader.records), step)
+        _print_start(self.data, state, step)
 
         log = StageLog(self.workdir / "metrics.jsonl", stage.name, stage.steps, step, self.config.log_every)
         end = stage.steps if stop_at is None else min(stop_at, stage.steps)
-        stopping = False
-        while step < end and not stopping:
-            batch = sharding_lib.to_devices(next(batches), self.mesh)
-            state, metrics = train_step(state, batch)
-            step += 1
-            stopping = preemption is not None and preemption.requested()
-            saving = self.checkpoints.is_due(step) or step == end or stopping
-            try:
-                log.step(step, metrics, self.skipped.count)
-                means = log.means() if saving else {}
-            except NotFinite:
-                self.checkpoints.wait()
-                good, where = self.checkpoints.latest_step(), self.checkpoints.directory
-                saved = "no checkpoint" if good is None else f"a last good checkpoint, step {good} in {where}"
-                raise RunError(
-                    f"stage {stage.name!r}: the loss or gradient is not finite at step {step}; "
-                    f"there is {saved}. Lower the learning rate, or look at the data of these steps."
-                ) from None
-            if saving:
-                self.checkpoints.save(step, state, before + time.perf_counter() - started, means)
-        log.close()
-        if self.skipped.count:
-            say(f"{self.skipped.count} samples could not be used; {self.workdir}/skipped.jsonl lists them")
+        rows = sharding_lib.local_rows(self.mesh, stage.batch_size)
+        feed = self.data.feed(step, end, rows, lambda batch: sharding_lib.to_devices(batch, self.mesh))
+        stopping, previous, metrics, shapes = False, {}, {}, set()
+        with contextlib.closing(log), contextlib.closing(feed):
+            while step < end and not stopping:
+                batch, skipped = feed.take(metrics.get("loss"))
+                jax.block_until_ready(previous)  # one step may wait behind the one that runs, not more
+                previous = metrics
+                with _compile_told(stage.name, batch, shapes):
+                    state, metrics = train_step(state, batch)
+                step += 1
+                stopping = preemption is not None and preemption.requested()
+                saving = self.checkpoints.is_due(step) or step == end or stopping
+                try:
+                    log.step(step, metrics, skipped, feed.waited)
+                    means = log.means() if saving else {}
+                except NotFinite:
+                    raise self._not_finite(step) from None
+                if saving:
+                    self.checkpoints.save(step, state, before + time.perf_counter() - started, means)
+        self._say_end(len(shapes))
         params = trees.merge(state.trained, state.frozen)
         jax.block_until_ready(params)
         self.checkpoints.wait()
@@ -165,6 +142,26 @@ class StageRun:
             where = self.checkpoints.directory / str(best)
             say(f"best {self.config.checkpoint.best} at step {best} of stage {stage.name}, kept in {where}")
         return params, before + time.perf_counter() - started
+
+    def _not_finite(self, step: int) -> RunError:
+        self.checkpoints.wait()
+        good, where = self.checkpoints.latest_step(), self.checkpoints.directory
+        saved = "no checkpoint" if good is None else f"a last good checkpoint, step {good} in {where}"
+        return RunError(
+            f"stage {self.name!r}: the loss or gradient is not finite at step {step}; "
+            f"there is {saved}. Lower the learning rate, or look at the data of these steps."
+        )
+
+    def _say_end(self, compiled: int) -> None:
+        """What became of the samples of this run, and how often the step was compiled."""
+        if compiled:
+            buckets = len(self.data.buckets)
+            say(f"stage {self.name}: the step was compiled for {compiled} of {buckets} buckets")
+        if self.data.skipped.count:
+            file = self.workdir / "skipped.jsonl"
+            say(f"{self.data.skipped.count} samples could not be used; {file} lists them")
+        for what, count in self.data.shortened.counts.items():
+            say(f"{count} samples were too long and lost {what}; {self.workdir}/overflow.jsonl lists them")
 
     def _initial_state(self, key: jax.Array, previous: dict | None, optimizer) -> TrainState:
         params = trees.unflatten(self._initial_params(key, previous))
@@ -244,7 +241,10 @@ def _moves(line: str, paths) -> list[tuple[str, str]]:
 
 
 # Settings that do not change what is trained, but by rounding: other devices may need others
-_SPEED = ("cache_gib", "threads", "workers", "root", "microbatches", "loss_chunk", "remat", "attention")
+_SPEED = (
+    *("root", "features", "lengths", "cache_gib", "threads", "processes", "timeout", "workers"),
+    *("microbatches", "loss_chunk", "remat", "attention"),
+)
 
 
 def _lasting(settings):
@@ -254,17 +254,27 @@ def _lasting(settings):
     return {key: _lasting(value) for key, value in settings.items() if key not in _SPEED}
 
 
-def _digest(records: Sequence[Record]) -> str:
-    """Of the records in their order: a position in other data would mean nothing."""
-    return hashlib.sha256("\n".join(record.id for record in records).encode()).hexdigest()[:12]
-
-
-def _print_start(stage: ConfigDict, state: TrainState, records: int, step: int) -> None:
+def _print_start(data: StageData, state: TrainState, step: int) -> None:
     def millions(tree):
         return sum(x.size for x in jax.tree.leaves(tree)) / 1e6
 
+    stage, refused = data.stage, len(data.refused)
     say(
-        f"stage {stage.name}: {records} records, {stage.steps} steps of {stage.batch_size}, "
+        f"stage {stage.name}: {len(data.loader.records)} records"
+        + (f" ({refused} refused)" if refused else "")
+        + f", {stage.steps} steps of {stage.batch_size} ({data.epochs:.2f} epochs), "
         f"{millions(state.trained):.3f} M parameters trained, {millions(state.frozen):.3f} M frozen"
         + (f", resumed at step {step}" if step else "")
     )
+
+
+@contextlib.contextmanager
+def _compile_told(stage: str, batch: Batch, shapes: set[tuple[int, int]]) -> Iterator[None]:
+    """Says how long the block took, which runs a step, when the shape of its batch is new to `shapes`."""
+    shape, began = (batch.frames.shape[1], batch.tokens.shape[1]), time.perf_counter()
+    yield
+    if shape not in shapes:
+        shapes.add(shape)
+        frames, text = shape
+        seconds = time.perf_counter() - began
+        say(f"stage {stage}: step for {frames} frames and {text} text tokens compiled in {seconds:.1f} s")

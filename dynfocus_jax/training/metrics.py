@@ -30,7 +30,7 @@ class StageLog:
         self._path, self._stage, self._steps, self._every = path, stage, steps, every
         self._pending: list[dict[str, jax.Array]] = []
         self._unsaved: list[dict[str, jax.Array]] = []  # loss and gradient norm since `means`
-        self._clock = time.perf_counter()
+        self._clock, self._waited = time.perf_counter(), 0.0
         has_bar = is_first() and sys.stderr.isatty()
         if is_first():
             entries = read_json_lines(path)
@@ -39,8 +39,8 @@ class StageLog:
                 write_json_lines(path, kept)
         self._bar = tqdm.tqdm(total=steps, initial=start, desc=stage, unit="step", disable=not has_bar)
 
-    def step(self, step: int, metrics: dict[str, jax.Array], skipped: int) -> None:
-        """Note the metrics of `step` (counted from 1)."""
+    def step(self, step: int, metrics: dict[str, jax.Array], skipped: int, waited: float) -> None:
+        """Note the metrics of `step` (counted from 1); samples skipped and seconds waited for data so far."""
         self._pending.append(metrics)
         self._unsaved.append({name: metrics[name] for name in ("loss", "grad_norm")})
         self._bar.update()
@@ -58,15 +58,16 @@ class StageLog:
             "steps_per_second": count / seconds,
             "frames_per_second": sum(float(v["frames"]) for v in values) / seconds,
             "tokens_per_second": sum(float(v["tokens"]) for v in values) / seconds,
+            "wait": (waited - self._waited) / seconds,  # share of the time
             "skipped": skipped,
         }
-        self._pending, self._clock = [], time.perf_counter()
+        self._pending, self._clock, self._waited = [], time.perf_counter(), waited
         if is_first():
             append_json_line(self._path, entry)
         brief = (
             f"loss {entry['loss']:.4f}  lr {entry['learning_rate']:.2e}  grad norm {entry['grad_norm']:.2f}  "
             f"{entry['steps_per_second']:.2f} steps/s  {entry['frames_per_second']:.0f} frames/s  "
-            f"{entry['tokens_per_second']:.0f} tokens/s"
+            f"{entry['tokens_per_second']:.0f} tokens/s  wait {100 * entry['wait']:.0f} %"
         )
         if self._bar.disable:
             say(f"{self._stage} {step}/{self._steps}  {brief}")

@@ -3,6 +3,8 @@
 import itertools
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +12,46 @@ import pytest
 from PIL import Image
 
 from dynfocus_jax.config import UserError
+from dynfocus_jax.data import media as media_lib
+from dynfocus_jax.data import pipeline
+from dynfocus_jax.data.budget import Budget
 from dynfocus_jax.data.conversation import TEMPLATES
-from dynfocus_jax.data.pipeline import SampleLoader, Skipped, make_dataset
+from dynfocus_jax.data.lengths import Lengths
+from dynfocus_jax.data.media import MediaReader
+from dynfocus_jax.data.order import Order
+from dynfocus_jax.data.samples import SampleLoader
+from dynfocus_jax.data.skipped import Skipped
 from dynfocus_jax.data.sources import Record, read_records
 from dynfocus_jax.data.synthetic import write_video
 from dynfocus_jax.data.tokenizer import WordTokenizer
 from dynfocus_jax.data.video import MediaError
 
-SIZES = {"num_frames": 4, "image_size": 8, "max_text": 10, "max_query": 6}
 TOKENIZER = WordTokenizer(["what", "?", "red", "disc", "why", "because"])  # ids 4 to 9
 
 
-def loader(records, **changes):
-    return SampleLoader(records, TOKENIZER, TEMPLATES["plain"], **(SIZES | changes))
+def loader(
+    records, *, buckets=((4, 10),), size=8, max_query=6, cache_bytes=0, tokenizer=TOKENIZER, **options
+):
+    budget_fields = ("visual_tokens", "max_length", "on_overflow")
+    budget = {name: options.pop(name) for name in budget_fields if name in options}
+    media = MediaReader(size, cache_bytes=cache_bytes, timeout=options.pop("timeout", 60.0))
+    options = {"max_query": max_query} | options
+    return SampleLoader(
+        records, tokenizer, TEMPLATES["plain"], media, Budget.of(buckets, **budget), **options
+    )
+
+
+def make_dataset(load, *, batch_size, seed=0, shuffle=True, epochs=None, **options):
+    """Batches of a loader in an order of its own."""
+    order = Order(
+        lambda epoch: np.arange(len(load)),
+        Lengths().buckets(load),
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=shuffle,
+        epochs=epochs,
+    )
+    return pipeline.make_dataset(load, order, seed=seed, **options)
 
 
 def texts(count):
@@ -110,7 +139,7 @@ def test_prompts_end_before_the_last_answer():
 
 def test_a_long_query_keeps_its_end():
     records = [Record("t", None, (("what what why ?", "disc"),))]
-    sample = loader(records, max_query=2)(0, np.random.default_rng(0))
+    sample, _ = loader(records, max_query=2)(0, np.random.default_rng(0))
     assert sample.query_tokens.tolist() == [8, 5]
     assert sample.query_length == 2
 
@@ -129,7 +158,7 @@ def test_every_record_once_an_epoch_in_a_new_order(num_threads):
 
 def test_unshuffled_order_and_remainder():
     dataset = make_dataset(loader(texts(7)), batch_size=3, seed=0, shuffle=False, epochs=2)
-    assert indices(dataset) == [[0, 1, 2], [3, 4, 5], [6, 0, 1], [2, 3, 4]]
+    assert indices(dataset) == [[0, 1, 2], [3, 4, 5], [6, -1, -1]] * 2
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
@@ -140,16 +169,7 @@ def test_resume_gives_the_same_next_batches_on_any_number_of_processes(needles, 
         tokenizer = WordTokenizer.from_file(needles / "vocabulary.json")
         records = read_records(needles / "sequences.json", needles)
         records = with_bad(records, 4, 11)
-        load = SampleLoader(
-            records,
-            tokenizer,
-            TEMPLATES["plain"],
-            num_frames=3,
-            image_size=48,
-            max_text=64,
-            max_query=64,
-            max_turns=3,
-        )
+        load = loader(records, tokenizer=tokenizer, buckets=((3, 64),), size=48, max_query=64, max_turns=3)
         skipped = Skipped(max_share=0.5)
         return make_dataset(
             load, batch_size=4, seed=1, shuffle=True, skipped=skipped, num_threads=num_threads, **part
@@ -184,7 +204,7 @@ def test_turns_are_drawn_anew_each_epoch_but_from_the_seed():
 def test_processes_share_out_one_global_order():
     options = {"batch_size": 4, "seed": 5, "shuffle": True, "epochs": 2}
     whole = indices(make_dataset(loader(texts(9)), **options))
-    assert [len(batch) for batch in whole] == [4, 4, 4, 4]  # of 18: what does not fill a batch is left out
+    assert [batch.count(-1) for batch in whole] == [0, 0, 3] * 2
     for rows in ([0, 1], [2, 3], [1], [0, 1, 2, 3]):
         part = indices(make_dataset(loader(texts(9)), rows=rows, **options))
         assert part == [[batch[row] for row in rows] for batch in whole]
@@ -197,7 +217,7 @@ def test_a_start_at_or_past_the_end_gives_nothing():
 
 
 def test_evaluation_pads_the_last_batch_alike_for_all_processes():
-    options = {"batch_size": 2, "seed": 0, "shuffle": False, "epochs": 1, "pad_last": True}
+    options = {"batch_size": 2, "seed": 0, "shuffle": False, "epochs": 1}
     dataset = make_dataset(loader(with_bad(texts(5), 2)), skipped=Skipped(max_share=0.5), **options)
     batches = list(dataset)
     assert indices(batches) == [[0, 1], [-1, 3], [4, -1]]
@@ -239,8 +259,7 @@ def test_bad_samples_are_padding_counted_and_listed_once(tmp_path):
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
-@pytest.mark.parametrize("pad_last", [False, True])
-def test_nothing_but_bad_samples_ends_in_an_error(num_threads, pad_last):
+def test_nothing_but_bad_samples_ends_in_an_error(num_threads):
     records = with_bad(texts(3), 0, 1, 2)
     for max_share in (0.0, 0.05, 0.99):
         dataset = make_dataset(
@@ -248,7 +267,6 @@ def test_nothing_but_bad_samples_ends_in_an_error(num_threads, pad_last):
             batch_size=2,
             seed=0,
             shuffle=True,
-            pad_last=pad_last,
             skipped=Skipped(max_share=max_share),
             num_threads=num_threads,
         )
@@ -281,8 +299,6 @@ def test_unknown_words_stop_the_run():
 def test_no_records():
     with pytest.raises(UserError, match="no records to read"):
         make_dataset(loader([]), batch_size=1, seed=0, shuffle=True)
-    with pytest.raises(UserError, match="no records to read"):
-        make_dataset(loader([]), batch_size=1, seed=0, shuffle=False, pad_last=True)
 
 
 def test_decoded_frames_stay_in_memory_up_to_the_limit(media):
@@ -292,11 +308,11 @@ def test_decoded_frames_stay_in_memory_up_to_the_limit(media):
     records = [Record(name, media / f"{name}.mp4", (("what ?", "disc"),)) for name in ("a", "b")]
     rng = np.random.default_rng(0)
     kept, small, none = (loader(records, cache_bytes=size) for size in (2 * frame_bytes, frame_bytes, 0))
-    first = [[load(i, rng) for i in (0, 1)] for load in (kept, small, none)]
+    first = [[load(i, rng)[0] for i in (0, 1)] for load in (kept, small, none)]
     for name in ("a", "b"):
         (media / f"{name}.mp4").unlink()
-    assert_same([kept(0, rng), kept(1, rng)], first[0])
-    assert_same([small(1, rng)], first[1][1:])
+    assert_same([kept(i, rng)[0] for i in (0, 1)], first[0])
+    assert_same([small(1, rng)[0]], first[1][1:])
     for load, index in ((small, 0), (none, 0), (none, 1)):
         with pytest.raises(MediaError, match="no such file"):
             load(index, rng)
@@ -305,6 +321,48 @@ def test_decoded_frames_stay_in_memory_up_to_the_limit(media):
 def test_a_sample_does_not_change_the_cache(media):
     records = [Record("v", media / "v.mp4", (("what ?", "disc"),))]
     load, rng = loader(records, cache_bytes=10_000), np.random.default_rng(0)
-    first = load(0, rng)
-    first.frames[:] = 7
-    assert load(0, rng).frames.max() > 90
+    load(0, rng)[0].frames[:] = 7
+    assert load(0, rng)[0].frames.max() > 90
+
+
+def test_a_decoder_that_hangs_costs_one_sample(media, monkeypatch, tmp_path):
+    """The sample is a padding row with that reason, in every epoch, and the others come as ever."""
+    hang, read = threading.Event(), media_lib.read_media
+
+    def read_or_hang(path, *arguments, **options):
+        return hang.wait(60) if path.name == "hung.mp4" else read(path, *arguments, **options)
+
+    monkeypatch.setattr(media_lib, "read_media", read_or_hang)
+    names = ("v.mp4", "hung.mp4", "i.png", "v.mp4")
+    records = [Record(f"r{i}", media / name, (("what ?", "disc"),)) for i, name in enumerate(names)]
+    skipped = Skipped(tmp_path / "skipped.jsonl", max_share=0.5)
+    started = time.monotonic()
+    options = {"batch_size": 2, "shuffle": False, "epochs": 3, "skipped": skipped}
+    batches = list(make_dataset(loader(records, timeout=0.5), **options))
+    assert time.monotonic() - started < 10
+    hang.set()
+    assert indices(batches) == [[0, -1], [2, 3]] * 3
+    assert [batch.frame_mask.sum(1).tolist() for batch in batches] == [[4, 0], [1, 4]] * 3
+    (entry,) = skipped.records
+    assert (entry["id"], skipped.count) == ("r1", 3)
+    assert "takes more than 0.5 s" in entry["reason"]
+
+
+def test_images_videos_and_texts_in_one_batch_of_each_shape(media):
+    """Rows of a bucket are told apart by their masks alone; no bucket is larger than its samples need."""
+    long = (("what what what ?", "red disc because because"),)
+    records = [
+        Record("v", media / "v.mp4", (("what ?", "red disc"),)),
+        Record("i", media / "i.png", (("what ?", "disc"),), modality="image"),
+        Record("t", None, (("why ?", "because"),)),
+        Record("long v", media / "v.mp4", long),
+        Record("long t", None, long),
+        Record("other v", media / "v.mp4", (("why ?", "disc"),)),
+    ]
+    load = loader(records, buckets=((1, 6), (6, 6), (6, 12)), visual_tokens=lambda frames: frames)
+    batches = list(make_dataset(load, batch_size=3, shuffle=False, epochs=1))
+    shapes = [(batch.frames.shape[1], batch.tokens.shape[1]) for batch in batches]
+    assert shapes == [(1, 6), (6, 6), (6, 12)]
+    assert indices(batches) == [[1, 2, -1], [0, 5, -1], [3, 4, -1]]
+    assert [batch.frame_mask.sum(1).tolist() for batch in batches] == [[1, 0, 0], [6, 6, 0], [6, 0, 0]]
+    assert [batch.length.tolist() for batch in batches] == [[5, 5, 1], [6, 5, 1], [10, 10, 1]]

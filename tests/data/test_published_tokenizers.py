@@ -17,9 +17,11 @@ from transformers import BertTokenizer as HuggingFaceBert
 from transformers import PreTrainedTokenizerFast
 
 from dynfocus_jax.config import UserError
+from dynfocus_jax.data.budget import Budget
 from dynfocus_jax.data.conversation import TEMPLATES, SampleError, encode_conversation, encode_prompt
-from dynfocus_jax.data.pipeline import SampleLoader
+from dynfocus_jax.data.media import MediaReader
 from dynfocus_jax.data.prepare import make_tokenizer
+from dynfocus_jax.data.samples import SampleLoader
 from dynfocus_jax.data.sources import Record
 from dynfocus_jax.data.tokenizer import BertTokenizer, PublishedTokenizer
 from tests.data.published_tokenizers import (
@@ -421,8 +423,8 @@ def test_questions_go_to_the_text_encoder_in_its_own_tokens(folders):
     config = configured(folders)
     tokenizer = make_tokenizer(config, folders / "no_vocabulary.json")
     record = Record("t", None, (("What shape is the red disc ?", "a red disc"),))
-    sizes = {"num_frames": 1, "image_size": 8, "max_text": 99, "max_query": 6}
-    sample = SampleLoader([record], tokenizer, CHAT, **sizes)(0, np.random.default_rng(0))
+    loader = SampleLoader([record], tokenizer, CHAT, MediaReader(8), Budget.of([(1, 99)]), max_query=6)
+    sample, _ = loader(0, np.random.default_rng(0))
     bert = HuggingFaceBert.from_pretrained(folders / "bert", truncation_side="left")
     expected = bert("What shape is the red disc ?", max_length=6, truncation=True).input_ids
     assert sample.query_tokens.tolist() == expected
@@ -437,11 +439,11 @@ def test_questions_go_to_the_text_encoder_in_its_own_tokens(folders):
 def test_query_padding_is_an_id_of_every_vocabulary(folders):
     """The padding id of the text may lie outside the text encoder's vocabulary."""
     tokenizer = make_tokenizer(configured(folders, text="qwen"), folders)
-    sizes = {"num_frames": 1, "image_size": 8, "max_text": 99, "max_query": 20}
-    loader = SampleLoader([Record("t", None, (("red ?", "disc"),))], tokenizer, CHAT, **sizes)
-    sample = loader(0, np.random.default_rng(0))
+    record = Record("t", None, (("red ?", "disc"),))
+    loader = SampleLoader([record], tokenizer, CHAT, MediaReader(8), Budget.of([(1, 99)]), max_query=20)
+    sample, _ = loader(0, np.random.default_rng(0))
     assert sample.query_tokens.tolist() == [3, 9, 10, 4] + [0] * 16
-    assert not loader.padding().query_tokens.any()
+    assert not loader.padding().sample.query_tokens.any()
 
 
 def test_make_tokenizer_refuses(folders):

@@ -3,9 +3,9 @@
 import jax
 import pytest
 
-from dynfocus_jax.config import validate
 from dynfocus_jax.data.prepare import make_tokenizer, prepare
 from dynfocus_jax.training.loop import StageRun
+from dynfocus_jax.validation import validate
 from tests.tiny import mesh_of, tiny_config
 
 

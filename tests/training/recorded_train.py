@@ -6,6 +6,7 @@ KILL is a json object of moments, at the first of which it sends itself SIGKILL:
 """
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -13,10 +14,12 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
+
 from dynfocus_jax import train
-from dynfocus_jax.config import run_command
+from dynfocus_jax.command import run_command
 from dynfocus_jax.json_lines import append_json_line
-from dynfocus_jax.training import loop
+from dynfocus_jax.training.stage_data import StageData
 
 MOMENTS = json.loads(os.environ.get("KILL", "{}"))
 
@@ -37,14 +40,22 @@ def kill_inside_a_save(folder, stale):
     kill()
 
 
-def recorded(load, *, start, _make_dataset=loop.make_dataset, **options):
-    for step, batch in enumerate(_make_dataset(load, start=start, **options), start):
+def recorded(data, start, *arguments, _feed=StageData.feed):
+    feed, steps = _feed(data, start, *arguments), itertools.count(start)
+    take = feed.take
+
+    def taken(running):
+        batch, note = take(running)
+        step = next(steps)
         if step - start == MOMENTS.get("steps"):
             kill_after(MOMENTS["after"])
-        digest = hashlib.sha256(b"".join(array.tobytes() for array in batch)).hexdigest()
+        digest = hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in batch)).hexdigest()
         entry = {"step": step, "records": batch.index.tolist(), "digest": digest}
         append_json_line(Path(os.environ["RECORDED"]), entry)
-        yield batch
+        return batch, note
+
+    feed.take = taken
+    return feed
 
 
 if __name__ == "__main__":
@@ -54,5 +65,5 @@ if __name__ == "__main__":
         folder = MOMENTS["save"]
         arguments = (folder, set(Path(folder).glob("*tmp*")))
         threading.Thread(target=kill_inside_a_save, args=arguments, daemon=True).start()
-    loop.make_dataset = recorded
+    StageData.feed = recorded
     run_command(train.main)

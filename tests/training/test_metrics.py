@@ -26,7 +26,12 @@ def make_log(path, every=2, steps=5, start=0):
 def test_entries(tmp_path):
     log = make_log(tmp_path)
     for step in range(1, 6):
-        log.step(step, metrics(loss=step, grad_norm=10 - step, learning_rate=step / 10), skipped=step)
+        log.step(
+            step,
+            metrics(loss=step, grad_norm=10 - step, learning_rate=step / 10),
+            skipped=step,
+            waited=2 * step,
+        )
     log.close()
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [2, 4, 5]
@@ -37,6 +42,7 @@ def test_entries(tmp_path):
     assert {entry["stage"] for entry in entries} == {"align"}
     for entry in entries:
         assert entry["tokens_per_second"] == pytest.approx(5 * entry["steps_per_second"])
+        assert entry["wait"] == pytest.approx(2 * entry["steps_per_second"])
         assert entry["frames_per_second"] == pytest.approx(3 * entry["steps_per_second"])
 
 
@@ -46,27 +52,27 @@ def test_entries(tmp_path):
 def test_not_finite(tmp_path, bad, name, first):
     log = make_log(tmp_path)
     pair = [metrics(**{name: bad}), metrics()]
-    log.step(1, pair[not first], 0)
+    log.step(1, pair[not first], 0, 0.0)
     with pytest.raises(NotFinite):
-        log.step(2, pair[first], 0)
+        log.step(2, pair[first], 0, 0.0)
 
 
 def test_means_over_the_steps_since_the_last_checkpoint(tmp_path):
     log = make_log(tmp_path)
     for step in range(1, 4):
-        log.step(step, metrics(loss=step, grad_norm=10 - step), 0)
+        log.step(step, metrics(loss=step, grad_norm=10 - step), 0, 0.0)
     assert log.means() == {"loss": 2, "grad_norm": 8}
-    log.step(4, metrics(loss=7), 0)
+    log.step(4, metrics(loss=7), 0, 0.0)
     assert log.means() == {"loss": 7, "grad_norm": 2}
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 def test_means_look_at_steps_that_are_not_yet_reported(tmp_path, name):
     log = make_log(tmp_path)
-    log.step(1, metrics(), 0)
+    log.step(1, metrics(), 0, 0.0)
     log.means()
-    log.step(2, metrics(), 0)
-    log.step(3, metrics(**{name: float("nan")}), 0)
+    log.step(2, metrics(), 0, 0.0)
+    log.step(3, metrics(**{name: float("nan")}), 0, 0.0)
     with pytest.raises(NotFinite):
         log.means()
 
@@ -75,11 +81,11 @@ def test_what_was_logged_after_the_checkpoint_is_taken_out(tmp_path):
     for stage in ("images", "align"):
         log = StageLog(tmp_path / "metrics.jsonl", stage, 6, 0, 1)
         for step in range(1, 5):
-            log.step(step, metrics(), 0)
+            log.step(step, metrics(), 0, 0.0)
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"stage": "al')  # killed while it wrote
     log = make_log(tmp_path, every=1, start=2)
-    log.step(3, metrics(loss=9), 0)
+    log.step(3, metrics(loss=9), 0, 0.0)
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(entry["stage"], entry["step"]) for entry in entries] == [
         *(("images", step) for step in (1, 2, 3, 4)),

@@ -1,0 +1,235 @@
+"""Samples a second of the input pipeline without a step behind it, and its memory over many samples.
+
+    python benchmarks/data_records.py records
+    python benchmarks/data_records.py memory --samples 50000
+
+`records`: conversations of text (about --words words each) to batches, by threads and worker processes,
+beside the tokenizer alone. `memory`: the resident set while images, videos and texts, a few of them broken,
+are read in epochs of 1,000 records; workers included. Writes JSON and a table below benchmarks/results.
+"""
+
+import argparse
+import datetime
+import functools
+import gc
+import json
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dynfocus_jax.data.budget import Budget
+from dynfocus_jax.data.conversation import TEMPLATES, encode_conversation
+from dynfocus_jax.data.lengths import Lengths
+from dynfocus_jax.data.media import MediaReader
+from dynfocus_jax.data.order import Order
+from dynfocus_jax.data.pipeline import make_dataset
+from dynfocus_jax.data.samples import SampleLoader
+from dynfocus_jax.data.skipped import Skipped
+from dynfocus_jax.data.sources import Record
+from dynfocus_jax.data.synthetic import write_video
+from dynfocus_jax.data.tokenizer import PublishedTokenizer
+
+BATCH = 32
+
+
+def words(rng: np.random.Generator, count: int) -> list[str]:
+    """Made-up words of two to nine letters."""
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    return ["".join(rng.choice(letters, rng.integers(2, 10))) for _ in range(count)]
+
+
+def make_tokenizer(folder: Path, texts: list[str]) -> PublishedTokenizer:
+    """Byte pairs in the layout of Qwen, with a vocabulary of 32,000 at most, trained on the texts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=32000, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return PublishedTokenizer.from_path(folder)
+
+
+def text_turns(rng: np.random.Generator, vocabulary: list[str], count: int) -> tuple[tuple[str, str], ...]:
+    """Three turns, of `count` words in all."""
+    parts = [" ".join(rng.choice(vocabulary, max(1, count // 6))) for _ in range(6)]
+    return tuple(zip(parts[::2], parts[1::2], strict=True))
+
+
+def epoch(count: int, _number: int) -> np.ndarray:
+    """All samples, in every epoch."""
+    return np.arange(count)
+
+
+# --- Records a second ---------------------------------------------------------------------------------
+
+
+def measure_records(options: argparse.Namespace, folder: Path) -> dict:
+    rng = np.random.default_rng(0)
+    vocabulary = words(rng, 5000)
+    records = [Record(str(i), None, text_turns(rng, vocabulary, options.words)) for i in range(2000)]
+    tokenizer = make_tokenizer(folder, [" ".join(sum(record.turns, ())) for record in records[:500]])
+    template = TEMPLATES["chatml"]
+    load = SampleLoader(records, tokenizer, template, MediaReader(8), Budget.of([(1, 4096)]), max_query=256)
+
+    def tokenize() -> float:
+        started = time.perf_counter()
+        for record in records[: options.batches * BATCH]:
+            encode_conversation(tokenizer, record.turns, template)
+        return min(len(records), options.batches * BATCH) / (time.perf_counter() - started)
+
+    def pipeline(threads: int, processes: int) -> float:
+        order = Order(functools.partial(epoch, len(records)), batch_size=BATCH)
+        batches = iter(make_dataset(load, order, num_threads=threads, num_processes=processes))
+        for _ in range(4):  # start-up, and what was read ahead meanwhile
+            next(batches)
+        started = time.perf_counter()
+        for _ in range(options.batches):
+            next(batches)
+        seconds = time.perf_counter() - started
+        batches.close()
+        return options.batches * BATCH / seconds
+
+    runs = {"tokenizer alone": tokenize}
+    for threads, processes in ((0, 0), (1, 0), (2, 0), (1, 1), (1, 2)):
+        name = f"{threads} threads" + (f" in each of {processes} processes" if processes else "")
+        runs[name] = functools.partial(pipeline, threads, processes)
+    speeds = {name: [] for name in runs}
+    for _ in range(options.repeats):  # interleaved: other work on the machine meets all of them
+        for name, run in runs.items():
+            speeds[name].append(run())
+    tokens = np.mean([load.text_ends(index)[-1] for index in range(200)])
+    return {
+        "tokens_per_record": round(float(tokens), 1),
+        "records_per_second": {name: round(float(np.median(values)), 1) for name, values in speeds.items()},
+    }
+
+
+def records_table(result: dict) -> str:
+    rows = "".join(f"| {name} | {value:.0f} |\n" for name, value in result["records_per_second"].items())
+    tokens = result["tokens_per_record"]
+    return f"| program | records/s |\n| --- | --- |\n{rows}\nRecords of {tokens:.0f} text tokens. "
+
+
+# --- Memory -------------------------------------------------------------------------------------------
+
+
+def make_records(folder: Path, rng: np.random.Generator) -> list[Record]:
+    """1,000 records: texts, images and videos of a few frames, one in forty broken."""
+    for number in range(20):
+        frames = rng.integers(0, 255, (4 + number, 48, 64, 3), dtype=np.uint8)
+        Image.fromarray(frames[0]).save(folder / f"{number}.png")
+        write_video(folder / f"{number}.mp4", frames)
+    (folder / "broken.mp4").write_bytes((folder / "19.mp4").read_bytes()[:2000])
+    vocabulary, records = words(rng, 1000), []
+    for number in range(1000):
+        file = (None, f"{number % 20}.png", f"{number % 20}.mp4", None)[number % 4]
+        file = "broken.mp4" if number % 40 == 1 else file
+        turns = text_turns(rng, vocabulary, int(rng.integers(12, 120)))
+        records.append(Record(str(number), file and folder / file, turns))
+    return records
+
+
+def resident(process: str = "self") -> float:
+    """MiB of a process and of those that it has started, by Linux's /proc."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+        lists = [path.read_text().split() for path in Path(f"/proc/{process}/task").glob("*/children")]
+    except FileNotFoundError:  # ended meanwhile
+        return 0.0
+    size = int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 2**10
+    return size + sum(resident(child) for some in lists for child in some)
+
+
+def measure_memory(options: argparse.Namespace, folder: Path) -> dict:
+    rng = np.random.default_rng(0)
+    records = make_records(folder, rng)
+    tokenizer = make_tokenizer(folder, [" ".join(sum(record.turns, ())) for record in records])
+    budget = Budget.of([(1, 512), (8, 512)], lambda frames: frames)
+    media = MediaReader(48, cache_bytes=2**20)  # small enough to be full at once, and always changing
+    load = SampleLoader(records, tokenizer, TEMPLATES["chatml"], media, budget, max_query=64)
+    order = Order(functools.partial(epoch, len(records)), Lengths().buckets(load), batch_size=BATCH)
+    skipped = Skipped(folder / "skipped.jsonl", max_share=0.5)
+    batches = iter(make_dataset(load, order, skipped=skipped, num_processes=options.processes))
+    samples, sizes, every = 0, {}, max(1, options.samples // 25)
+    while samples < options.samples:
+        rows = next(batches).index
+        samples += len(rows)
+        if samples // every > (samples - len(rows)) // every:
+            gc.collect()
+            sizes[samples] = round(resident(), 1)
+    batches.close()
+    positions, values = np.array(list(sizes)), np.array(list(sizes.values()))
+    later = positions > options.samples // 5  # the first epochs fill caches and pools
+    slope = np.polyfit(positions[later], values[later], 1)[0]
+    return {
+        "processes": options.processes,
+        "skipped": skipped.count,
+        "mib_by_samples": sizes,
+        "mib_per_10000_samples": round(float(slope * 10_000), 2),
+    }
+
+
+def memory_table(result: dict) -> str:
+    sizes = result["mib_by_samples"]
+    shown = list(sizes)[:: max(1, len(sizes) // 10)]
+    rows = "".join(f"| {samples} | {sizes[samples]:.0f} |\n" for samples in shown)
+    return (
+        f"| samples | resident, MiB |\n| --- | --- |\n{rows}\nGrowth after the first fifth: "
+        f"{result['mib_per_10000_samples']:.2f} MiB in 10,000 samples; {result['processes']} worker "
+        "processes. "
+    )
+
+
+# --- Command ------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("records", "memory"))
+    parser.add_argument("--words", type=int, default=240)
+    parser.add_argument("--batches", type=int, default=60, help="of 32 records, for each figure")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=50_000)
+    parser.add_argument("--processes", type=int, default=0, help="workers of `memory`")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        measure, table = {
+            "records": (measure_records, records_table),
+            "memory": (measure_memory, memory_table),
+        }[options.what]
+        result = measure(options, Path(folder))
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} cores; grain {version('grain')}, tokenizers "
+        f"{version('tokenizers')}, numpy {version('numpy')}; {datetime.date.today()}"
+    )
+    text = table(result) + machine + ".\n"
+    print(text)
+    options.output.mkdir(parents=True, exist_ok=True)
+    name = f"data_{options.what}"
+    (options.output / f"{name}.md").write_text(text, encoding="utf-8")
+    content = json.dumps(result | {"machine": machine}, indent=2) + "\n"
+    (options.output / f"{name}.json").write_text(content, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

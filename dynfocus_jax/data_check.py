@@ -1,0 +1,175 @@
+"""Look through the data of a configuration before training on it.
+
+    python -m dynfocus_jax.data_check --config configs/instruct_7b.py --config.data.root=DIR
+    python -m dynfocus_jax.data_check --config configs/toy.py --samples 100 --json check.json
+
+Reads every record of every stage's sources, looks for its file and counts its text tokens, then decodes some
+files of each source (--samples). Prints what is there, how long it is, and what cannot be used; --json has
+all figures, and the reason for every record that cannot be used. Exit code 1 when in some stage these are
+more than config.data.max_skip_share allows, unreadable files counted as often as among those decoded.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from dynfocus_jax.command import run_command
+from dynfocus_jax.config import RunError, UserError
+from dynfocus_jax.data.mixture import Mixture
+from dynfocus_jax.data.prepare import make_media_reader, make_tokenizer, prepare
+from dynfocus_jax.data.sources import MODALITIES
+from dynfocus_jax.data.survey import SourceSurvey, Surveyor, distribution
+from dynfocus_jax.training.stage_data import make_loader, stage_budget, stage_seed
+from dynfocus_jax.validation import validate
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant=NAME where it has any.")
+_SAMPLES = flags.DEFINE_integer("samples", 20, "Files of each source that are decoded.", lower_bound=0)
+_JSON = flags.DEFINE_string("json", None, "File that receives all figures and reasons.")
+
+
+def main() -> None:
+    if _CONFIG.value is None:
+        raise UserError("--config is missing; name a config file such as configs/toy.py.")
+    config = _CONFIG.value.copy_and_resolve_references()
+    config.initial = None  # no weights are read
+    validate(config)
+    data_root = prepare(config.data)
+    tokenizer = _tokenizer(config, data_root)
+
+    surveys = {}
+    for index, stage in enumerate(config.stages):
+        mixture = Mixture(stage, data_root, stage_seed(config, index))
+        surveyor = Surveyor(
+            mixture,
+            stage_budget(config, index),
+            make_media_reader(config, data_root),
+            tokenizer and make_loader(config, index, mixture.records, tokenizer, data_root),
+            samples=_SAMPLES.value,
+            seed=config.seed,
+            threads=config.data.threads,
+        )
+        surveys[stage.name] = list(surveyor.sources())
+        print(format_stage(stage, surveys[stage.name]), flush=True)
+
+    if _JSON.value is not None:
+        content = {name: [as_json(source) for source in sources] for name, sources in surveys.items()}
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        Path(_JSON.value).expanduser().write_text(text + "\n", encoding="utf-8")
+    allowed = config.data.max_skip_share
+    for name, sources in surveys.items():
+        if unusable_share(sources) > allowed:
+            raise RunError(
+                f"{unusable_share(sources):.2%} of the records of stage {name!r} cannot be used, more than "
+                f"config.data.max_skip_share = {allowed} allows."
+            )
+
+
+def _tokenizer(config: ConfigDict, data_root: Path):
+    """The configuration's tokenizer, or None, with a note, where it cannot be had."""
+    try:
+        return make_tokenizer(config, data_root / config.data.vocabulary)
+    except UserError as error:
+        print(f"note: text tokens are not counted, as there is no tokenizer: {error}", flush=True)
+        return None
+
+
+def unusable_share(sources: Sequence[SourceSurvey]) -> float:
+    """The share of the records of a stage that cannot be used."""
+    total = sum(source.refused + source.records for source in sources)
+    return sum(source.unusable for source in sources) / total
+
+
+def as_json(source: SourceSurvey) -> dict:
+    """All that was found out about a source."""
+    return {
+        "name": source.name,
+        "entries": source.entries,
+        "records": source.records,
+        "samples_per_epoch": source.epoch,
+        "modalities": {modality: source.modalities[modality] for modality in MODALITIES},
+        "text_tokens": distribution(source.tokens),
+        "frames": distribution(source.frames),
+        "shortened": source.shortened,
+        "unusable": source.unusable,
+        "faults": dict(source.faults),
+        "problems": [problem._asdict() for problem in source.problems],
+    }
+
+
+# ---- Tables ---------------------------------------------------------------------------------------------
+
+
+def format_stage(stage: ConfigDict, sources: Sequence[SourceSurvey]) -> str:
+    """What was found out about a stage's sources, as tables."""
+    total = sum(source.epoch for source in sources)
+    parts = [
+        f"stage {stage.name}: {total} samples an epoch",
+        _counts(sources),
+        _losses(sources),
+        _lengths("text tokens of a conversation", [(source.name, source.tokens) for source in sources]),
+        _lengths("frames of a decoded file", [(source.name, source.frames) for source in sources]),
+        _problems(sources),
+        f"cannot be used: {unusable_share(sources):.2%} of the records",
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _counts(sources: Sequence[SourceSurvey]) -> str:
+    rows = [["source", "entries", "refused", "records", *MODALITIES, "samples an epoch"]]
+    for source in sources:
+        kinds = [source.modalities[modality] for modality in MODALITIES]
+        rows.append([source.name, source.entries, source.refused, source.records, *kinds, source.epoch])
+    return _table(rows)
+
+
+def _losses(sources: Sequence[SourceSurvey]) -> str:
+    rows = [["source", "wrong turns", "missing", "too long", "shortened", "files decoded", "unreadable"]]
+    for source in sources:
+        found = source.faults
+        row = [source.name, found["turns"], found["missing"], found["too long"], source.shortened]
+        rows.append([*row, len(source.frames) + found["unreadable"], found["unreadable"]])
+    return _table(rows)
+
+
+def _lengths(title: str, lengths: Sequence[tuple[str, Sequence[int]]]) -> str:
+    """How often each length occurs, by powers of two."""
+    known = [(name, distribution(values)) for name, values in lengths if values]
+    if not known:
+        return ""
+    powers = sorted({power for _, found in known for power in found["up_to"]})
+    while all(not found["up_to"].get(powers[0]) for _, found in known):
+        powers = powers[1:]
+    head = [title, "median", "99 %", "most", *(f"to {power}" for power in powers)]
+    rows = [
+        [name, found["median"], found["99%"], found["most"], *(found["up_to"].get(p, 0) for p in powers)]
+        for name, found in known
+    ]
+    return _table([head, *rows])
+
+
+def _problems(sources: Sequence[SourceSurvey]) -> str:
+    """Each fault of each source, how often, and the first of them."""
+    lines = []
+    for source in sources:
+        first = {problem.fault: problem for problem in reversed(source.problems)}
+        for fault, count in source.faults.most_common():
+            lines.append(
+                f"{source.name}: {fault} ({count}), as record {first[fault].id}: {first[fault].reason}"
+            )
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Sequence]) -> str:
+    """Columns: the first to the left, numbers to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

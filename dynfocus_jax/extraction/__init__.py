@@ -1,0 +1,1 @@
+"""Features of the frozen vision tower: which media, through the tower, into shards."""

@@ -1,0 +1,137 @@
+"""The data of a stage: its records, their samples and order, and the batches on the devices."""
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dynfocus_jax.config import stage_buckets, with_steps
+from dynfocus_jax.data.budget import Budget
+from dynfocus_jax.data.conversation import TEMPLATES
+from dynfocus_jax.data.lengths import Lengths
+from dynfocus_jax.data.mixture import Mixture
+from dynfocus_jax.data.order import Order
+from dynfocus_jax.data.pipeline import make_dataset
+from dynfocus_jax.data.prepare import make_media_reader
+from dynfocus_jax.data.samples import SampleLoader
+from dynfocus_jax.data.skipped import Shortened, Skipped
+from dynfocus_jax.data.sources import Record
+from dynfocus_jax.models.connectors import build_connector
+from dynfocus_jax.models.dynfocus import build_model
+from dynfocus_jax.parallel.start import first_goes_ahead, is_first, own_name
+from dynfocus_jax.training.feed import DeviceFeed
+
+
+def stage_seed(config: ConfigDict, index: int) -> int:
+    """The seed of what a stage's data draws: records, their order, turns."""
+    return config.seed + 1000 * index
+
+
+def stage_budget(config: ConfigDict, index: int) -> Budget:
+    """The shapes of a stage's batches and the lengths of its samples, by its connector."""
+    stage = config.stages[index]
+    connector = build_connector(build_model(config, stage.connector).config)
+    return Budget.of(stage_buckets(stage), connector.length, stage.max_length, stage.on_overflow)
+
+
+def make_loader(
+    config: ConfigDict, index: int, records: Sequence[Record], tokenizer, data_root: Path
+) -> SampleLoader:
+    """What reads the samples of a stage; data_root: folder of annotations and media."""
+    data = config.data
+    return SampleLoader(
+        records,
+        tokenizer,
+        TEMPLATES[data.template],
+        make_media_reader(config, data_root),
+        stage_budget(config, index),
+        max_query=data.max_query,
+        guidance=data.text_guidance,
+        max_turns=config.stages[index].max_turns,
+    )
+
+
+class StageData:
+    """What stage `index` of a configuration is trained on.
+
+    Attributes:
+      config: the configuration, with the stage's number of steps where it gives epochs.
+      stage: its section of that configuration; loader, order: the samples, and which batch has which.
+      refused: entries of the annotations that are no records.
+      skipped, shortened: what became of samples that could not be used, or not as they are.
+
+    Raises:
+      UserError: annotations cannot be read, or too many of their records cannot be used.
+    """
+
+    def __init__(self, config: ConfigDict, index: int, *, workdir: Path, data_root: Path, tokenizer):
+        data, stage = config.data, config.stages[index]
+        self._seed = stage_seed(config, index)
+        mixture = Mixture(stage, data_root, self._seed)
+        self.refused = mixture.refused
+        workdir.mkdir(parents=True, exist_ok=True)
+        self.skipped = Skipped(workdir / own_name("skipped.jsonl"), max_share=data.max_skip_share)
+        self.skipped.refuse(mixture.refused, sum(counts.entries for counts in mixture.counts.values()))
+        self.shortened = Shortened(workdir / own_name("overflow.jsonl"))
+        self.loader = make_loader(config, index, mixture.records, tokenizer, data_root)
+        if self.loader.media.features is not None:
+            limits = {frames for frames, _ in self.buckets}
+            self.loader.media.features.require(mixture.records, limits, data.max_skip_share)
+        with first_goes_ahead():
+            lengths = Lengths(
+                workdir / "lengths.jsonl" if data.lengths is None else Path(data.lengths).expanduser(),
+                text_settings=(data.template, data.text_guidance, stage.max_turns, _described(tokenizer)),
+                threads=data.threads,
+                write=is_first(),
+            )
+            self._bucket_of = lengths.buckets(self.loader)
+        epoch = functools.partial(_epoch, mixture, self.loader)
+        self.order = Order(epoch, self._bucket_of, batch_size=stage.batch_size, seed=self._seed)
+        if stage.steps is None:
+            config = with_steps(config, index, self.order.steps(stage.epochs))
+        self.config, self.stage = config, config.stages[index]
+
+    @property
+    def buckets(self) -> tuple[tuple[int, int], ...]:
+        """(num_frames, max_text) of the batches."""
+        return self.loader.budget.buckets
+
+    @property
+    def epochs(self) -> float:
+        """How many epochs the stage's steps are, about."""
+        return self.stage.steps / self.order.steps_per_epoch(0)
+
+    def digest(self) -> str:
+        """Of the records and buckets in their order: a position in other data would mean nothing."""
+        names = "\n".join(f"{record.source} {record.id}" for record in self.loader.records)
+        return hashlib.sha256(names.encode() + self._bucket_of.tobytes()).hexdigest()[:12]
+
+    def feed(self, start: int, end: int, rows: Sequence[int], put: Callable) -> DeviceFeed:
+        """The batches from step `start` to `end`, each with the number of samples skipped before it ends.
+
+        rows: those of each batch that this process holds; put: places them on its devices.
+        """
+        data = self.config.data
+        batches = make_dataset(
+            self.loader,
+            self.order,
+            seed=self._seed,
+            skipped=self.skipped,
+            shortened=self.shortened,
+            rows=rows,
+            start=start,
+            num_threads=data.threads,
+            num_processes=data.processes,
+        )
+        return DeviceFeed(iter(batches), put, lambda: self.skipped.count, end - start)
+
+
+def _epoch(mixture: Mixture, loader: SampleLoader, number: int) -> np.ndarray:
+    return loader.samples_of(mixture.epoch(number))
+
+
+def _described(tokenizer) -> tuple:
+    return type(tokenizer).__name__, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id

@@ -1,0 +1,121 @@
+"""Lengths before reading: buckets by them, and what is kept of them on disk."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dynfocus_jax.data.budget import Budget
+from dynfocus_jax.data.conversation import TEMPLATES
+from dynfocus_jax.data.lengths import Lengths
+from dynfocus_jax.data.media import MediaReader
+from dynfocus_jax.data.samples import SampleLoader
+from dynfocus_jax.data.sources import Record
+from dynfocus_jax.data.synthetic import write_video
+from dynfocus_jax.data.tokenizer import WordTokenizer
+
+TOKENIZER = WordTokenizer(["what", "?", "red", "because"])
+BUCKETS = ((1, 8), (4, 8), (4, 20), (9, 20))
+
+
+def turns(words):
+    """One turn of so many text tokens."""
+    return (("what", " ".join(["because"] * (words - 3))),)
+
+
+@pytest.fixture
+def records(tmp_path):
+    for name, frames in (("short", 3), ("long", 30)):
+        write_video(tmp_path / f"{name}.mp4", np.zeros((frames, 48, 48, 3), np.uint8))
+    Image.new("RGB", (9, 9)).save(tmp_path / "i.png")
+    return [
+        Record("text", None, turns(8)),
+        Record("long text", None, turns(9)),
+        Record("image", tmp_path / "i.png", turns(8), modality="image"),
+        Record("short", tmp_path / "short.mp4", turns(8)),
+        Record("short video, long text", tmp_path / "short.mp4", turns(20)),
+        Record("long", tmp_path / "long.mp4", turns(5)),
+        Record("missing", tmp_path / "missing.mp4", turns(5)),
+        Record("special", None, (("what <eos>", "red"),)),
+    ]
+
+
+EXPECTED = [0, 2, 0, 1, 2, 3, 3, 0]
+
+
+def loader(records, buckets=BUCKETS, tokenizer=TOKENIZER, **options):
+    budget = Budget.of(buckets, lambda frames: frames)
+    return SampleLoader(
+        records, tokenizer, TEMPLATES["plain"], MediaReader(8), budget, max_query=4, **options
+    )
+
+
+def test_buckets(records):
+    assert Budget.of(BUCKETS, lambda frames: frames).buckets == BUCKETS
+    assert Lengths().buckets(loader(records)).tolist() == EXPECTED
+
+
+def test_one_bucket_needs_no_measurement(tmp_path):
+    records = [Record("x", Path("missing.mp4"), (("unknown words",) * 2,))]
+    lengths = Lengths(tmp_path / "lengths.jsonl")
+    assert lengths.buckets(loader(records, ((4, 20),))).tolist() == [0]
+    assert not (tmp_path / "lengths.jsonl").exists()
+
+
+def test_nothing_is_measured_twice(records, tmp_path, monkeypatch):
+    path = tmp_path / "lengths.jsonl"
+    Lengths(path, threads=1).buckets(loader(records))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    media = {entry["media"]: entry["info"] for entry in lines if "media" in entry}
+    assert {Path(name).name for name in media} == {"short.mp4", "long.mp4", "missing.mp4"}
+    assert media[str(tmp_path / "missing.mp4")] is None
+    assert sorted(entry["ends"] for entry in lines if entry.get("ends")) == [[5], [8], [8], [9], [20]]
+    assert len(lines) == 3 + 6  # texts with a file and without are two
+
+    monkeypatch.setattr(MediaReader, "info", None)
+    monkeypatch.setattr(SampleLoader, "text_ends", None)
+    (tmp_path / "long.mp4").unlink()  # a run that is resumed sees what it saw
+    whole = path.read_text()
+    assert Lengths(path).buckets(loader(records)).tolist() == EXPECTED
+    assert path.read_text() == whole
+
+
+def test_a_killed_measurement_is_continued(records, tmp_path):
+    path = tmp_path / "lengths.jsonl"
+    Lengths(path).buckets(loader(records))
+    whole = path.read_text()
+    path.write_text(whole[: len(whole) // 2])
+    assert Lengths(path).buckets(loader(records)).tolist() == EXPECTED
+    assert sorted(path.read_text().splitlines()) == sorted(whole.splitlines())
+
+
+def test_other_texts_and_tokenizers_are_other_lengths(records, tmp_path):
+    path = tmp_path / "lengths.jsonl"
+    Lengths(path, text_settings="words").buckets(loader(records))
+    count = len(path.read_text().splitlines())
+    Lengths(path, text_settings="letters").buckets(loader(records))
+    assert len(path.read_text().splitlines()) == count + 6
+    Lengths(path, text_settings="words").buckets(loader([Record("text", None, turns(12))]))
+    assert len(path.read_text().splitlines()) == count + 7
+
+
+def test_a_process_that_does_not_write(records, tmp_path):
+    path = tmp_path / "lengths.jsonl"
+    assert Lengths(path, write=False).buckets(loader(records)).tolist() == EXPECTED
+    assert not path.exists()
+
+
+def test_every_turn_has_its_bucket():
+    record = Record("t", None, (*turns(5), *turns(6), *turns(9)))  # 5, 10 and 18 tokens, as <bos> comes once
+    assert Lengths().buckets(loader([record], guidance="each_turn")).tolist() == [0, 2, 2]
+    assert Lengths().buckets(loader([record])).tolist() == [2]
+
+
+def test_drawn_turns_are_as_long_as_the_longest(records):
+    record = Record("t", None, (*turns(5), *turns(9), *turns(4)))
+    load = loader([record], max_turns=2)
+    assert load.text_ends(0)[-1] == 9 + 4
+    rng = np.random.default_rng(0)
+    assert max(int(load(0, rng, 2)[0].length) for _ in range(20)) == 13

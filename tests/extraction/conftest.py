@@ -1,0 +1,119 @@
+"""A few videos and images, a configuration of two stages that reads them, and a tower to start from."""
+
+import json
+import pickle
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dynfocus_jax import trees
+from dynfocus_jax.config import stage
+from dynfocus_jax.data.synthetic import VOCABULARY, write_video
+from dynfocus_jax.extract import extract_features
+from dynfocus_jax.models.dynfocus import build_model
+from dynfocus_jax.training.checkpoints import save_params
+from dynfocus_jax.training.state import init_params, param_shapes
+from dynfocus_jax.weights.model import belongs_to_connector
+from tests.tiny import SIZE, mesh_of, shaken, tiny_config
+
+FRAMES = {"short.mp4": 3, "long.mp4": 23, "middle.mp4": 11, "still.mp4": 6}  # of each video
+CALL = 16  # frames that go through the tower at once
+
+
+def entry(name, media, *, question="what is red ?", answer="square", **fields):
+    """A record of a LLaVA file."""
+    kind = {} if media is None else {"image" if media.endswith(".png") else "video": media}
+    said = question if media is None else f"<image>\n{question}"
+    talk = [{"from": "human", "value": said}, {"from": "gpt", "value": answer}]
+    return {"id": name, "conversations": talk} | kind | fields
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """The data's root."""
+    root = tmp_path_factory.mktemp("media")
+    rng = np.random.default_rng(0)
+    for name, count in FRAMES.items():
+        frames = rng.integers(0, 256, (count, 24, 32, 3), dtype=np.uint8)
+        write_video(root / name, np.repeat(frames[:1], count, 0) if name == "still.mp4" else frames)
+    for i in range(2):
+        pixels = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{i}.png")
+    align = [
+        *(entry(f"v{i}", name) for i, name in enumerate(FRAMES)),
+        entry("part", "long.mp4", start=1.0, end=3.0),
+        entry("words", None, question="describe", answer="nothing"),
+        entry("again", "short.mp4", question="what shape is blue ?", answer="ring"),
+        entry("picture", "0.png"),
+    ]
+    instruct = [entry("one", "middle.mp4"), entry("two", "1.png"), entry("three", "long.mp4")]
+    for name, entries in (("align", align), ("instruct", instruct)):
+        (root / f"{name}.json").write_text(json.dumps(entries))
+    (root / "vocabulary.json").write_text(json.dumps(VOCABULARY))
+    return root
+
+
+@pytest.fixture(scope="session")
+def initial(tmp_path_factory):
+    """A checkpoint with a whole model whose parameters all matter."""
+    config = tiny_config()
+    config.model.dtype = "float32"
+    index = len(config.stages) - 1
+    shapes = param_shapes(config, index)
+    mesh = mesh_of()
+    layout = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shapes = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
+        for path, leaf in shapes.items()
+        if not belongs_to_connector(path)
+    }
+    model = build_model(config, config.stages[index].connector)
+    params = shaken(trees.unflatten(init_params(model, jax.random.key(5), shapes)))
+    path = tmp_path_factory.mktemp("initial")
+    save_params(path, jax.device_get(params))
+    return path
+
+
+@pytest.fixture
+def config(folder, initial):
+    """Two stages that leave the tower as it is, the first with two buckets."""
+    return make_config(folder, initial)
+
+
+def make_config(folder, initial, dtype="float32"):
+    config = tiny_config()
+    config.model.dtype = dtype
+    config.initial = str(initial)
+    config.data.update({"root": str(folder), "generate": None, "max_skip_share": 0.3})
+    config.evaluation.annotations = None
+    rest = {"batch_size": 4, "steps": 3, "trainable": ("language/.*", "connector/.*", "text_encoder/.*")}
+    config.stages = (
+        stage(name="align", annotations="align.json", buckets=((2, 32), (16, 32)), **rest),
+        stage(name="instruct", annotations="instruct.json", num_frames=8, max_text=32, **rest),
+    )
+    return config
+
+
+@pytest.fixture(scope="session")
+def extracted(folder, initial, tmp_path_factory):
+    """Features of all of it: {dtype: folder}."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        found[dtype] = tmp_path_factory.mktemp(f"features_{dtype}")
+        extract_features(make_config(folder, initial, dtype), found[dtype], batch_size=CALL)
+    return found
+
+
+@pytest.fixture
+def movie():
+    """`movie(path, frames, seed=0)` writes movie features as LLaMA-VID's would be for the tiny tower."""
+
+    def write(path, frames, seed=0, tokens=(SIZE // 4) ** 2, width=16):
+        values = np.random.default_rng(seed).standard_normal((frames, tokens, width)).astype(np.float16)
+        said = "".join(f"<image>word {i}" if i % 2 else "<image>..." for i in range(frames))
+        path.write_bytes(pickle.dumps({"feats": values, "inputs": said}))
+        return values
+
+    return write

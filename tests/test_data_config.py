@@ -1,0 +1,150 @@
+"""The configuration of data: mistakes in one sentence, mixtures kept by files, overrides of their fields."""
+
+import json
+
+import pytest
+
+from dynfocus_jax import command as command_lib
+from dynfocus_jax.config import (
+    UserError,
+    from_dict,
+    source,
+    stage,
+    stage_buckets,
+    to_dict,
+    with_steps,
+)
+from dynfocus_jax.validation import validate
+from tests.commands import command
+from tests.tiny import tiny_config
+
+TWO = (source(name="a", annotations="a.json"), source(name="b", annotations="b.json", format="webvid"))
+MIX = {"annotations": None, "sources": TWO}
+
+
+def refuse(config, *parts):
+    with pytest.raises(UserError) as error:
+        validate(config)
+    sentence = str(error.value)
+    assert "\n" not in sentence
+    assert sentence.endswith(".")
+    for part in parts:
+        assert part in sentence, sentence
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({"epochs": 2.0}, ("stages[1] has both steps and epochs",)),
+        ({"epochs": 0.0, "steps": None}, ("stages[1].epochs is 0.0",)),
+        ({"sources": TWO}, ("stages[1] has both annotations and sources",)),
+        ({"buckets": ((4, 8), (4,))}, ("stages[1].buckets has (4,)", "(num_frames, max_text) pairs")),
+        ({"buckets": ((4, 0),)}, ("stages[1].buckets has (4, 0)",)),
+        ({"buckets": ((4, 8), (1, 8), (4, 8))}, ("stages[1].buckets has one shape twice",)),
+        ({"max_length": 0}, ("stages[1].max_length is 0",)),
+        ({"on_overflow": "cut"}, ("stages[1].on_overflow is 'cut'", "'drop_turns'")),
+        (MIX | {"sources": (*TWO, TWO[0])}, ("stages[1].sources has two sources of one name: a, b, a",)),
+        (MIX | {"sources": (source(name="a"),)}, ("sources[0].annotations is not set",)),
+        (MIX | {"sources": (source(annotations="a.json"),)}, ("sources[0].name is not set",)),
+        (
+            MIX | {"sources": (TWO[0], source(name="b", annotations="b.json", weight=2.0))},
+            ("stages[1].sources has weights for b alone",),
+        ),
+        *(
+            (MIX | {"sources": (source(name="a", annotations="a.json", **{field: value}),)}, parts)
+            for field, value, parts in (
+                ("format", "coco", ("sources[0].format is 'coco'", "'llava'")),
+                ("modality", "sound", ("sources[0].modality is 'sound'",)),
+                ("select", "last:3", ("sources[0].select is 'last:3'", "'first:N%'")),
+                ("select", "first:-3", ("sources[0].select",)),
+                ("repeat", 0, ("sources[0].repeat is 0",)),
+                ("weight", 0.0, ("sources[0].weight is 0.0",)),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_values_of_a_stage(fields, parts):
+    config = tiny_config()
+    config.stages[1].update(fields)
+    refuse(config, *parts)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "parts"),
+    [
+        ("text_guidance", "last_turn", ("text_guidance is 'last_turn'", "'each_turn'")),
+        ("image_layout", "fill", ("image_layout is 'fill'", "'pad'")),
+        ("timeout", 0.0, ("timeout is 0.0",)),
+        ("processes", -1, ("processes is -1",)),
+        ("template", "llama2", ("template is 'llama2'", "'llama3'", "'chatml'", "'imgsp_v1'")),
+        ("sampling.kind", "random", ("sampling.kind is 'random'", "'segments'")),
+        ("sampling.pick", "first", ("sampling.pick is 'first'",)),
+        ("sampling.fps", 0.0, ("sampling.fps is 0.0",)),
+        ("sampling.above", 3000, ("sampling.above is 3000", "at most cap = 2000")),
+    ],
+)
+def test_values_of_the_data(field, value, parts):
+    config = tiny_config()
+    config.data.update_from_flattened_dict({field: value})
+    refuse(config, *(f"data.{part}" if part is parts[0] else part for part in parts))
+
+
+def test_drawn_turns_do_not_go_with_a_sample_a_turn():
+    config = tiny_config()
+    config.data.text_guidance = "each_turn"
+    config.stages[0].max_turns = 2
+    refuse(config, "stages[0].max_turns is 2", "'each_turn'")
+
+
+def test_what_is_no_source():
+    with pytest.raises(UserError, match=r"source\(\.\.\.\) has no field 'repeats'; did you mean 'repeat'"):
+        source(name="a", repeats=2)
+    config = tiny_config()
+    config.stages[0].update({"annotations": None, "sources": ("a.json",)})
+    refuse(config, "stages[0].sources[0] is not a source")
+
+
+def test_mixtures_survive_a_file():
+    config = tiny_config()
+    config.stages[1].update(MIX | {"steps": None, "epochs": 1.5, "buckets": ((4, 8), (1, 20))})
+    validate(config)
+    again = from_dict(json.loads(json.dumps(to_dict(config))))
+    assert to_dict(again) == to_dict(config)
+    validate(again)
+    assert again.stages[1].sources[1].format == "webvid"
+    assert stage_buckets(again.stages[1]) == ((4, 8), (1, 20))
+    assert stage_buckets(stage(num_frames=3, max_text=5)) == ((3, 5),)
+
+
+def test_steps_in_place_of_epochs():
+    config = tiny_config()
+    config.stages[1].update({"steps": None, "epochs": 1.5})
+    changed = with_steps(config, 1, 12)
+    assert (changed.stages[1].steps, changed.stages[1].epochs) == (12, None)
+    assert (config.stages[1].steps, config.stages[1].epochs) == (None, 1.5)
+    assert to_dict(changed.stages[0]) == to_dict(config.stages[0])
+    validate(changed)
+
+
+def test_fields_of_a_source_on_the_command_line(tmp_path):
+    file = tmp_path / "mixed.py"
+    file.write_text(
+        "from tests.test_data_config import MIX\n"
+        "from tests.tiny import tiny_config\n"
+        "def get_config(arg=''):\n"
+        "    config = tiny_config()\n"
+        "    config.stages[0].update(MIX)\n"
+        "    return config\n"
+    )
+    arguments = ["train", f"--config={file}", "--config.stages[0].sources[1].repeat=2"]
+    command_lib._check_overrides(arguments)
+    with pytest.raises(UserError, match=r"sources has 2 entries, so there is no .*sources\[2\]"):
+        command_lib._check_overrides([*arguments, "--config.stages[0].sources[2].repeat=2"])
+    code, stdout, stderr = command(
+        *("train", f"--config={file}", f"--workdir={tmp_path}/run", f"--config.data.root={tmp_path}"),
+        "--config.stages[0].sources[1].repeat=0",
+    )
+    assert (code, stdout) == (2, "")
+    (line,) = stderr.splitlines()
+    assert "stages[0].sources[1].repeat is 0" in line
