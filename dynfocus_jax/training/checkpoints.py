@@ -1,6 +1,8 @@
 """Checkpoints: of a stage (state, data position and settings), and of parameters alone."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -10,7 +12,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dynfocus_jax import trees
-from dynfocus_jax.config import UserError
+from dynfocus_jax.config import RunError, UserError
 from dynfocus_jax.parallel.start import say
 from dynfocus_jax.training.state import TrainState
 
@@ -84,16 +86,20 @@ class StageCheckpoints:
         """Save the state after `step` steps; returns as soon as it is copied, the files are written later.
 
         seconds: training time so far; metrics: means over the steps since the checkpoint before.
+
+        Raises:
+          RunError: this checkpoint, or the one before, cannot be written.
         """
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state._asdict()),
-                meta=ocp.args.JsonSave({"settings": self._settings, "seconds": seconds} | self._about),
-            ),
-            metrics=metrics,
-            force=True,
-        )
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state._asdict()),
+                    meta=ocp.args.JsonSave({"settings": self._settings, "seconds": seconds} | self._about),
+                ),
+                metrics=metrics,
+                force=True,
+            )
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, float]:
         """The newest checkpoint's state, laid out as `abstract` on whatever mesh, and its training seconds.
@@ -145,8 +151,25 @@ class StageCheckpoints:
             )
 
     def wait(self) -> None:
-        """Wait for files being written."""
-        self._manager.wait_until_finished()
+        """Wait for files being written.
+
+        Raises:
+          RunError: they cannot be.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError) as error:  # a full disk comes as any of them
+            good = self.latest_step()
+            saved = "there is no complete one" if good is None else f"the last complete one is of step {good}"
+            raise RunError(
+                f"a checkpoint cannot be written to {self.directory} ({' '.join(str(error).split())[:300]}); "
+                f"{saved}. See whether there is room and permission to write, then start again."
+            ) from error
 
 
 class _Manager(ocp.CheckpointManager):
