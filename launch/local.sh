@@ -3,25 +3,26 @@
 #
 #   bash launch/local.sh python -m dynfocus_jax.train --config configs/toy.py --workdir runs/toy
 #   bash launch/local.sh --convert python -m dynfocus_jax.convert --config configs/align_7b.py --output DIR
+#   bash launch/local.sh --plan python -m dynfocus_jax.plan --config configs/align_7b.py --machine v5p:2x2x4
 #   bash launch/local.sh --test pytest -n 2
 #
 # Makes a virtual environment (.venv, or $DYNFOCUS_VENV) with Python 3.11 or newer ($PYTHON, default python3)
-# and installs requirements.txt, with --convert also what reads published weights (PyTorch, gguf), with --test
-# also what the tests need; all only when they have changed.
+# and installs requirements.txt, with --convert also what reads published weights (PyTorch, gguf), with --plan
+# what compiles for other machines (1 GB), with --test what the tests need; all only when they have changed.
 # JAX on a GPU or TPU: install jax[cuda12], jax[cuda13] or jax[tpu] into that environment afterwards.
 set -euo pipefail
 
 needs=(-r requirements.txt)
 set_up=package
 case "${1:-}" in
-  --convert | --test)
+  --convert | --plan | --test)
     set_up=${1#--}
     needs+=(-r "requirements-$set_up.txt")
     shift
     ;;
 esac
 if [[ $# -eq 0 || "$1" == -h || "$1" == --help ]]; then
-  sed -n '2,11s/^# \{0,1\}//p' "$0"
+  sed -n '2,12s/^# \{0,1\}//p' "$0"
   exit 0
 fi
 
@@ -39,7 +40,7 @@ if [[ ! -e "$stamp" ]]; then
   echo "installing what the $set_up needs into $venv" >&2
   install=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
   "${install[@]}" "${needs[@]}"
-  [[ "$set_up" == package ]] || "${install[@]}" --no-deps -r requirements-nodeps.txt
+  [[ "$set_up" == package || "$set_up" == plan ]] || "${install[@]}" --no-deps -r requirements-nodeps.txt
   touch "$stamp"
 fi
 

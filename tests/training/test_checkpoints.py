@@ -204,7 +204,7 @@ def test_no_room_for_a_checkpoint(tmp_path):
     try:
         checkpoints.save(2, large, 20.0, {})
         with pytest.raises(
-            RunError, match=r"cannot be written to .*stage \(.*the last complete one .* step 1"
+            RunError, match=r"cannot be written to .*stage \(.*the last .* is of step 1"
         ):
             checkpoints.wait()
     finally:
