@@ -203,9 +203,7 @@ def test_no_room_for_a_checkpoint(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, limits[1]))
     try:
         checkpoints.save(2, large, 20.0, {})
-        with pytest.raises(
-            RunError, match=r"cannot be written to .*stage \(.*the last .* is of step 1"
-        ):
+        with pytest.raises(RunError, match=r"cannot be written to .*stage \(.*the last .* is of step 1"):
             checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
