@@ -8,16 +8,14 @@
 #
 # Makes a virtual environment (.venv, or $DYNFOCUS_VENV) with Python 3.11 or newer ($PYTHON, default python3)
 # and installs requirements.txt, with --convert also what reads published weights (PyTorch, gguf), with --plan
-# what compiles for other machines (1 GB), with --test what the tests need; all only when they have changed.
+# what compiles for other machines (1 GB), with --test all that the tests need; only when they have changed.
 # JAX on a GPU or TPU: install jax[cuda12], jax[cuda13] or jax[tpu] into that environment afterwards.
 set -euo pipefail
 
-needs=(-r requirements.txt)
 set_up=package
 case "${1:-}" in
   --convert | --plan | --test)
     set_up=${1#--}
-    needs+=(-r "requirements-$set_up.txt")
     shift
     ;;
 esac
@@ -34,13 +32,26 @@ python=${PYTHON:-python3}
   exit 2
 }
 
+plan_site() { "$venv/plan/bin/python" -c 'import site; print(site.getsitepackages()[0])'; }
+
 stamp="$venv/installed-$set_up-$(cat requirements*.txt | sha256sum | cut -c1-16)"
 if [[ ! -e "$stamp" ]]; then
   [[ -x "$venv/bin/python" ]] || "$python" -m venv "$venv"
   echo "installing what the $set_up needs into $venv" >&2
-  install=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
-  "${install[@]}" "${needs[@]}"
-  [[ "$set_up" == package || "$set_up" == plan ]] || "${install[@]}" --no-deps -r requirements-nodeps.txt
+  install=(-m pip install --quiet --disable-pip-version-check)
+  case $set_up in
+    package | plan) "$venv/bin/python" "${install[@]}" -r requirements.txt ;;
+    *)
+      "$venv/bin/python" "${install[@]}" -r requirements.txt -r "requirements-$set_up.txt"
+      "$venv/bin/python" "${install[@]}" --no-deps -r requirements-nodeps.txt
+      ;;
+  esac
+  if [[ $set_up == plan || $set_up == test ]]; then
+    # In an environment of its own on top: with these plugins every JAX program talks of GPUs that are not there.
+    "$python" -m venv "$venv/plan"
+    "$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])' >"$(plan_site)/below.pth"
+    "$venv/plan/bin/python" "${install[@]}" -r requirements-plan.txt
+  fi
   touch "$stamp"
 fi
 
@@ -48,4 +59,8 @@ fi
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 bin=$(cd "$venv/bin" && pwd)
 export PATH="$bin:$PATH"
+case $set_up in
+  plan) export PATH="${bin%/bin}/plan/bin:$PATH" ;;
+  test) DYNFOCUS_PLAN_SITE=$(plan_site) && export DYNFOCUS_PLAN_SITE ;;
+esac
 exec "$@"

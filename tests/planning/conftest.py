@@ -1,7 +1,16 @@
 """What the tests of plans run under."""
 
+import os
+import sys
+
 import jax
 import pytest
+
+# What compiles for other machines may lie apart from the environment (launch/local.sh --test); JAX looks for
+# plugins when it is first asked for devices, which is after all tests are collected.
+PLAN_SITE = os.environ.get("DYNFOCUS_PLAN_SITE")
+if PLAN_SITE:
+    sys.path.append(PLAN_SITE)
 
 
 @pytest.fixture(scope="module")
