@@ -72,6 +72,10 @@ def test_what_does_not_fit(plan):
         (["--machine=h100:3", "--config.mesh.fsdp=2"], "which does not divide the 3 devices"),
         (["--machine=v5e:3x5"], "is refused by its compiler"),
         (["--machine=h100:7"], "batch_size is"),
+        (
+            ["--machine=h100:1", "--output=no/plan.json"],
+            "--output names 'no/plan.json' in a folder",
+        ),
     ],
 )
 def test_mistakes(plan, arguments, sentence):
