@@ -1,13 +1,20 @@
 """What a configuration needs on a machine, without the machine: memory, work, traffic, speed at best.
 
     python -m dynfocus_jax.plan --config configs/instruct_7b.py --machine a100-80gb:8
-    python -m dynfocus_jax.plan --config configs/align_7b.py --machine v5p:2x2x4 --steps train --json
+    python -m dynfocus_jax.plan --config configs/instruct_7b.py:train=lora --machine h200:1 --steps train
+    python -m dynfocus_jax.plan --config configs/align_7b.py --machine v5p:2x2x4 --config.mesh.tensor=2 --json
 
-Compiles the train step of every stage, prefill and decode for that machine, on any CPU; needs
-`pip install -r requirements-plan.txt`. Machines: a100-40gb, a100-80gb, h100, h200 with the GPUs of one host
-(`:8`) or hosts x GPUs (`:4x8`); v4, v5p (`:2x2x4`), v5e, v6e (`:4x8`) with the shape of the slice in chips.
+Compiles the train step of every stage, prefill and decode as that machine would run them, on any CPU and in
+minutes; the compilers come with `pip install -r requirements-plan.txt`. Machines, NAME:SHAPE:
+
+    a100-40gb:8  a100-80gb:8  h100:8  h200:8     GPUs of one host; of several: hosts x GPUs, h100:4x8
+    v4:2x2x2  v5p:2x2x4  v5e:4x8  v6e:8x8        TPU slices by their sides in chips, whole hosts of 2x2
+
+All figures are for one device and one step. Temporaries hold gradients too. FLOPs are those of matrix
+products; the MFU bound is what these would reach of the chip's bfloat16 peak without computing anything twice
+(remat) if the slowest of arithmetic, memory and links hid all the others.
 Any field is set by --config.FIELD=VALUE, for example --config.mesh.data=1 --config.mesh.fsdp=-1.
-Exit code 1 when a step does not fit.
+Exit code 1 when a step does not fit, with what fills the memory and the fields to change.
 """
 
 import json
@@ -23,15 +30,16 @@ from dynfocus_jax.config import RunError, UserError
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.parallel.sharding import row_shares
 from dynfocus_jax.planning.machines import devices, parse_machine
-from dynfocus_jax.planning.report import format_step, misfit, plan_step
+from dynfocus_jax.planning.report import plan_step
 from dynfocus_jax.planning.steps import serving_steps, train_step
+from dynfocus_jax.planning.table import format_step, misfit
 from dynfocus_jax.validation import validate
 
 STEPS = ("train", "prefill", "decode")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant=NAME where it has any.")
-_MACHINE = flags.DEFINE_string("machine", None, "Chips and their shape: a100-80gb:8, h100:4x8, v5p:2x2x4.")
-_STEPS = flags.DEFINE_list("steps", list(STEPS), f"Which to plan, of {','.join(STEPS)}.")
+_MACHINE = flags.DEFINE_string("machine", None, "NAME:SHAPE, see above.")
+_STEPS = flags.DEFINE_list("steps", list(STEPS), "Which to plan, separated by commas.")
 _JSON = flags.DEFINE_boolean("json", False, "Print one json object instead of tables.")
 _OUTPUT = flags.DEFINE_string("output", None, "File that receives the json object, whatever is printed.")
 
@@ -43,6 +51,9 @@ def main() -> None:
     unknown = [name for name in _STEPS.value if name not in STEPS]
     if unknown:
         raise UserError(f"--steps has {unknown[0]!r}, expected some of {','.join(STEPS)}.")
+    output = None if _OUTPUT.value is None else Path(_OUTPUT.value).expanduser()
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"--output names {_OUTPUT.value!r} in a folder that does not exist; make it first.")
 
     # --- Machine --------------------------------------------------------------------------------------
     jax.config.update("jax_platforms", "cpu")  # compiling for other machines needs none of this one's
@@ -64,7 +75,9 @@ def main() -> None:
         steps += [step for step in serving_steps(config, mesh) if step.name in _STEPS.value]
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     if not _JSON.value:
-        print(f"{machine.name}: {machine.num_devices} devices, mesh {shape}; all figures for one device")
+        print(
+            f"{machine.name}: {machine.num_devices} devices, mesh {shape}; figures of one device and one step"
+        )
     reports = []
     for step in steps:
         started = time.perf_counter()
@@ -75,8 +88,8 @@ def main() -> None:
     text = json.dumps(about | {"jax": jax.__version__, "steps": reports}, indent=2)
     if _JSON.value:
         print(text)
-    if _OUTPUT.value is not None:
-        Path(_OUTPUT.value).expanduser().write_text(text + "\n", encoding="utf-8")
+    if output is not None:
+        output.write_text(text + "\n", encoding="utf-8")
     misfits = [misfit(report) for report in reports if not report["fits"]]
     if misfits:
         raise RunError(" ".join(misfits))

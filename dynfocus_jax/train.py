@@ -22,7 +22,6 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from dynfocus_jax import trees
 from dynfocus_jax.command import run_command
 from dynfocus_jax.config import UserError, to_dict
 from dynfocus_jax.data.prepare import check_weights, make_tokenizer, prepare
@@ -30,7 +29,6 @@ from dynfocus_jax.evaluation.run import check_features, evaluate_run, format_tab
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.parallel.sharding import row_shares
 from dynfocus_jax.parallel.start import first_goes_ahead, is_first, say, start
-from dynfocus_jax.training.checkpoints import read_params
 from dynfocus_jax.training.loop import StageRun, check_initial
 from dynfocus_jax.training.preemption import Preemption
 from dynfocus_jax.validation import validate
@@ -69,15 +67,13 @@ def main() -> None:
         check_features(config, data_root)
     seconds = {"data": time.perf_counter() - started}
 
-    initial = {} if config.initial is None else read_params(Path(config.initial).expanduser())
-
     # --- Stages ---------------------------------------------------------------------------------------
     stages = [
         StageRun(config, index, workdir=workdir, data_root=data_root, tokenizer=tokenizer, mesh=mesh)
         for index in range(len(config.stages))
     ]
     config.stages = tuple(stage.stage for stage in stages)  # with their numbers of steps
-    check_initial(config.initial, initial, stages)
+    check_initial(config.initial, stages)
     # Only now that the stages accept what the workdir holds: a refused run leaves it as it was.
     if is_first():
         (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
@@ -90,12 +86,12 @@ def main() -> None:
             if index < done:
                 seconds[stage.name] = stage.checkpoints.seconds()
             elif index == done:
-                params, seconds[stage.name] = stage.checkpoints.restore_params(), stage.checkpoints.seconds()
+                params = stage.checkpoints.restore_params(stage.shapes)
+                seconds[stage.name] = stage.checkpoints.seconds()
                 say(f"stage {stage.name}: finished before, its checkpoint is used")
             else:
                 stop = stop_at[1] if stop_at and stop_at[0] == stage.name else None
-                # With what `initial` holds for this stage and the one before had no use for.
-                params, seconds[stage.name] = stage.run(trees.merge(initial, params), stop, preemption)
+                params, seconds[stage.name] = stage.run(params, stop, preemption)
                 if stop is not None or preemption.agreed:
                     step = stage.checkpoints.latest_step()
                     say(f"stopped at step {step} of stage {stage.name}; run again to go on")

@@ -1,13 +1,16 @@
 """The assembled model: vision tower, text encoder, connector and language model."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from dynfocus_jax.batch import Batch
+from dynfocus_jax import trees
+from dynfocus_jax.batch import Batch, padding_sample
 from dynfocus_jax.models.connectors import VisualTokens, build_connector
 from dynfocus_jax.models.llama import Cache, Llama
 from dynfocus_jax.models.qformer import QFormer
@@ -28,6 +31,13 @@ def build_model(config: ConfigDict, connector: str) -> "DynFocus":
     model = config.model.copy_and_resolve_references()
     model.connector.kind = connector
     return DynFocus(FrozenConfigDict(model))
+
+
+def make_init(model: "DynFocus") -> Callable[[jax.Array], dict[str, jax.Array]]:
+    """Initial parameters of a model, {path: leaf}, as a function of a key (to be jitted)."""
+    sample = padding_sample(1, model.config.vision.image_size, max_text=2, max_query=1)
+    batch = jax.tree.map(lambda x: np.asarray(x)[None], sample)
+    return lambda key: trees.flatten(model.init(key, batch, train=False)["params"])
 
 
 class DynFocus(nn.Module):

@@ -4,9 +4,11 @@ A machine is `CHIP:SHAPE`. GPUs: `a100-80gb:8` is one host of 8, `h100:4x8` are 
 of the slice in chips, `v5p:2x2x4`, `v5e:4x8`.
 """
 
+import contextlib
 import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +17,7 @@ from jax.experimental import topologies
 
 from dynfocus_jax.config import RunError, UserError
 
-_INSTALL = "pip install -r requirements-plan.txt"
+_INSTALL = "pip install -r requirements-plan.txt, or start the command by bash launch/local.sh --plan"
 
 
 @dataclass(frozen=True)
@@ -166,25 +168,20 @@ def devices(machine: Machine) -> Sequence[jax.Device]:
     # libtpu keeps a lock for the chips of a machine; only its compiler is used.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
-        if machine.is_tpu:
-            # v4's two cores work as one device, as its runtime has it; later chips have no other way.
-            cores = {"chip_config_name": "megacore"} if machine.name.startswith("v4:") else {}
-            found = topologies.get_topology_desc(platform="tpu", topology_name=machine.name, **cores).devices
-        else:
-            hosts, gpus = machine.shape
+        with _silence():
             found = topologies.get_topology_desc(
-                platform="cuda",
-                topology_name=machine.name,
-                topology=f"1x{hosts}x{gpus}",
-                target_config=_target_config(machine.chip),
+                platform=machine.platform, topology_name=machine.name, **_topology(machine)
             ).devices
     except NotImplementedError as error:
         raise RunError(_absent(machine, error)) from None
     except RuntimeError as error:
         if "not installed" in str(error) or "nknown platform" in str(error):
             raise RunError(_absent(machine, error)) from None
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"machine {machine.name!r} is refused by its compiler: {reason}.") from None
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise UserError(
+            f"machine {machine.name!r} is refused by its compiler ({reason}); a slice has whole hosts of 2x2 "
+            "chips, or one chip."
+        ) from None
     if len(found) != machine.num_devices:
         raise UserError(
             f"machine {machine.name!r} has {len(found)} devices to its compiler, expected "
@@ -193,12 +190,36 @@ def devices(machine: Machine) -> Sequence[jax.Device]:
     return found
 
 
+def _topology(machine: Machine) -> dict:
+    """What the compiler of the platform wants to know."""
+    if machine.is_tpu:
+        # v4's two cores work as one device, as its runtime has it; later chips have no other way.
+        cores = {"chip_config_name": "megacore"} if machine.name.startswith("v4:") else {}
+        return cores | ({"chips_per_host_bounds": (1, 1, 1)} if machine.num_devices == 1 else {})
+    hosts, gpus = machine.shape
+    return {"topology": f"1x{hosts}x{gpus}", "target_config": _target_config(machine.chip)}
+
+
+@contextlib.contextmanager
+def _silence():
+    """Swallows what the plugins write to stderr about the hardware that they do not find."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def _absent(machine: Machine, error: Exception) -> str:
     what = "libtpu" if machine.is_tpu else "jax-cuda12-plugin"
     reason = " ".join(str(error).split())[:120].rstrip(".")
     return (
         f"machine {machine.name!r} needs the compiler of {what} of the version that goes with jax "
-        f"{jax.__version__} ({reason}); {_INSTALL} (no such hardware or driver is needed)."
+        f"{jax.__version__} ({reason}); {_INSTALL} (neither needs the hardware or a driver)."
     )
 
 

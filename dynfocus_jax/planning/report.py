@@ -1,6 +1,9 @@
 """From a compiled step to a report: memory by what holds it, work, traffic, and the speed at best."""
 
+import itertools
+import math
 import re
+from collections import Counter
 from typing import NamedTuple
 
 import jax
@@ -10,8 +13,8 @@ from jax.sharding import Mesh
 from dynfocus_jax import trees
 from dynfocus_jax.config import RunError
 from dynfocus_jax.planning.flops import count_flops
-from dynfocus_jax.planning.hlo import Collective, Program, read_program
 from dynfocus_jax.planning.machines import Machine
+from dynfocus_jax.planning.program import Collective, Program, read_program
 from dynfocus_jax.planning.steps import Step
 
 # For each part of the memory, the fields that make it smaller; STEP is the section of the step.
@@ -106,6 +109,7 @@ def plan_step(step: Step, machine: Machine, mesh: Mesh) -> dict:
         "memory_fraction": total / machine.chip.memory,
         "largest": largest,
         "remedy": _remedy(largest, step),
+        "parameters": parameters_by_part(step),
     }
     if compiled.program is None:
         return report
@@ -122,6 +126,22 @@ def _memory(step: Step, compiled: Compiled) -> dict[str, int]:
         "program": compiled.code,
     }
     return {name: size for name, size in parts.items() if size > 0 or name in held}
+
+
+def parameters_by_part(step: Step) -> dict[str, dict[str, int]]:
+    """Numbers of parameters by part of the model: with moments in the optimizer's state, and without."""
+    held = {}
+    for name, tree in step.held.items():
+        if name.endswith("parameters"):
+            held |= trees.flatten(tree)
+    moments = {
+        "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        for path, _ in jax.tree_util.tree_leaves_with_path(step.held.get("optimizer"))
+    }
+    counts = {"optimized": Counter(), "frozen": Counter()}
+    for path, leaf in held.items():
+        counts["optimized" if path in moments else "frozen"][path.split("/")[0]] += leaf.size
+    return {name: dict(sorted(each.items())) for name, each in counts.items()}
 
 
 def _remedy(largest: str, step: Step) -> str:
@@ -159,7 +179,7 @@ def _work(step: Step, program: Program, machine: Machine, mesh: Mesh) -> dict:
         "network_bytes": far,
         "collectives": kinds,
         "largest_gathers": _largest_gathers(program.collectives),
-        "gathered_stacks": _gathered_stacks(step, program.collectives),
+        "gathered_stacks": gathered_stacks(step, program.collectives),
         "seconds": seconds,
         "bound": bound,
         "roofline_seconds": time,
@@ -187,71 +207,44 @@ def _largest_gathers(collectives: list[Collective], count: int = 5) -> list[dict
     return sorted(found.values(), key=lambda entry: -entry["bytes"])[:count]
 
 
-def _gathered_stacks(step: Step, collectives: list[Collective]) -> list[str]:
-    """Stacked parameters that some all-gather makes whole on a device, all layers at once: should be none.
+def gathered_stacks(step: Step, collectives: list[Collective]) -> list[str]:
+    """Stacked parameters of which some all-gather holds all layers at once on a device: should be none.
 
-    Known by their dimensions, in any order: those of the same shape are all named.
+    Known by what it takes, which is a device's share (or more, where two axes of the mesh split a parameter
+    and one has been gathered), and by the size of what it gives. One layer's share of a kernel may have the
+    dimensions of a stack of smaller ones; what every turn of a loop over the layers gathers is such a share.
     """
-
-    def key(dims: tuple[int, ...]) -> list[int]:
-        return sorted(d for d in dims if d > 1)
-
-    made = [key(array.dims) for each in collectives if each.kind == "all-gather" for array in each.gives]
-    return sorted(
-        path
+    stacks = {
+        path: (leaf.sharding.shard_shape(leaf.shape), leaf.shape)
         for name, tree in step.held.items()
         if name.endswith("parameters")
         for path, leaf in trees.flatten(tree).items()
-        if "/blocks/" in path
-        and leaf.shape[0] > 1
-        and leaf.sharding.shard_shape(leaf.shape) != leaf.shape
-        and key(leaf.shape) in made
-    )
+        if "/blocks/" in path and leaf.shape[0] > 1
+    }
+    turns: dict[tuple, set[int]] = {}
+    for part, shape in stacks.values():
+        for dims in _between(part[1:], shape[1:]):
+            turns.setdefault(dims, set()).add(shape[0])
+    gathers = {
+        (_key(taken.dims), given.size)
+        for each in collectives
+        if each.kind == "all-gather"
+        for taken, given in zip(each.takes, each.gives, strict=False)
+        if all(each.count % depth for depth in turns.get(_key(taken.dims), ()))
+    }
+
+    def whole(part, shape) -> bool:
+        forms = _between(part, shape)
+        sizes = {math.prod(dims) for dims in forms}
+        return any(taken in forms and given in sizes for taken, given in gathers)
+
+    return sorted(path for path, (part, shape) in stacks.items() if whole(part, shape))
 
 
-def format_step(report: dict, is_gpu: bool = False) -> str:
-    """The report as a table."""
-    gib = 2**30
-    lines = [f"{report['step']} ({report['where']}): {report['rows']} rows, {report['tokens']} tokens a step"]
-
-    def row(name, value):
-        lines.append(f"  {name:<28}{value}")
-
-    for name, size in report["memory"].items():
-        row(name, f"{size / gib:9.3f} GiB")
-    verdict = "fits" if report["fits"] else "DOES NOT FIT"
-    row("total", f"{report['total'] / gib:9.3f} GiB of {report['usable'] / gib:.2f} usable: {verdict}")
-    if "flops" not in report:
-        return "\n".join(lines)
-    if is_gpu and report["fits"] and report["memory_fraction"] > 0.75:
-        row("", "with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95: JAX takes 0.75 of a GPU unless told")
-    row(
-        "matrix products",
-        f"{report['flops'] / 1e12:9.3f} TFLOP ({report['model_flops'] / 1e12:.3f} without remat)",
-    )
-    row("memory traffic", f"{report['hbm_bytes'] / gib:9.3f} GiB")
-    row("over the links", f"{report['link_bytes'] / gib:9.3f} GiB")
-    if report["network_bytes"]:
-        row("  of it between hosts", f"{report['network_bytes'] / gib:9.3f} GiB")
-    for kind, entry in sorted(report["collectives"].items()):
-        row(f"  {kind}", f"{entry['bytes'] / gib:9.3f} GiB in {entry['count']}")
-    for entry in report["largest_gathers"][:1]:
-        row("largest all-gather", f"{entry['bytes'] / gib:9.3f} GiB, {entry['shape']}")
-    if report["gathered_stacks"]:
-        row("gathered as a whole", ", ".join(report["gathered_stacks"]))
-    times = ", ".join(f"{name} {1e3 * value:.1f}" for name, value in report["seconds"].items())
-    row("roofline", f"{1e3 * report['roofline_seconds']:9.1f} ms, bound by {report['bound']} ({times})")
-    row(
-        "at best", f"{100 * report['mfu_bound']:9.1f} % MFU, {report['tokens_per_second_bound']:.0f} tokens/s"
-    )
-    return "\n".join(lines)
+def _between(part: tuple[int, ...], shape: tuple[int, ...]) -> set[tuple[int, ...]]:
+    """The dimensions, in one order, of an array of which none, some or all of the split axes are whole."""
+    return {_key(dims) for dims in itertools.product(*zip(part, shape, strict=True))}
 
 
-def misfit(report: dict) -> str:
-    """The sentence on a step that does not fit: its largest part and what to change."""
-    size = report["memory"][report["largest"]] / 2**30
-    return (
-        f"the {report['step']} step of {report['where']} needs {report['total'] / 2**30:.2f} GiB a device, "
-        f"but {report['usable'] / 2**30:.2f} are usable; the largest part is {report['largest']}, "
-        f"{size:.2f} GiB. Change {report['remedy']}."
-    )
+def _key(dims: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(d for d in dims if d > 1))

@@ -33,7 +33,7 @@ class Step(NamedTuple):
       function: jitted; arguments: abstract, with shardings.
       held: what the arguments are, {"optimizer": tree, ...}.
       rows, tokens: of the global batch; tokens count visual ones and padding.
-      plain: the same function without remat, whose arithmetic is the model's own.
+      plain: the same function without remat and chunks, whose arithmetic is the model's own.
     """
 
     name: str
@@ -55,7 +55,7 @@ def train_step(config: ConfigDict, index: int, mesh: Mesh) -> Step:
     num_frames, max_text = stage_budget(config, index).buckets[-1]
     batch = _abstract_batch(mesh, config, stage.batch_size, num_frames, max_text)
 
-    def build(config):
+    def build(config, stage):
         return make_train_step(
             build_model(config, stage.connector),
             make_optimizer(stage, state.trained),
@@ -75,12 +75,12 @@ def train_step(config: ConfigDict, index: int, mesh: Mesh) -> Step:
     return Step(
         "train",
         f"config.stages[{index}]",
-        build(config),
+        build(config, stage),
         (state, batch),
         held,
         stage.batch_size,
         stage.batch_size * length,
-        build(_without_remat(config)),
+        build(_without_remat(config), _without_chunks(stage)),
     )
 
 
@@ -162,3 +162,10 @@ def _without_remat(config: ConfigDict) -> ConfigDict:
     for section in ("vision", "text_encoder", "language"):
         config.model[section].remat = "none"
     return config
+
+
+def _without_chunks(stage: ConfigDict) -> ConfigDict:
+    """The stage with its loss in one piece: chunks of the logits are computed again for the backward pass."""
+    stage = stage.copy_and_resolve_references()
+    stage.loss_chunk = 0
+    return stage

@@ -1,6 +1,8 @@
 """Checkpoints: of a stage (state, data position and settings), and of parameters alone."""
 
+import contextlib
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -10,7 +12,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dynfocus_jax import trees
-from dynfocus_jax.config import UserError
+from dynfocus_jax.config import RunError, UserError
 from dynfocus_jax.parallel.start import say
 from dynfocus_jax.training.state import TrainState
 
@@ -84,16 +86,20 @@ class StageCheckpoints:
         """Save the state after `step` steps; returns as soon as it is copied, the files are written later.
 
         seconds: training time so far; metrics: means over the steps since the checkpoint before.
+
+        Raises:
+          RunError: this checkpoint, or the one before, cannot be written.
         """
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state._asdict()),
-                meta=ocp.args.JsonSave({"settings": self._settings, "seconds": seconds} | self._about),
-            ),
-            metrics=metrics,
-            force=True,
-        )
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state._asdict()),
+                    meta=ocp.args.JsonSave({"settings": self._settings, "seconds": seconds} | self._about),
+                ),
+                metrics=metrics,
+                force=True,
+            )
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, float]:
         """The newest checkpoint's state, laid out as `abstract` on whatever mesh, and its training seconds.
@@ -124,9 +130,9 @@ class StageCheckpoints:
             say(f"note: the checkpoint was made by other code ({changed}); results may differ")
         return TrainState(**restored["state"]), meta["seconds"]
 
-    def restore_params(self) -> dict:
-        """The newest checkpoint's parameters as host arrays."""
-        return restore_params(self.directory, self.latest_step())
+    def restore_params(self, like: Mapping[str, jax.ShapeDtypeStruct] | None = None) -> dict:
+        """The newest checkpoint's parameters, see `read_params`."""
+        return restore_params(self.directory, self.latest_step(), like)
 
     def seconds(self) -> float:
         """Training seconds up to the newest checkpoint."""
@@ -145,8 +151,25 @@ class StageCheckpoints:
             )
 
     def wait(self) -> None:
-        """Wait for files being written."""
-        self._manager.wait_until_finished()
+        """Wait for files being written.
+
+        Raises:
+          RunError: they cannot be.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError) as error:  # a full disk comes as any of them
+            good = self.latest_step()
+            saved = "there is no complete one" if good is None else f"the last complete one is of step {good}"
+            raise RunError(
+                f"a checkpoint cannot be written to {self.directory} ({' '.join(str(error).split())[:300]}); "
+                f"{saved}. See whether there is room and permission to write, then start again."
+            ) from error
 
 
 class _Manager(ocp.CheckpointManager):
@@ -165,26 +188,15 @@ def _described(tree) -> dict[str, str]:
     }
 
 
-def restore_params(directory: Path, step: int) -> dict:
-    """The parameters of the checkpoint at `step` in a stage's folder, as host arrays."""
+def restore_params(
+    directory: Path, step: int, like: Mapping[str, jax.ShapeDtypeStruct] | None = None
+) -> dict:
+    """The parameters of the checkpoint at `step` in a stage's folder, see `read_params`."""
     if not (directory / str(step)).is_dir():
         raise UserError(
             f"{directory} has no checkpoint of step {step}, the end of this stage; finish the training run."
         )
-    manager = ocp.CheckpointManager(
-        directory.absolute(),
-        options=ocp.CheckpointManagerOptions(read_only=True),
-        item_handlers={"state": ocp.PyTreeCheckpointHandler()},
-    )
-    saved = manager.item_metadata(step)["state"].tree
-    wanted = {part: saved[part] for part in ("trained", "frozen")}
-    restore = ocp.args.PyTreeRestore(
-        wanted,
-        restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted),
-        partial_restore=True,
-    )
-    state = manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
-    return trees.merge(state["trained"], state["frozen"])
+    return read_params(directory / str(step), like)
 
 
 class _Unchanging(np.ndarray):
@@ -205,27 +217,62 @@ def save_params(folder: Path, params: dict) -> None:
         checkpointer.save((folder / "params").absolute(), args=ocp.args.PyTreeSave(tree))
 
 
-def read_params(folder: Path) -> dict:
-    """The parameters of a checkpoint as host arrays: one of training, or one that `convert` made.
+def read_params(folder: Path, like: Mapping[str, jax.ShapeDtypeStruct] | None = None) -> dict:
+    """The parameters of a checkpoint: one of training, or one that `convert` made.
 
     Args:
       folder: `WORKDIR/checkpoints/STAGE/STEP`, or the `--output` of `dynfocus_jax.convert`.
+      like: {path: shape, dtype and layout} of those that are wanted; each process reads its share of them.
+        What the checkpoint does not hold is left out. None: all, as host arrays, in the dtypes saved.
 
     Raises:
       UserError: there is no checkpoint.
     """
-    folder = folder.absolute()
-    if (folder / "state").is_dir():
-        return restore_params(folder.parent, int(folder.name))
-    if not (folder / "params").is_dir():
+
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        item, saved = _saved(checkpointer, folder)
+        how = {}
+        for path, (place, _) in saved.items():
+            if like is None:
+                how[place] = ocp.RestoreArgs(restore_type=np.ndarray)
+            elif path in like:
+                how[place] = ocp.ArrayRestoreArgs(sharding=like[path].sharding, dtype=like[path].dtype)
+        if not how:
+            return {}
+        wanted = {place: leaf for place, leaf in saved.values() if place in how}
+        args = ocp.args.PyTreeRestore(
+            trees.unflatten(wanted), restore_args=trees.unflatten(how), partial_restore=True
+        )
+        restored = trees.flatten(checkpointer.restore(item, args=args))
+    return trees.unflatten({path: restored[place] for path, (place, _) in saved.items() if place in restored})
+
+
+def saved_shapes(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """{path: shape and dtype} of what `read_params` reads."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        _, saved = _saved(checkpointer, folder)
+    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, (_, leaf) in saved.items()}
+
+
+def _saved(checkpointer: ocp.Checkpointer, folder: Path) -> tuple[Path, dict[str, tuple]]:
+    """The item that holds a checkpoint's parameters, and {path: (its place in the item, metadata)}."""
+    folder = folder.expanduser().absolute()
+    training, converted = folder / "state", folder / "params"
+    if training.is_dir():
+        leaves = trees.flatten(checkpointer.metadata(training).item_metadata.tree)
+        split = {place: place.partition("/") for place in leaves}
+        return training, {
+            path: (place, leaves[place])
+            for place, (part, _, path) in split.items()
+            if part in ("trained", "frozen")
+        }
+    if not converted.is_dir():
         raise UserError(
             f"{folder} holds no checkpoint; expected WORKDIR/checkpoints/STAGE/STEP of a training run, or "
             "the --output of python -m dynfocus_jax.convert."
         )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        saved = checkpointer.metadata(folder / "params").item_metadata.tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
-        return checkpointer.restore(folder / "params", args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    leaves = trees.flatten(checkpointer.metadata(converted).item_metadata.tree)
+    return converted, {path: (path, leaf) for path, leaf in leaves.items()}
 
 
 def _differences(old, new, where: str = "") -> list[str]:

@@ -17,7 +17,7 @@ from dynfocus_jax.parallel import sharding as sharding_lib
 from dynfocus_jax.parallel.start import say
 from dynfocus_jax.training import optimizer as optimizer_lib
 from dynfocus_jax.training import state as state_lib
-from dynfocus_jax.training.checkpoints import StageCheckpoints
+from dynfocus_jax.training.checkpoints import StageCheckpoints, read_params, saved_shapes
 from dynfocus_jax.training.metrics import NotFinite, StageLog
 from dynfocus_jax.training.preemption import Preemption
 from dynfocus_jax.training.stage_data import StageData
@@ -86,7 +86,8 @@ class StageRun:
         """Train to the end, with a checkpoint there (or at step `stop_at`, or where preemption asks to stop).
 
         Args:
-          previous: parameters of the stage before, taken over path by path; None for the first stage.
+          previous: parameters of the stage before, taken over path by path; None for the first stage. What
+            they lack comes from `config.initial`, as far as that has it.
           preemption: entered by the caller, asked before every step.
 
         Returns:
@@ -189,7 +190,7 @@ class StageRun:
         return is_trained
 
     def _initial_params(self, key: jax.Array, previous: dict | None) -> dict[str, jax.Array]:
-        """The previous stage's parameters and fresh ones for the rest, overlaid with the stage's copies.
+        """The previous stage's, else the initial checkpoint's, else fresh ones; then the stage's copies.
 
         All in the dtypes and the layout of `shapes`; no device ever holds one of them whole.
         """
@@ -200,9 +201,12 @@ class StageRun:
                     f"stage {self.stage.name!r}: parameter {path} has shape {self.shapes[path].shape}, but "
                     f"{leaf.shape} in the stage before; the stages must share their model."
                 )
+        taken = set(source)
+        if self.config.initial is not None:
+            lacking = {path: shape for path, shape in self.shapes.items() if path not in source}
+            source |= trees.flatten(read_params(Path(self.config.initial), lacking))
         fresh = self.shapes.keys() - source.keys()
         params = state_lib.init_params(self.model, key, {path: self.shapes[path] for path in fresh}) | source
-        taken = set(source)
         for line in self.stage.copy:
             moves = _moves(line, params)
             params |= {new: params[old] for old, new in moves}
@@ -217,7 +221,7 @@ class StageRun:
         }
 
 
-def check_initial(folder: str | None, initial: dict, stages: Sequence[StageRun]) -> None:
+def check_initial(folder: str | None, stages: Sequence[StageRun]) -> None:
     """Whether what training starts from fits the model, and leaves no backbone at random for good.
 
     Raises:
@@ -231,7 +235,8 @@ def check_initial(folder: str | None, initial: dict, stages: Sequence[StageRun])
             f"{', '.join(trees.prefixes(needed, shapes))} would stay at random, as no stage trains it; set "
             "config.initial to a checkpoint that holds it (python -m dynfocus_jax.convert makes one)."
         )
-    check_params(initial, shapes, needed, f"config.initial {folder!r}")
+    if folder is not None:
+        check_params(saved_shapes(Path(folder)), shapes, needed, f"config.initial {folder!r}")
 
 
 def _moves(line: str, paths) -> list[tuple[str, str]]:

@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dynfocus_jax import trees
-from dynfocus_jax.batch import padding_sample
-from dynfocus_jax.models.dynfocus import DynFocus, build_model
+from dynfocus_jax.models.dynfocus import DynFocus, build_model, make_init
 from dynfocus_jax.parallel.sharding import param_shardings, replicated
 from dynfocus_jax.training.optimizer import make_optimizer
 
@@ -25,13 +24,6 @@ class TrainState(NamedTuple):
     trained: dict
     frozen: dict
     opt_state: optax.OptState
-
-
-def make_init(model: DynFocus) -> Callable[[jax.Array], dict[str, jax.Array]]:
-    """Initial parameters of a model, {path: leaf}, as a function of a key (to be jitted)."""
-    sample = padding_sample(1, model.config.vision.image_size, max_text=2, max_query=1)
-    batch = jax.tree.map(lambda x: np.asarray(x)[None], sample)
-    return lambda key: trees.flatten(model.init(key, batch, train=False)["params"])
 
 
 def init_params(

@@ -9,9 +9,8 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from dynfocus_jax import trees
-from dynfocus_jax.batch import padding_sample
 from dynfocus_jax.config import UserError
-from dynfocus_jax.models.dynfocus import build_model
+from dynfocus_jax.models.dynfocus import build_model, make_init
 from dynfocus_jax.weights.export import export_part, merge_lora
 from dynfocus_jax.weights.files import open_weights
 from dynfocus_jax.weights.merge import Merged, read
@@ -22,10 +21,8 @@ from dynfocus_jax.weights.tables import FAMILIES
 def abstract_params(config: ConfigDict) -> dict:
     """Shapes of all parameters of the model, with the connector of its last stage."""
     connector = config.stages[-1].connector if config.stages else config.model.connector.kind
-    model = build_model(config, connector)
-    sample = padding_sample(1, config.model.vision.image_size, max_text=2, max_query=1)
-    batch = jax.tree.map(lambda x: np.asarray(x)[None], sample)
-    return jax.eval_shape(lambda key: model.init(key, batch, train=False)["params"], jax.random.key(0))
+    init = make_init(build_model(config, connector))
+    return trees.unflatten(jax.eval_shape(init, jax.random.key(0)))
 
 
 def _without_lora(config: ConfigDict) -> ConfigDict:
@@ -41,20 +38,19 @@ def belongs_to_connector(path: str) -> bool:
 
 
 def check_params(
-    params: Mapping, shapes: Mapping[str, jax.ShapeDtypeStruct], needed: Collection[str], where: str
+    held: Mapping, shapes: Mapping[str, jax.ShapeDtypeStruct], needed: Collection[str], where: str
 ) -> None:
     """Whether parameters fit a model.
 
     Which parts a connector has differs between stages and variants: of them only the shapes must fit.
 
     Args:
-      params: nested, possibly some parts only; shapes: {path: shape} of the model.
+      held: {path: array or shape}, possibly of some parts only; shapes: {path: shape} of the model.
       needed: paths that must be there; where: names the checkpoint in the error.
 
     Raises:
       UserError: a backbone lacks a needed parameter, or holds another one; or a shape differs.
     """
-    held = trees.flatten(params)
     parts = {path.split("/")[0] for path in shapes}
     extra = [
         path
@@ -184,7 +180,7 @@ def export_model(folder: Path, params: dict, config: ConfigDict, shard_bytes: in
     shapes = trees.flatten(abstract_params(config))
     held = {path.split("/")[0] for path in trees.flatten(params) if not belongs_to_connector(path)}
     needed = [path for path in shapes if path.split("/")[0] in held and not belongs_to_connector(path)]
-    check_params(params, shapes, needed, "the checkpoint")
+    check_params(trees.flatten(params), shapes, needed, "the checkpoint")
     if "connector" in params or "query_projection" in params.get("text_encoder", {}):
         held.add("connector")
     for part in sorted(held):

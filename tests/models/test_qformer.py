@@ -6,6 +6,7 @@ import numpy as np
 
 from dynfocus_jax import trees
 from dynfocus_jax.models.qformer import QFormer
+from dynfocus_jax.planning.flops import count_flops
 from tests.tiny import shaken
 
 
@@ -75,3 +76,24 @@ def test_every_parameter_has_a_gradient_but_the_last_text_feed_forward():
     assert all(path.endswith("key/bias") for path in zero - unread)
     cross = {path.split("/")[0] for path in gradients if "cross_attention" in path}
     assert cross == {"blocks_0", "blocks_2"}
+
+
+def test_remat_changes_nothing_and_is_done():
+    tokens, frames = inputs()
+
+    def gradient_of(model):
+        def loss(variables):
+            return jnp.sin(model.apply(variables, tokens, np.array([4, 2]), frames)).sum()
+
+        return jax.jit(jax.grad(loss))
+
+    kept, variables = make_qformer()
+    recomputed, _ = make_qformer(remat="full")
+    gradient, again = gradient_of(kept), gradient_of(recomputed)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        gradient(variables),
+        again(variables),
+    )
+    work, more = (count_flops(each.trace(variables).jaxpr.jaxpr) for each in (gradient, again))
+    assert more > 1.2 * work

@@ -1,11 +1,16 @@
 """Several real processes train as one does: same losses, same answers, checkpoints for any number of them."""
 
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
 
-from tests.multihost.processes import arguments, json_lines, train
+from tests.multihost.processes import TRAIN, arguments, begin, end, explicit, free_port, json_lines, train
+
+STEPS = 20
+CHECKPOINTS = "--config.checkpoint.every=10"
 
 
 def curve(workdir):
@@ -16,9 +21,9 @@ def curve(workdir):
     return values
 
 
-def assert_same_curve(workdir, reference, steps):
+def assert_same_curve(workdir, reference):
     here, there = curve(workdir), curve(reference)
-    assert list(here) == list(there) == list(range(1, steps + 1))
+    assert list(here) == list(there) == list(range(1, STEPS + 1))
     np.testing.assert_allclose(list(here.values()), list(there.values()), rtol=1e-5)
     losses = np.array(list(there.values()))[:, 0]
     assert np.ptp(losses) > 1e-3  # the steps differ, so that a wrong order of the data would show
@@ -37,14 +42,53 @@ def one(data_root, folder):
 
 
 @pytest.fixture(scope="module")
-def two(folder):
-    """(workdir, stdout, stderr) of a run in two processes, which also have the data to generate."""
-    workdir = folder / "two"
-    return workdir, *train(2, *arguments(folder / "data", workdir))
+def told(folder):
+    """(workdir, stdout of process 0) of two processes, of which the second alone is told to stop.
+
+    They also have the data to generate.
+    """
+    workdir, address = folder / "two", f"localhost:{free_port()}"
+    processes = [
+        begin(*TRAIN, *arguments(folder / "data", workdir, *explicit(address, 2, index)))
+        for index in range(2)
+    ]
+    metrics = workdir / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert processes[0].poll() is None, end(processes[0])
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)
+    results = [end(process) for process in processes]
+    assert [code for code, _, _ in results] == [0, 0], results
+    return workdir, results[0][1]
+
+
+@pytest.fixture(scope="module")
+def two(told, folder):
+    """(workdir, stdout) of the same in two processes again, to the end."""
+    stdout, _ = train(2, *arguments(folder / "data", told[0]))
+    return told[0], stdout
+
+
+@pytest.fixture(scope="module")
+def four(data_root, folder):
+    """The workdir of a run in four processes, parameters and batch shared by all; checkpoints 10 and 20."""
+    flags = ("--config.mesh.data=2", "--config.mesh.fsdp=2", CHECKPOINTS)
+    train(4, *arguments(data_root, folder / "four", *flags, evaluate=False))
+    return folder / "four"
 
 
 def test_two_processes_have_the_losses_of_one(one, two):
-    assert_same_curve(two[0], one, 4)
+    assert_same_curve(two[0], one)
+
+
+def test_four_processes_have_the_losses_of_one(one, four):
+    assert_same_curve(four, one)
+
+
+def test_all_stop_together_when_one_is_told_to(told, two):
+    step = int(told[1].split("stopped at step ")[1].split()[0])
+    assert 3 <= step < STEPS
+    assert f"resumed at step {step}\n" in two[1]
 
 
 def test_two_processes_give_the_answers_of_one(one, two):
@@ -54,12 +98,21 @@ def test_two_processes_give_the_answers_of_one(one, two):
 
 
 def test_the_first_process_alone_reports_and_writes(one, two):
-    workdir, stdout, _ = two
+    workdir, stdout = two
     lines = [line for line in stdout.splitlines() if "[Gloo]" not in line]
     assert [line for line in lines if not line.startswith("[0] ")] == []
     assert lines[0].startswith("[0] 2 x cpu in 2 processes")
     assert sum("M parameters trained" in line for line in lines) == 1
     assert {path.name for path in workdir.iterdir()} == {path.name for path in one.iterdir()}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_four_processes_saved_goes_on_in_fewer(data_root, folder, one, four, processes):
+    workdir = shutil.copytree(four, folder / f"four_to_{processes}")
+    shutil.rmtree(workdir / "checkpoints" / "all" / str(STEPS))
+    stdout, _ = train(processes, *arguments(data_root, workdir, CHECKPOINTS, evaluate=False))
+    assert "resumed at step 10\n" in stdout
+    assert_same_curve(workdir, one)
 
 
 @pytest.mark.slow
@@ -69,27 +122,3 @@ def test_two_processes_evaluate_what_one_has_trained(data_root, one, folder):
     stdout, _ = train(2, *arguments(data_root, workdir, "--config.mesh.data=1", "--config.mesh.fsdp=2"))
     assert "stage all: finished before" in stdout
     assert json_lines(workdir / "predictions.jsonl") == json_lines(one / "predictions.jsonl")
-
-
-@pytest.mark.slow
-def test_four_processes_and_their_checkpoint_in_two_and_one(data_root, folder):
-    """20 steps: one process, and in turn 4 (parameters over all of them), 2 and 1."""
-    whole, parts = folder / "twenty", folder / "parts"
-    train(1, *arguments(data_root, whole, steps=20))
-    for processes, mesh, stop in (
-        (4, ("--config.mesh.data=2", "--config.mesh.fsdp=2"), ["--stop_at=all:8"]),
-        (2, ("--config.mesh.data=1", "--config.mesh.fsdp=2"), ["--stop_at=all:14"]),
-        (1, (), []),
-    ):
-        stdout, _ = train(processes, *arguments(data_root, parts, *mesh, *stop, steps=20))
-        assert ("resumed at step" in stdout) == (processes != 4)
-    assert_same_curve(parts, whole, 20)
-
-
-@pytest.mark.slow
-def test_four_processes_have_the_losses_of_one(data_root, folder):
-    """20 steps, uninterrupted."""
-    for processes in (1, 4):
-        workdir = folder / f"uninterrupted_{processes}"
-        train(processes, *arguments(data_root, workdir, steps=20))
-    assert_same_curve(folder / "uninterrupted_4", folder / "uninterrupted_1", 20)

@@ -4,11 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.commands import REPOSITORY
+from tests.planning.conftest import PLAN_SITE
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def plan(tmp_path_factory):
             cwd=REPOSITORY,
             # What the tests say of platforms and caches is for them: a plan sees to its own.
             env={k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
-            | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])},
+            | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), PLAN_SITE or ""])},
             capture_output=True,
             text=True,
             timeout=600,
@@ -72,6 +72,10 @@ def test_what_does_not_fit(plan):
         (["--machine=h100:3", "--config.mesh.fsdp=2"], "which does not divide the 3 devices"),
         (["--machine=v5e:3x5"], "is refused by its compiler"),
         (["--machine=h100:7"], "batch_size is"),
+        (
+            ["--machine=h100:1", "--output=no/plan.json"],
+            "--output names 'no/plan.json' in a folder",
+        ),
     ],
 )
 def test_mistakes(plan, arguments, sentence):

@@ -50,7 +50,7 @@ def test_what_is_no_machine(name, sentence):
         parse_machine(name)
 
 
-@pytest.mark.parametrize("name", ["v4:2x2x2", "v5p:2x2x4", "v5e:4x8", "v6e:8x8", "h200:1", "a100-40gb:2x8"])
+@pytest.mark.parametrize("name", ["v4:2x2x2", "v5p:2x2x4", "v5e:1x1", "v6e:8x8", "h200:1", "a100-40gb:2x8"])
 def test_devices(name):
     """One device a chip (v4's two cores are one), hosts of eight GPUs."""
     machine = parse_machine(name)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dynfocus_jax import trees
+from dynfocus_jax.planning.flops import count_flops
 from dynfocus_jax.planning.report import device_bytes
 from dynfocus_jax.planning.steps import serving_steps, train_step
 from dynfocus_jax.serving.generate import make_greedy
@@ -43,6 +44,21 @@ def test_what_a_train_step_holds(config):
     compiled = step.function.lower(*step.arguments).compile()
     unused = sum(device_bytes(getattr(batch, name)) for name in ("oracle_frames", "index"))
     assert compiled.memory_analysis().argument_size_in_bytes == sum(held.values()) - unused
+
+
+def test_the_plain_step_computes_nothing_twice(config):
+    def flops(function):
+        return count_flops(function.trace(*step.arguments).jaxpr.jaxpr)
+
+    step = train_step(config, 0, mesh_of(fsdp=2))
+    expected = flops(step.function)
+    frugal = config.copy_and_resolve_references()
+    frugal.stages = (frugal.stages[0].copy_and_resolve_references(),)
+    frugal.stages[0].loss_chunk = 8
+    frugal.model.language.remat = "full"
+    step = train_step(frugal, 0, mesh_of(fsdp=2))
+    assert flops(step.plain) == expected
+    assert flops(step.function) > expected  # the plain one has changed nothing of the configuration
 
 
 def test_tokens_of_a_step(config):

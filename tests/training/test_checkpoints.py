@@ -1,6 +1,7 @@
 """Checkpoints of a stage: which are kept, what they hold, which states are refused."""
 
 import json
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from dynfocus_jax.config import UserError
+from dynfocus_jax.config import RunError, UserError
 from dynfocus_jax.training.checkpoints import StageCheckpoints
 from dynfocus_jax.training.state import TrainState
 from dynfocus_jax.version import code_version
@@ -187,3 +188,23 @@ def test_the_state_after_the_call_is_not_in_the_checkpoint(tmp_path):
     checkpoints.wait()
     restored, _ = open_checkpoints(tmp_path).restore(abstract(make_state()))
     assert_equal(jax.tree.map(np.array, restored), expected)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the writers given up
+def test_no_room_for_a_checkpoint(tmp_path):
+    """As on a full disk: files of this process may not grow beyond a limit."""
+    checkpoints = open_checkpoints(tmp_path, keep=2)
+    save(checkpoints, 1)
+    checkpoints.wait()
+    large = make_state(2)
+    noise = jax.random.normal(jax.random.key(0), (1 << 18,))  # which compression makes no smaller
+    large.trained["part"]["kernel"] = noise
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, limits[1]))
+    try:
+        checkpoints.save(2, large, 20.0, {})
+        with pytest.raises(RunError, match=r"cannot be written to .*stage \(.*the last .* is of step 1"):
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert open_checkpoints(tmp_path, keep=2).restore(abstract(make_state()))[1] == 10

@@ -159,19 +159,16 @@ def test_what_is_kept(whole):
     assert whole.kept() == sorted({8, best, 14, 16})
 
 
-def test_killed_at_a_step_and_inside_a_save(whole, tmp_path):
-    run, rng = whole.another(tmp_path / "killed"), random.Random(0)
-    kill(run, "step", whole, rng)
-    kill(run, "save", whole, rng)
-    run.finish()
-    assert_same_end(run, whole)
-
-
-@pytest.mark.slow
-def test_killed_ten_times_at_random_moments(data_root, tmp_path):
-    whole = uninterrupted(tmp_path / "whole", data_root, "dynfocus", 32)
-    run, seed = whole.another(tmp_path / "killed"), random.SystemRandom().randrange(10**6)
-    print("seed", seed)  # another one each time; shown when the test fails
+@pytest.mark.parametrize(
+    ("connector", "seed"),
+    [("pooled", 0), pytest.param("dynfocus", None, marks=pytest.mark.slow)],
+    ids=["pooled", "dynfocus"],
+)
+def test_killed_ten_times_at_random_moments(data_root, tmp_path, connector, seed):
+    whole = uninterrupted(tmp_path / "whole", data_root, connector, 64)
+    run = whole.another(tmp_path / "killed")
+    seed = random.SystemRandom().randrange(10**6) if seed is None else seed
+    print("seed", seed)  # shown when the test fails
     rng = random.Random(seed)
     for where in rng.sample(["save"] * 4 + ["step"] * 3 + ["anywhere"] * 3, 10):
         kill(run, where, whole, rng)

@@ -1,4 +1,4 @@
-"""Reading HLO text: by hand-made lines in the forms of both compilers, and against programs compiled here."""
+"""Reading programs: hand-made HLO in the forms of both compilers, and what is compiled here."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dynfocus_jax.planning.flops import count_flops
-from dynfocus_jax.planning.hlo import read_program, replica_groups
+from dynfocus_jax.planning.program import read_program, replica_groups
 
 LAYERS, ROWS, D, F = 5, 6, 16, 24
 
@@ -150,6 +150,141 @@ def test_a_tpu_program():
     assert reduced.sent == 64 * 32 * 2 * 3 / 4
     # What lies in vector memory, S(1), is no traffic.
     assert program.hbm_bytes == 2 * (4 * 8 * 16 + 4 * 8 * 32) + 2 * (64 * 32 + 16 * 32)
+
+
+# A product whose weights arrive in eight pieces, two a turn, in the form that TPUs have for it; a gather that
+# is started before the loop goes on beside its turns, which pass its buffers on.
+PIECES = """HloModule m, num_partitions=8
+
+%start (p.0: bf16[16,32]) -> (bf16[16,32], bf16[128,32]) {
+  %p.0 = bf16[16,32]{1,0:T(8,128)} parameter(0)
+  %gather.1 = bf16[128,32]{1,0:T(8,128)} all-gather(%p.0), channel_id=7, replica_groups=[1,8]<=[8]
+  ROOT %s = (bf16[16,32]{1,0:T(8,128)}, bf16[128,32]{1,0:T(8,128)}) custom-call(%gather.1), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (p.1: bf16[64,16], p.2: bf16[16,32], p.3: bf16[16,32], p.4: bf16[128,32]) -> BESIDE {
+  %p.1 = bf16[64,16]{1,0:T(8,128)} parameter(0)
+  %p.2 = bf16[16,32]{1,0:T(8,128)} parameter(1)
+  %p.3 = bf16[16,32]{1,0:T(8,128)} parameter(2)
+  %p.4 = bf16[128,32]{1,0:T(8,128)} parameter(3)
+  %gather.2 = bf16[128,32]{1,0:T(8,128)} all-gather(%p.3), channel_id=7, replica_groups=[1,8]<=[8]
+  %conv = bf16[64,32]{1,0:T(8,128)} convolution(%p.1, %p.2), dim_labels=bf_io->bf
+  ROOT %r.0 = BESIDE tuple(%conv, %p.3, %gather.2, %p.4)
+}
+
+%done (p.5: bf16[16,32], p.6: bf16[128,32]) -> bf16[128,32] {
+  %p.5 = bf16[16,32]{1,0:T(8,128)} parameter(0)
+  %p.6 = bf16[128,32]{1,0:T(8,128)} parameter(1)
+  %gather.3 = bf16[128,32]{1,0:T(8,128)} all-gather(%p.5), channel_id=7, replica_groups=[1,8]<=[8]
+  ROOT %d = bf16[128,32]{1,0:T(8,128)} custom-call(%p.5, %p.6, %gather.3), \
+custom_call_target="AsyncCollectiveDone"
+}
+
+%condition (c: STATE) -> pred[] {
+  %eight = u32[]{:T(128)} constant(8)
+  %c = STATE parameter(0)
+  %i.c = u32[]{:T(128)} get-tuple-element(%c), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i.c, %eight), direction=LT
+}
+
+%body (b: STATE) -> STATE {
+  %seven = u32[]{:T(128)} constant(7)
+  %two = u32[]{:T(128)S(6)} constant(2)
+  %b = STATE parameter(0)
+  %x = bf16[64,16]{1,0:T(8,128)} get-tuple-element(%b), index=1
+  %w = bf16[16,32]{1,0:T(8,128)} get-tuple-element(%b), index=2
+  %g = bf16[16,32]{1,0:T(8,128)} get-tuple-element(%b), index=3
+  %h = bf16[128,32]{1,0:T(8,128)} get-tuple-element(%b), index=4
+  %first = (bf16[16,32]{1,0}, bf16[16,32]{1,0}, u32[]) collective-permute-start(%w), channel_id=1, PAIRS
+  %y.1 = BESIDE fusion(%x, %w, %g, %h), kind=kOutput, calls=%beside
+  %w.1 = bf16[16,32]{1,0:T(8,128)} collective-permute-done(%first)
+  %second = (bf16[16,32]{1,0}, bf16[16,32]{1,0}, u32[]) collective-permute-start(%w.1), channel_id=2, PAIRS
+  %y.2 = BESIDE fusion(%x, %w.1, %g, %h), kind=kOutput, calls=%beside
+  %w.2 = bf16[16,32]{1,0:T(8,128)} collective-permute-done(%second)
+  %i.b = u32[]{:T(128)S(6)} get-tuple-element(%b), index=0
+  %next = u32[]{:T(128)S(6)} add(%i.b, %two)
+  ROOT %t = STATE tuple(%next, %x, %w.2, %g, %h)
+}
+
+ENTRY %main (x: bf16[64,16], w: bf16[16,32], g: bf16[16,32]) -> bf16[128,32] {
+  %x = bf16[64,16]{1,0:T(8,128)} parameter(0)
+  %w = bf16[16,32]{1,0:T(8,128)} parameter(1)
+  %g = bf16[16,32]{1,0:T(8,128)} parameter(2)
+  %started = (bf16[16,32]{1,0:T(8,128)}, bf16[128,32]{1,0:T(8,128)}) fusion(%g), kind=kCustom, calls=%start
+  %h = bf16[128,32]{1,0:T(8,128)} get-tuple-element(%started), index=1
+  %zero = u32[]{:T(128)S(6)} constant(START)
+  %counter = u32[]{:T(128)S(6)} copy(%zero)
+  %tuple = STATE tuple(%counter, %x, %w, %g, %h)
+  %loop = STATE while(%tuple), condition=%condition, body=%body
+  %buffer = bf16[128,32]{1,0:T(8,128)} get-tuple-element(%loop), index=4
+  ROOT %r = bf16[128,32]{1,0:T(8,128)} fusion(%g, %buffer), kind=kCustom, calls=%done
+}
+"""
+WORDS = {
+    "BESIDE": "(bf16[64,32]{1,0}, bf16[16,32]{1,0}, bf16[128,32]{1,0}, bf16[128,32]{1,0})",
+    "STATE": "(u32[]{:T(128)}, bf16[64,16]{1,0}, bf16[16,32]{1,0}, bf16[16,32]{1,0}, bf16[128,32]{1,0})",
+    "PAIRS": "source_target_pairs={{0,1},{1,2},{2,3},{3,4},{4,5},{5,6},{6,7},{7,0}}",
+}
+
+
+@pytest.mark.parametrize(("start", "turns"), [(0, 4), (2, 3), (1, 4)])
+def test_a_loop_that_counts_by_two(start, turns):
+    text = PIECES.replace("START", str(start))
+    for word, meaning in WORDS.items():
+        text = text.replace(word, meaning)
+    program = read_program(text)
+    assert program.flops == turns * 2 * (2 * 64 * 16 * 32)
+    sent = dict.fromkeys(("collective-permute", "all-gather"), 0.0)
+    for each in program.collectives:
+        sent[each.kind] += each.sent
+    # The gather is one, in however many turns it stands; so it is read and written once.
+    piece, gathered, x, y = 16 * 32 * 2, 128 * 32 * 2, 64 * 16 * 2, 64 * 32 * 2
+    assert sent == {"collective-permute": turns * 2 * piece, "all-gather": gathered * 7 / 8}
+    assert program.hbm_bytes == turns * 2 * (2 * piece + x + piece + y) + (2 * piece + gathered)
+
+
+PREFETCHED = """HloModule m
+
+ENTRY %main (x: f32[8,16]) -> f32[2,16] {
+  %x = f32[8,16]{1,0:T(8,128)} parameter(0)
+  %c.0 = (f32[8,16]{1,0:T(8,128)S(1)}, f32[8,16]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
+  %c.1 = f32[8,16]{1,0:T(8,128)S(1)} copy-done(%c.0)
+  %s.0 = ((f32[8,16]{1,0}), f32[4,16]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:4], [0:16]}
+  %s.1 = f32[4,16]{1,0:T(8,128)S(1)} slice-done(%s.0)
+  ROOT %s.2 = f32[2,16]{1,0:T(8,128)} slice(%s.1), slice={[0:2], [0:16]}
+}
+"""
+
+
+def test_what_is_fetched_into_vector_memory():
+    assert read_program(PREFETCHED).hbm_bytes == (8 + 4 + 2) * 16 * 4
+
+
+BRANCHES = """HloModule m
+
+%long (p.0: f32[4,8]) -> f32[4,4] {
+  %p.0 = f32[4,8]{1,0} parameter(0)
+  %twice = f32[4,8]{1,0} add(%p.0, %p.0)
+  ROOT %dot.0 = f32[4,4]{1,0} dot(%twice, %p.0), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+%short (p.1: f32[4,8]) -> f32[4,4] {
+  %p.1 = f32[4,8]{1,0} parameter(0)
+  ROOT %zeros = f32[4,4]{1,0} slice(%p.1), slice={[0:4], [0:4]}
+}
+
+ENTRY %main (i: s32[], x: f32[4,8]) -> f32[4,4] {
+  %i = s32[] parameter(0)
+  %x = f32[4,8]{1,0} parameter(1)
+  ROOT %y = f32[4,4]{1,0} conditional(%i, %x, %x), branch_computations={ORDER}
+}
+"""
+
+
+@pytest.mark.parametrize("order", ["%long, %short", "%short, %long"])
+def test_one_branch_counts(order):
+    assert read_program(BRANCHES.replace("ORDER", order)).flops == 2 * 4 * 4 * 8
 
 
 @pytest.mark.parametrize(
