@@ -8,7 +8,7 @@ patch14-384 are no multiple of 14) and Qwen3-4B (Qwen/Qwen3-4B-Instruct-2507), i
     published/bert-base-uncased                 its vocab.txt
 
 No Q-Former was published for this vision tower: a small text encoder over BERT's vocabulary is trained from
-scratch in both stages. The conversations have Vicuna's form, closed by Qwen's end token.
+scratch in both stages. The conversations have Qwen's form.
 
     python -m dynfocus_jax.convert --config configs/siglip2_qwen3.py --output published/siglip2_qwen3
     python -m dynfocus_jax.train --config configs/siglip2_qwen3.py:stage=align \
@@ -62,6 +62,9 @@ def get_config(arg: str = ""):
         }
     )
     config.data.tokenizer = "published/Qwen3-4B-Instruct-2507"
+    config.data.image_layout = "stretch"  # as SigLIP's own preprocessing
     if chosen["stage"] == "align":
         return common.align(config, trainable=(*common.PROJECTORS[:2], "text_encoder/.*"))
-    return common.instruct(config, trainable=("language/.*", "connector/.*", "text_encoder/.*"))
+    common.instruct(config, trainable=("language/.*", "connector/.*", "text_encoder/.*"))
+    config.data.template = "chatml"
+    return config
