@@ -16,7 +16,7 @@ from dynfocus_jax.data.prepare import check_weights, make_tokenizer, prepare
 from dynfocus_jax.models.dynfocus import build_model
 from dynfocus_jax.validation import validate
 from tests.commands import REPOSITORY, command
-from tests.data.published_tokenizers import bert_folder, llama_folder
+from tests.data.published_tokenizers import bert_folder, llama_folder, qwen_folder
 
 EVERY = (
     *(("align_7b", ""), ("instruct_7b", "")),
@@ -51,7 +51,9 @@ def test_stages_of_the_paper(name, arg):
         "align": (256, 1e-3, "plain_guided", 790_000),
         "instruct": (32, 2e-5, "vicuna_v1", 763_000),
     }[stage.name]
-    assert (stage.batch_size, stage.learning_rate, config.data.template) == expected[:3]
+    assert (stage.batch_size, stage.learning_rate) == expected[:2]
+    qwen = name == "siglip2_qwen3" and stage.name == "instruct"
+    assert config.data.template == ("chatml" if qwen else expected[2])
     assert stage.steps == expected[3] // stage.batch_size
     assert (stage.schedule, stage.warmup, stage.weight_decay) == ("cosine", 0.03, 0.0)
     assert (config.model.dtype, config.model.language.remat) == ("bfloat16", "full")
@@ -192,20 +194,20 @@ def test_a_configuration_that_builds_on_nothing_needs_no_weights():
     check_weights(load_config("toy"))
 
 
-@pytest.mark.parametrize("name", ["align_7b", "siglip2_qwen3"])
-def test_without_data_or_tokenizers(name, tmp_path):
+@pytest.mark.parametrize(("name", "folder"), [("align_7b", llama_folder), ("siglip2_qwen3", qwen_folder)])
+def test_without_data_or_tokenizers(name, folder, tmp_path):
     config = load_config(name)
     config.data.root = str(tmp_path / "absent")
     with pytest.raises(UserError, match=r"config.data.root is '.*absent', which is not a folder"):
         prepare(config.data)
     with pytest.raises(UserError, match=rf"{config.data.tokenizer} is no tokenizer: expected a folder"):
         make_tokenizer(config, tmp_path / "vocabulary.json")
-    config.data.tokenizer = str(llama_folder(tmp_path / "vicuna"))
+    config.data.tokenizer = str(folder(tmp_path / "published"))
     with pytest.raises(UserError, match=r"published/bert-base-uncased is no BERT vocabulary: .*vocab\.txt"):
         make_tokenizer(config, tmp_path / "vocabulary.json")
     config.data.query_tokenizer = str(bert_folder(tmp_path / "bert"))
     tokenizer = make_tokenizer(config, tmp_path / "vocabulary.json")
-    assert tokenizer.eos_id == 2
+    assert tokenizer.eos_id == 2  # </s>, <|im_end|>
     config.data.query_tokenizer = None
     config.model.text_encoder.vocab_size = 400
     with pytest.raises(UserError, match=r"text_encoder\.vocab_size is 400.*config\.data\.query_tokenizer"):
