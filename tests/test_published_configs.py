@@ -209,8 +209,8 @@ def test_without_data_or_tokenizers(name, folder, tmp_path):
     tokenizer = make_tokenizer(config, tmp_path / "vocabulary.json")
     assert tokenizer.eos_id == 2  # </s>, <|im_end|>
     config.data.query_tokenizer = None
-    config.model.text_encoder.vocab_size = 400
-    with pytest.raises(UserError, match=r"text_encoder\.vocab_size is 400.*config\.data\.query_tokenizer"):
+    config.model.text_encoder.vocab_size = 100
+    with pytest.raises(UserError, match=r"text_encoder\.vocab_size is 100.*config\.data\.query_tokenizer"):
         make_tokenizer(config, tmp_path / "vocabulary.json")
 
 
