@@ -217,6 +217,23 @@ def default_config() -> ConfigDict:
             "focus_videos": 2,  # rows of focus.png; 0 for no picture
         }
     )
+    config.generation = ConfigDict(
+        {
+            "num_frames": placeholder(int),  # of a video; None: evaluation.media_frames
+            "max_new_tokens": 256,  # of an answer
+            "max_length": placeholder(int),  # visual and text tokens, answer included; None: no limit
+            "temperature": 0.0,  # 0: greedy
+            "top_k": 0,  # candidates; 0: all
+            "top_p": 1.0,
+            "end_tokens": (),  # special tokens that end an answer, beside the tokenizer's eos_token
+            # Sizes that programs are compiled for; what is smaller is padded to the next one
+            "frames": (),  # frames of a clip; (): 1 and num_frames
+            "text": (32, 128, 512, 2048),  # text tokens of a prompt; more: the next multiple of the last
+            "batch": (1, 4, 16),  # answers that are decoded together; the last is the most
+            "cache": 128,  # positions of the key-value cache: a multiple of this
+            "looks": 16,  # (video, prompt) pairs whose visual tokens are kept for later questions
+        }
+    )
     return config.lock()
 
 

@@ -1,5 +1,6 @@
 """Checks of a whole configuration, before anything is built from it."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -235,6 +236,26 @@ def validate_model(config: ConfigDict) -> None:
     _regular_expressions("config.weights.skip", config.weights.skip)
 
 
+def _validate_generation(generation: ConfigDict) -> None:
+    from dynfocus_jax.serving.sampling import SamplingParams, check_sampling
+
+    where = "config.generation"
+    positive(generation, where, "max_new_tokens", "cache")
+    for key in ("num_frames", "max_length"):
+        if generation[key] is not None:
+            positive(generation, where, key)
+    require(generation.looks >= 0, f"{where}.looks is {generation.looks}, expected at least 0.")
+    check_sampling(SamplingParams(generation.temperature, generation.top_k, generation.top_p), where)
+    for key in ("frames", "text", "batch"):
+        sizes = generation[key]
+        require(
+            (key == "frames" or len(sizes) > 0)
+            and all(type(size) is int and size > 0 for size in sizes)
+            and all(small < large for small, large in itertools.pairwise(sizes)),
+            f"{where}.{key} is {sizes}, expected ascending sizes greater than 0.",
+        )
+
+
 def validate(config: ConfigDict, devices: int = 1) -> None:
     """Check every field before anything is built.
 
@@ -272,6 +293,7 @@ def validate(config: ConfigDict, devices: int = 1) -> None:
     _validate_mesh(config.mesh)
     _validate_checkpoint(config.checkpoint)
     positive(config, "config", "log_every")
+    _validate_generation(config.generation)
     evaluation = config.evaluation
     if evaluation.annotations is not None:
         positive(

@@ -8,12 +8,15 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def command(name: str, *arguments, timeout: float = 600, **environment: str) -> tuple[int, str, str]:
+def command(
+    name: str, *arguments, timeout: float = 600, input: str = "", **environment: str
+) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of `python -m dynfocus_jax.<name>`, started in the repository."""
     done = subprocess.run(
         [sys.executable, "-m", f"dynfocus_jax.{name}", *map(str, arguments)],
         cwd=REPOSITORY,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
+        input=input,
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -167,6 +167,29 @@ def test_values_of_a_stage(fields, parts):
     refuse(config, *parts, devices=2)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "parts"),
+    [
+        ("num_frames", 0, ("num_frames is 0",)),
+        ("max_new_tokens", 0, ("max_new_tokens is 0",)),
+        ("max_length", -1, ("max_length is -1",)),
+        ("temperature", -0.5, ("temperature is -0.5",)),
+        ("top_p", 0.0, ("top_p is 0.0",)),
+        ("top_k", -1, ("top_k is -1",)),
+        ("text", (), ("generation.text is ()",)),
+        ("text", (128, 32), ("generation.text is (128, 32)", "ascending")),
+        ("batch", (0, 4), ("generation.batch is (0, 4)",)),
+        ("frames", (4, 4), ("generation.frames is (4, 4)",)),
+        ("cache", 0, ("generation.cache is 0",)),
+        ("looks", -1, ("looks is -1",)),
+    ],
+)
+def test_values_of_generation(field, value, parts):
+    config = toy()
+    config.generation[field] = value
+    refuse(config, *parts)
+
+
 def test_other_values():
     config = toy()
     config.evaluation.batch_size = 63

@@ -152,22 +152,32 @@ def test_chat_gives_the_answer_and_the_focus_of_the_evaluation(run, heldout, tmp
     prediction = lines_of(workdir / "predictions.jsonl")[0]
     (record,) = [r for r in json.loads((heldout / "heldout.json").read_text()) if r["id"] == prediction["id"]]
     picture = tmp_path / "focus.png"
+    arguments = [f"--checkpoint={workdir}", f"--video={heldout / record['video']}"]
+    limit = tiny_config().evaluation.max_new_tokens
     code, stdout, stderr = command(
         "chat",
-        f"--workdir={workdir}",
-        f"--video={heldout / record['video']}",
+        *arguments,
         f"--question={prediction['question']}",
         f"--focus_picture={picture}",
+        f"--max_new_tokens={limit}",
     )
     assert code == 0, stderr
-    answer, focus = stdout.splitlines()
+    answer, took, drawn = stdout.splitlines()
     assert answer == (prediction["prediction"] or "(no answer)")
-    assert [int(i) for i in re.findall(r"(\d+) \(\d+\.\d\d s, score \d\.\d\d\)", focus)] == prediction[
-        "focus"
-    ]
-    assert focus.endswith("of 16; 48 visual tokens")
+    assert [int(i) for i in re.findall(r"(\d+) \(\d+\.\d\d s, score \d\.\d\d\)", took)] == prediction["focus"]
+    assert "16 frames: 2 cones of 10 tokens, 14 rods of 2" in took
+    assert "48 visual and" in took
+    assert drawn == f"drawn to {picture}"
     with Image.open(picture) as image:
         assert image.size[0] > 1000
+
+    again = command(
+        "chat", *arguments, f"--max_new_tokens={limit}", input=f"{prediction['question']}\n/nothing\n/quit\n"
+    )
+    assert again[0] == 0, again[2]
+    first, _, error = again[1].splitlines()
+    assert first == answer
+    assert error.startswith("error: /nothing is no command")
 
 
 def chat_fails(*arguments):
@@ -180,31 +190,19 @@ def chat_fails(*arguments):
 
 
 def test_chat_about_a_missing_file(run):
-    line = chat_fails(f"--workdir={run[0]}", "--video=nowhere.mp4", "--question=what shape is red ?")
+    line = chat_fails(f"--checkpoint={run[0]}", "--video=nowhere.mp4", "--question=what shape is red ?")
     assert "nowhere.mp4: no such file" in line
 
 
 def test_chat_about_a_file_that_is_no_video(run, tmp_path):
     text = tmp_path / "text.mp4"
     text.write_text("not a video")
-    line = chat_fails(f"--workdir={run[0]}", f"--video={text}", "--question=what shape is red ?")
+    line = chat_fails(f"--checkpoint={run[0]}", f"--video={text}", "--question=what shape is red ?")
     assert f"{text}: not a readable video" in line
-
-
-@pytest.mark.parametrize("question", ["", "  "])
-def test_chat_without_a_question(run, question):
-    assert "--question is missing or empty" in chat_fails(
-        f"--workdir={run[0]}", "--video=a.mp4", f"--question={question}"
-    )
-
-
-def test_chat_with_an_unknown_workdir(tmp_path):
-    line = chat_fails(f"--workdir={tmp_path}", "--video=a.mp4", "--question=what ?")
-    assert f"{tmp_path} has no config.json" in line
 
 
 def test_chat_with_an_unfinished_run(run):
     unfinished = run[0].parent / "unfinished"
-    line = chat_fails(f"--workdir={unfinished}", "--video=a.mp4", "--question=what ?")
+    line = chat_fails(f"--checkpoint={unfinished}", "--video=a.mp4", "--question=what ?")
     assert "instruct" in line
     assert "finish the training run" in line

@@ -164,13 +164,18 @@ def encode_prompt(
     max_length: int | None = None,
     has_visual: bool = True,
     visual_at_end: bool = False,
+    answer_start: str = "",
 ) -> Conversation:
     """Tokens up to where the answer to `question` starts: a prefix of what `encode_conversation` gives.
 
+    answer_start: words that the answer is made to begin with, at the end of the prompt then.
     Raises SampleError as `encode_conversation` does.
     """
     turns = [*history, (question, None)]
-    conversation = _encode(tokenizer, _chunks(turns, template, has_visual, visual_at_end))
+    chunks = _chunks(turns, template, has_visual, visual_at_end)
+    if answer_start:
+        chunks[-1].append(_Piece(template.answer_space + answer_start, said=True))
+    conversation = _encode(tokenizer, chunks)
     _check_length(conversation, max_length)
     return conversation._replace(loss_mask=np.zeros_like(conversation.loss_mask))
 

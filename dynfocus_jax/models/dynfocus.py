@@ -26,6 +26,14 @@ class Output(NamedTuple):
     visual: VisualTokens
 
 
+class Prompts(NamedTuple):
+    """The text of a batch of prompts, as in `Batch`."""
+
+    tokens: jax.Array  # int32 [B, Lt]
+    length: jax.Array  # int32 [B]
+    visual_position: jax.Array  # int32 [B]
+
+
 def build_model(config: ConfigDict, connector: str) -> "DynFocus":
     """The model of a whole configuration with the connector of a stage."""
     model = config.model.copy_and_resolve_references()
@@ -85,7 +93,7 @@ class DynFocus(nn.Module):
             return self.vision(frames, keep_cls=True)
         return frames.astype(self.config.dtype)
 
-    def _joined(self, batch: Batch, visual: VisualTokens) -> tuple[jax.Array, jax.Array]:
+    def _joined(self, batch: Batch | Prompts, visual: VisualTokens) -> tuple[jax.Array, jax.Array]:
         """Text with the visual tokens in their place: embeddings `[B, L, D]` and lengths `[B]`.
 
         L is Lt + Lv, rounded up to a multiple of the devices that share the sequence.
@@ -125,11 +133,18 @@ class DynFocus(nn.Module):
     def prefill(self, batch: Batch, max_new_tokens: int) -> tuple[jax.Array, Cache, VisualTokens]:
         """Read prompts: logits `[B, V]` of the first answer token, the cache with room for the answer."""
         visual = self.visual_tokens(batch)
-        embeddings, lengths = self._joined(batch, visual)
+        logits, cache = self.read(batch, visual, max_new_tokens)
+        return logits, cache, visual
+
+    def read(
+        self, prompts: Batch | Prompts, visual: VisualTokens, max_new_tokens: int
+    ) -> tuple[jax.Array, Cache]:
+        """`prefill` of prompts whose visual tokens are known."""
+        embeddings, lengths = self._joined(prompts, visual)
         cache = self.language.empty_cache(embeddings.shape[0], embeddings.shape[1] + max_new_tokens)
         hidden, cache = self.language(embeddings, lengths, cache)
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
-        return self.language.logits(last[:, 0]), cache, visual
+        return self.language.logits(last[:, 0]), cache
 
     def decode(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """One step: `tokens [B]` -> logits `[B, V]` of the next token and the extended cache."""

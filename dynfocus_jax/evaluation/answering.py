@@ -1,0 +1,145 @@
+"""The questions of one process, answered batch by batch; every one of them gets an entry."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol
+
+from dynfocus_jax.data.conversation import SampleError
+from dynfocus_jax.data.images import MediaError
+from dynfocus_jax.evaluation.grading import grade_one
+from dynfocus_jax.evaluation.predictions import Predictions
+from dynfocus_jax.evaluation.prompting import Clips, prompt_of
+from dynfocus_jax.evaluation.questions import Question
+from dynfocus_jax.serving.engine import Completion, Request
+
+
+class Answerer(Protocol):
+    """What is needed of `serving.engine.Engine`."""
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """An answer for each request, in their order."""
+
+
+class Progress(NamedTuple):
+    """What became of the questions so far."""
+
+    answered: int = 0
+    failed: int = 0
+
+
+def share_of(questions: Sequence[Question], process: int, processes: int) -> list[Question]:
+    """The questions of a process: those about the same video are together, and nobody else has them.
+
+    It depends on all questions, not on what is answered already, so no two runs or processes overlap.
+    """
+    videos = {path: number for number, path in enumerate(dict.fromkeys(q.media for q in questions))}
+    mine = [question for question in questions if videos[question.media] % processes == process]
+    return sorted(mine, key=lambda question: videos[question.media])
+
+
+def answer(
+    benchmark: str,
+    questions: Sequence[Question],
+    engine: Answerer,
+    clips: Clips,
+    settings: Mapping,
+    predictions: Predictions,
+    *,
+    batch_size: int,
+    threads: int,
+    progress: Callable[[Progress], None] = lambda done: None,
+) -> Progress:
+    """Answers those of `questions` that have no answer yet, and adds an entry for each.
+
+    settings: the benchmark's section of configs/benchmarks.py. What cannot be read or answered gets an entry
+    without a prediction, with its reason.
+    """
+    done = Progress()
+
+    def add(question: Question, prediction: str | None, reason: str = "", **more) -> None:
+        nonlocal done
+        predictions.add(entry_of(benchmark, question, prediction, reason) | more)
+        done = Progress(done.answered + (prediction is not None), done.failed + (prediction is None))
+        progress(done)
+
+    def answer_batch(batch: list[tuple[Question, Request]]) -> None:
+        completions = engine.generate([request for _, request in batch])
+        for (question, _), completion in zip(batch, completions, strict=True):
+            if completion.finish_reason == "error":
+                add(question, None, completion.error or "the model gave no answer")
+            else:
+                counts = {
+                    "visual_tokens": completion.visual_tokens,
+                    "prompt_tokens": completion.prompt_tokens,
+                }
+                add(question, completion.text, finish_reason=completion.finish_reason, **counts)
+
+    def ask(question: Question) -> Request | str:
+        """The request, or why there is none."""
+        try:
+            return request_of(question, clips, settings)
+        except (MediaError, SampleError, OSError) as error:
+            return str(error)
+
+    todo = [question for question in questions if not predictions.answered(question.id)]
+    batch: list[tuple[Question, Request]] = []
+    with ThreadPoolExecutor(threads) as pool:
+        for question, request in _ahead(pool, ask, todo, max(2 * threads, batch_size)):
+            if isinstance(request, str):
+                add(question, None, request)
+                continue
+            batch.append((question, request))
+            if len(batch) == batch_size:
+                answer_batch(batch)
+                batch = []
+        if batch:
+            answer_batch(batch)
+    return done
+
+
+def request_of(question: Question, clips: Clips, settings: Mapping) -> Request:
+    """What the engine is asked, greedily.
+
+    Raises:
+      MediaError: the video or its subtitles cannot be read.
+    """
+    clip = clips.read(question)
+    lines = clips.subtitles(question, clip) if settings["subtitles"] else []
+    return Request(
+        question.id,
+        (("user", prompt_of(question, settings, lines)),),
+        clip=clip,
+        max_new_tokens=settings["free_max_new_tokens" if question.form == "open" else "max_new_tokens"],
+        answer_start=settings["answer_start"] if question.form == "choice" else "",
+    )
+
+
+def entry_of(benchmark: str, question: Question, prediction: str | None, reason: str) -> dict:
+    """A line of the predictions."""
+    graded = grade_one(question, prediction, reason)
+    return {
+        "id": question.id,
+        "benchmark": benchmark,
+        "question": question.question,
+        "options": list(question.options),
+        "prediction": prediction,
+        "parsed": graded.parsed,
+        "answer": question.answer,
+        "correct": graded.correct,
+        "reason": graded.reason,
+    }
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, ask: Callable, questions: Sequence[Question], ahead: int
+) -> Iterator[tuple[Question, Request | str]]:
+    """Questions with their requests, in order; `ahead` of them are being made."""
+    waiting: deque = deque()
+    for question in questions:
+        waiting.append((question, pool.submit(ask, question)))
+        if len(waiting) > ahead:
+            question, future = waiting.popleft()
+            yield question, future.result()
+    for question, future in waiting:
+        yield question, future.result()

@@ -1,0 +1,140 @@
+"""An evaluation on one benchmark: shares the questions over processes, answers them, and reports."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dynfocus_jax.config import RunError, UserError
+from dynfocus_jax.evaluation.answering import Answerer, Progress, answer, share_of
+from dynfocus_jax.evaluation.benchmarks import BENCHMARKS
+from dynfocus_jax.evaluation.grading import grade
+from dynfocus_jax.evaluation.judge import Judge
+from dynfocus_jax.evaluation.predictions import Predictions
+from dynfocus_jax.evaluation.prompting import Clips
+from dynfocus_jax.evaluation.questions import Question, fingerprint
+from dynfocus_jax.evaluation.report import format_table, summarize, write_json
+from dynfocus_jax.version import code_version
+
+RESULTS, RUN, SUBMISSION, TABLE = "results.json", "run.json", "submission.json", "table.txt"
+
+
+class Share(NamedTuple):
+    """Which process of how many this is."""
+
+    process: int = 0
+    processes: int = 1
+
+
+ALONE = Share()
+
+
+def begin(output: Path, name: str, questions: Sequence[Question], about: Mapping) -> None:
+    """Keeps what the predictions of a folder depend on, and takes old results away. Process 0 calls it.
+
+    Raises:
+      UserError: the folder holds predictions of something else.
+    """
+    described = json.loads(json.dumps({"benchmark": name, "questions": fingerprint(questions), **about}))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        kept = (
+            json.loads((output / RUN).read_text(encoding="utf-8")) if (output / RUN).exists() else described
+        )
+        changed = sorted(key for key in described.keys() | kept.keys() if described.get(key) != kept.get(key))
+        if changed:
+            then, now = (json.dumps(each.get(changed[0])) for each in (kept, described))
+            raise UserError(
+                f"--output {str(output)!r} holds predictions made with other {changed[0]} ({_short(then)} "
+                f"then, {_short(now)} now); choose another folder, or remove this one."
+            )
+        write_json(output / RUN, described)
+        for stale in (RESULTS, TABLE, SUBMISSION, *(path.name for path in output.glob("finished.*"))):
+            (output / stale).unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--output {str(output)!r} cannot be used ({error}); choose another folder."
+        ) from None
+
+
+def run(
+    output: Path,
+    name: str,
+    questions: Sequence[Question],
+    engine: Answerer,
+    clips: Clips,
+    settings: Mapping,
+    *,
+    share: Share = ALONE,
+    judge: Judge | None = None,
+    batch_size: int = 16,
+    threads: int = 2,
+    progress: Callable[[Progress], None] = lambda done: None,
+    file_name: str = "predictions.jsonl",
+    wait: float = 1.0,
+) -> dict:
+    """Answers this process's questions; the first process waits for the others' and writes the results.
+
+    Every process returns the results. The folder is one that all processes see.
+    """
+    predictions = Predictions(output, file_name)
+    mine = share_of(questions, *share)
+    answer(
+        name,
+        mine,
+        engine,
+        clips,
+        settings,
+        predictions,
+        batch_size=batch_size,
+        threads=threads,
+        progress=progress,
+    )
+    if share.process > 0:
+        (output / f"finished.{share.process}").touch()
+        _await([output / RESULTS], wait)
+        return json.loads((output / RESULTS).read_text(encoding="utf-8"))
+    others = [output / f"finished.{number}" for number in range(1, share.processes)]
+    _await(others, wait)
+    results = report(output, name, questions, predictions, judge)
+    for path in others:
+        path.unlink()
+    return results
+
+
+def report(
+    output: Path,
+    name: str,
+    questions: Sequence[Question],
+    predictions: Predictions,
+    judge: Judge | None,
+) -> dict:
+    """Writes and returns the results of all questions.
+
+    Raises:
+      RunError: a question has no entry, the judge does not answer, or the results cannot be written.
+    """
+    benchmark = BENCHMARKS[name]
+    graded = grade(questions, predictions.all())
+    results = summarize(name, benchmark, graded, judge)
+    results["code"] = code_version()
+    results["settings"] = json.loads((output / RUN).read_text(encoding="utf-8"))
+    try:
+        if benchmark.submission is not None:
+            write_json(output / SUBMISSION, benchmark.submission(graded))
+        (output / TABLE).write_text(format_table(results) + "\n", encoding="utf-8")
+        write_json(output / RESULTS, results)  # last: the others wait for it
+    except OSError as error:
+        raise RunError(f"the results cannot be written to {output} ({error.strerror}); make room.") from None
+    return results
+
+
+def _await(files: Sequence[Path], seconds: float) -> None:
+    """Looks every so many seconds whether the files are there. (A process that dies ends the others.)"""
+    while not all(path.exists() for path in files):
+        time.sleep(seconds)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."

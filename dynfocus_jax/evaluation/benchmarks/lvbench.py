@@ -1,0 +1,87 @@
+"""LVBench: multiple choice about hours of video; a question may be of several types."""
+
+import re
+from pathlib import Path
+
+from dynfocus_jax.data.fields import id_of, kind_of, require, text_of
+from dynfocus_jax.data.media_paths import MediaFolder
+from dynfocus_jax.data.prompts import LETTERS
+from dynfocus_jax.evaluation.measures import accuracy_by
+from dynfocus_jax.evaluation.questions import (
+    Question,
+    json_entries,
+    letter_of,
+    media_file,
+    read_questions,
+    texts_of,
+    with_suffixes,
+)
+
+_OPTION = re.compile(r"^\s*\(?([A-Z])[).]\s*(.+?)\s*$")
+# As the paper abbreviates them.
+_TYPES = {
+    "entity recognition": "ER",
+    "event understanding": "EU",
+    "key information retrieval": "KIR",
+    "temporal grounding": "TG",
+    "reasoning": "Rea",
+    "summarization": "Sum",
+}
+
+measure = accuracy_by("question_type", "video_type")
+
+
+def read(annotations: Path, media: MediaFolder) -> list[Question]:
+    """`video_info.meta.jsonl`, a video a line; videos at KEY.mp4 or all_videos/KEY.mp4."""
+
+    def parse(entry: dict) -> list[Question]:
+        key = id_of(entry.get("key"))
+        file = media_file(media, "key", with_suffixes(key, "all_videos", "videos"))
+        asked = entry.get("qa")
+        require(
+            isinstance(asked, list) and all(isinstance(each, dict) for each in asked) and len(asked) > 0,
+            f'field "qa" is {kind_of(asked)}, expected a list of questions',
+        )
+        kind = text_of(entry.get("type"), "type")
+        return [_question(row, f"qa[{i}]", kind, file) for i, row in enumerate(asked)]
+
+    return read_questions(annotations, json_entries(annotations), parse)
+
+
+def _question(row: dict, where: str, kind: str, file: Path) -> Question:
+    question, options = _split(text_of(row.get("question"), f"{where}.question"), where)
+    types = row.get("question_type")
+    require(
+        isinstance(types, list) and len(types) > 0,
+        f'field "{where}.question_type" is {kind_of(types)}, expected a list of types',
+    )
+    names = [text_of(each, f"{where}.question_type") for each in types]
+    return Question(
+        id_of(row.get("uid")),
+        file,
+        question,
+        letter_of(row.get("answer"), f"{where}.answer", options),
+        "choice",
+        options,
+        {
+            "question_type": tuple(dict.fromkeys(_TYPES.get(name.lower(), name) for name in names)),
+            "video_type": (kind,),
+        },
+    )
+
+
+def _split(text: str, where: str) -> tuple[str, tuple[str, ...]]:
+    """A question and its options, which are its last lines: "(A) 1636"."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    options: list[str] = []
+    while lines and (match := _OPTION.match(lines[-1])):
+        options.insert(0, match[2])
+        expected = match[1]
+        lines.pop()
+        if expected == "A":
+            break
+    require(
+        len(options) > 1 and expected == "A" and bool(lines) and len(options) <= len(LETTERS),
+        f'field "{where}.question" has no options (A), (B), ... in its last lines',
+    )
+    return "\n".join(lines), texts_of(options, f"{where}.question")

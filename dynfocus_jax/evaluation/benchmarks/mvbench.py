@@ -1,0 +1,94 @@
+"""MVBench: twenty tasks of multiple choice, a file each; the mean of their accuracies."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from dynfocus_jax.data.entries import list_entries
+from dynfocus_jax.data.fields import path_of, span_of, text_of
+from dynfocus_jax.data.media_paths import MediaFolder
+from dynfocus_jax.evaluation.measures import mean_over
+from dynfocus_jax.evaluation.questions import (
+    Question,
+    files_below,
+    letter_of,
+    media_file,
+    read_questions,
+    texts_of,
+)
+
+
+class _Task(NamedTuple):
+    place: str  # of its videos
+    bounded: bool = False  # the question is about the seconds from "start" to "end"
+    frames: bool = False  # a video is a folder of frames, three a second
+
+
+_CHARADES, _CLEVRER, _PERCEPTION = "star/Charades_v1_480", "clevrer/video_validation", "perception/videos"
+_TASKS = {
+    "action_sequence": _Task(_CHARADES, bounded=True),
+    "action_prediction": _Task(_CHARADES, bounded=True),
+    "action_antonym": _Task("ssv2_video"),
+    "fine_grained_action": _Task("Moments_in_Time_Raw/videos"),
+    "unexpected_action": _Task("FunQA_test/test"),
+    "object_existence": _Task(_CLEVRER),
+    "object_interaction": _Task(_CHARADES, bounded=True),
+    "object_shuffle": _Task(_PERCEPTION),
+    "moving_direction": _Task(_CLEVRER),
+    "action_localization": _Task("sta/sta_video", bounded=True),
+    "scene_transition": _Task("scene_qa/video"),
+    "action_count": _Task(_PERCEPTION),
+    "moving_count": _Task(_CLEVRER),
+    "moving_attribute": _Task(_CLEVRER),
+    "state_change": _Task(_PERCEPTION),
+    "fine_grained_pose": _Task("nturgbd"),
+    "character_order": _Task(_PERCEPTION),
+    "egocentric_navigation": _Task("vlnqa"),
+    "episodic_reasoning": _Task("tvqa/frames_fps3_hq", bounded=True, frames=True),
+    "counterfactual_inference": _Task(_CLEVRER),
+}
+
+measure = mean_over("task", named="mean_accuracy")
+
+
+def read(annotations: Path, media: MediaFolder) -> list[Question]:
+    """A folder with the files TASK.json, or in its subfolder "json"; a single one of them for one task.
+
+    Videos are where the published archives put them, below the media folder or its subfolder "video".
+    """
+    files = (
+        {annotations.name: annotations}
+        if annotations.is_file()
+        else files_below(annotations, [f"{task}.json" for task in _TASKS])
+    )
+    questions = []
+    for file in files.values():
+        questions += _read_task(file, media)
+    return questions
+
+
+def _read_task(file: Path, media: MediaFolder) -> list[Question]:
+    name = file.stem
+    task = _TASKS.get(name, _Task(""))
+
+    def parse(entry: dict) -> Question:
+        options = texts_of(entry.get("candidates"), "candidates")
+        video = text_of(entry.get("video"), "video")
+        places = [f"{task.place}/{video}", f"video/{task.place}/{video}", video]
+        if task.frames:
+            place = next(filter(media.has, places), places[0])
+            path = path_of(f"{place}/00001.jpg", "video", media).parent
+        else:
+            path = media_file(media, "video", places)
+        return Question(
+            f"{name}/{video}",
+            path,
+            text_of(entry.get("question"), "question"),
+            letter_of(entry.get("answer"), "answer", options),
+            "choice",
+            options,
+            {"task": (name,)},
+            span=span_of(entry) if task.bounded else None,
+            about={"frames_per_second": 3.0} if task.frames else {},
+        )
+
+    return read_questions(file, list_entries(file), parse)

@@ -1,0 +1,72 @@
+"""Video-MME: multiple choice by duration, domain and type of question; with subtitles or without."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+from dynfocus_jax.data.fields import id_of, kind_of, require, text_of
+from dynfocus_jax.data.media_paths import MediaFolder
+from dynfocus_jax.evaluation.measures import accuracy_by
+from dynfocus_jax.evaluation.questions import (
+    Question,
+    json_entries,
+    letter_of,
+    media_file,
+    read_questions,
+    texts_of,
+    with_suffixes,
+    word_of,
+)
+
+measure = accuracy_by("duration", "domain", "sub_category", "task_type")
+
+
+def read(annotations: Path, media: MediaFolder) -> list[Question]:
+    """Videos with their list of "questions", or (as on the Hugging Face hub) a row a question.
+
+    Videos are at NAME.mp4 or data/NAME.mp4, subtitles at subtitle/NAME.srt, NAME being the video's name on
+    YouTube ("videoID", or the v of "url") or its "video_id".
+    """
+
+    def parse(entry: dict) -> list[Question]:
+        rows = entry.get("questions", [entry])
+        require(
+            isinstance(rows, list) and all(isinstance(row, dict) for row in rows) and len(rows) > 0,
+            f'field "questions" is {kind_of(rows)}, expected a list of questions',
+        )
+        return [_question(entry, row, media) for row in rows]
+
+    return read_questions(annotations, json_entries(annotations), parse)
+
+
+def _question(video: dict, row: dict, media: MediaFolder) -> Question:
+    options = tuple(_without_letter(option) for option in texts_of(row.get("options"), "options"))
+    names = _names(video)
+    subtitles = [f"{folder}/{name}.srt" for folder in ("subtitle", "subtitles") for name in names]
+    subtitle = next(filter(media.has, subtitles), None)
+    groups = {key: (word_of(video.get(key), key),) for key in ("duration", "domain", "sub_category")}
+    return Question(
+        id_of(row.get("question_id")),
+        media_file(media, "video", [place for n in names for place in with_suffixes(n, "data", "videos")]),
+        text_of(row.get("question"), "question"),
+        letter_of(row.get("answer"), "answer", options),
+        "choice",
+        options,
+        groups | {"task_type": (text_of(row.get("task_type"), "task_type"),)},
+        subtitles=subtitle and media.file(subtitle),
+    )
+
+
+def _names(video: dict) -> Sequence[str]:
+    address = video.get("url") if isinstance(video.get("url"), str) else ""
+    watched = parse_qs(urlsplit(address).query).get("v", [])
+    ids = [video[key] for key in ("videoID", "video_id") if video.get(key) not in (None, "")]
+    names = [word_of(name, "videoID") for name in [*ids[:-1], *watched, *ids[-1:]]]
+    require(bool(names), 'has neither "videoID" nor "video_id"')
+    return names
+
+
+def _without_letter(option: str) -> str:
+    """ "A. Apples." is "Apples."."""
+    head, dot, rest = option.partition(".")
+    return rest.strip() if dot and len(head) == 1 and rest.strip() else option

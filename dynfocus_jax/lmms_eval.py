@@ -1,0 +1,18 @@
+"""The entry point of lmms-eval's plugins: makes the model `dynfocus_jax` known to it.
+
+    pip install dynfocus_jax[lmms-eval]
+    lmms-eval --model dynfocus_jax --model_args checkpoint=runs/instruct --tasks videomme --batch_size 4
+
+lmms-eval loads this whichever model it runs: neither JAX nor the model is imported here.
+"""
+
+
+def manifest():
+    """What lmms-eval asks a plugin for: the model's names, and the class to import when one is chosen."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(
+        model_id="dynfocus_jax",
+        chat_class_path="dynfocus_jax.evaluation.lmms_model.DynFocus",
+        aliases=("dynfocus",),
+    )

@@ -1,0 +1,138 @@
+"""The compiled programs of the engine: look, read a prompt, give it a row of a batch, decode a token a row.
+
+Each is compiled once for a shape. Prompts are read a few at a time, as many as the mesh has shares of a
+batch, and put into the batch that is decoded: memory is bounded, and a prompt is padded little.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dynfocus_jax.batch import Batch
+from dynfocus_jax.models.connectors import VisualTokens
+from dynfocus_jax.models.dynfocus import DynFocus, Prompts
+from dynfocus_jax.models.llama import Cache
+from dynfocus_jax.parallel.sharding import LOGICAL, batch_sharding, on_mesh, replicated
+from dynfocus_jax.serving.sampling import Rows, choose
+
+
+class Look(NamedTuple):
+    """What the model makes of one clip: `tokens [1, Lv, D]`, `count [1]` of them valid.
+
+    focus: bool `[1, T]`, the frames that are cones; scores: float32 `[1, T]`; None without a selection.
+    """
+
+    tokens: jax.Array
+    count: jax.Array
+    focus: jax.Array | None
+    scores: jax.Array | None
+
+
+class State(NamedTuple):
+    """Answers that are decoded together, `[B]` each: the last token, how many there are and may be.
+
+    done: bool, whether an answer has ended; rows: how tokens are chosen.
+    """
+
+    cache: Cache
+    tokens: jax.Array
+    made: jax.Array
+    limit: jax.Array
+    done: jax.Array
+    rows: Rows
+
+
+class Programs(NamedTuple):
+    """Jitted functions.
+
+    look: (params, batch of one clip, its text unused) -> Look
+    read: (params, prompts [R], tuple of R visual tokens [1, Lv, D], counts [R]) -> logits [R, V], Cache
+    empty: (B, S) -> State without answers
+    admit: (state, slot, logits, cache, rows, limit) -> state, first tokens int32 [R]; the state is donated.
+      Row i of R becomes row `i * B / R + slot` of B: every device keeps the rows that it has read.
+    decode: (params, state) -> state, tokens int32 [B], the pad token where an answer has ended; donated.
+    """
+
+    look: Callable[..., Look]
+    read: Callable[..., tuple[jax.Array, Cache]]
+    empty: Callable[[int, int], State]
+    admit: Callable[..., tuple[State, jax.Array]]
+    decode: Callable[..., tuple[State, jax.Array]]
+
+
+def make_programs(model: DynFocus, mesh: Mesh, end_ids: Sequence[int], pad_id: int) -> Programs:
+    """The programs of a model on a mesh.
+
+    end_ids: tokens that end an answer, of which they are the last; pad_id: what follows.
+    """
+    rows, copies = batch_sharding(mesh), replicated(mesh)
+    heads = "tensor" if model.config.language.kv_heads % mesh.shape["tensor"] == 0 else None
+    keys = NamedSharding(mesh, PartitionSpec(None, LOGICAL["batch"], None, heads, None))
+    cache_layout = Cache(keys, keys, rows)
+    layout = State(cache_layout, rows, rows, rows, rows, Rows(rows, rows, rows, rows))
+    ends = np.asarray(sorted(end_ids), np.int32)
+
+    @partial(jax.jit, out_shardings=copies)
+    def look(params: dict, batch: Batch) -> Look:
+        with on_mesh(mesh):
+            visual = model.apply({"params": params}, batch, method=DynFocus.visual_tokens)
+        chosen = visual.selection
+        if chosen is None or chosen.frames.shape[1] == 0:
+            return Look(visual.tokens, visual.count, None, None)
+        total = batch.frame_mask.shape[1]
+        slots = jnp.where(chosen.valid, chosen.frames, total)
+        focus = jax.nn.one_hot(slots, total, dtype=bool).any(axis=1)
+        return Look(visual.tokens, visual.count, focus, chosen.frame_scores)
+
+    @partial(jax.jit, out_shardings=(rows, cache_layout))
+    def read(params, prompts: Prompts, tokens: tuple[jax.Array, ...], count: jax.Array):
+        visual = VisualTokens(jnp.concatenate(tokens), mask=None, count=count, selection=None)
+        with on_mesh(mesh):
+            return model.apply({"params": params}, prompts, visual, 0, method=DynFocus.read)
+
+    @partial(jax.jit, static_argnums=(0, 1), out_shardings=layout)
+    def empty(batch: int, length: int) -> State:
+        cache = model.apply(
+            {}, batch, length, method=lambda module, *size: module.language.empty_cache(*size)
+        )
+        zeros, reals = jnp.zeros(batch, jnp.int32), jnp.zeros(batch)
+        settings = Rows(reals, zeros, reals + 1, zeros.astype(jnp.uint32))
+        return State(cache, zeros, zeros, zeros, zeros == 0, settings)
+
+    def ended(tokens, made, limit):
+        return jnp.isin(tokens, ends) | (made >= limit)
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(layout, copies))
+    def admit(state: State, slot, logits, cache: Cache, settings: Rows, limit):
+        first = choose(logits, settings, jnp.zeros_like(limit))
+        made = jnp.ones_like(limit)
+        done = ended(first, made, limit)
+        tokens = jnp.where(limit > 0, first, pad_id)
+        new = State(cache, tokens, made, limit, done, settings)
+
+        def put(old, new):
+            axis = int(old.ndim > 1)  # of the rows: the first, but of keys and values the second
+            shares = new.shape[axis]
+            view = old.reshape(*old.shape[:axis], shares, -1, *old.shape[axis + 1 :])
+            start = [0] * view.ndim
+            start[axis + 1] = slot
+            new = jnp.expand_dims(new, axis + 1).astype(old.dtype)
+            return jax.lax.dynamic_update_slice(view, new, start).reshape(old.shape)
+
+        return jax.tree.map(put, state, new), tokens
+
+    @partial(jax.jit, donate_argnums=1, out_shardings=(layout, copies))
+    def decode(params: dict, state: State):
+        with on_mesh(mesh):
+            logits, cache = model.apply({"params": params}, state.tokens, state.cache, method=DynFocus.decode)
+        tokens = jnp.where(state.done, pad_id, choose(logits, state.rows, state.made))
+        made = state.made + ~state.done
+        done = state.done | ended(tokens, made, state.limit)
+        return State(cache, tokens, made, state.limit, done, state.rows), tokens
+
+    return Programs(look, read, empty, admit, decode)

@@ -1,0 +1,88 @@
+"""Miniature benchmarks: videos, annotation files as published, and a model that says what a test wants."""
+
+import csv
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+from dynfocus_jax.data.media import MediaReader
+from dynfocus_jax.data.sampling import UNIFORM
+from dynfocus_jax.evaluation.benchmark_run import begin, run
+from dynfocus_jax.evaluation.benchmarks import read_benchmark
+from dynfocus_jax.evaluation.prompting import Clips
+from dynfocus_jax.serving.engine import Completion
+from tests.data.videos import encode, numbered
+
+FRAMES = 4
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "benchmarks.py"
+
+
+class Scripted:
+    """An engine that answers each question with its words in `script`, keeping what it was asked.
+
+    fails: ids whose completion is an error.
+    """
+
+    def __init__(self, script, fails=()):
+        self.script, self.fails, self.requests = dict(script), set(fails), []
+
+    def generate(self, requests):
+        self.requests += requests
+        return [self._complete(request) for request in requests]
+
+    def _complete(self, request):
+        assert len(request.clip.frames) == FRAMES  # every question has its own video in front of it
+        if request.id in self.fails:
+            return Completion(request.id, error="the conversation is too long")
+        return Completion(request.id, self.script[request.id], (1, 2), "stop", 8, 10)
+
+    def asked(self, question_id):
+        """The text of the user's turn of a question."""
+        (request,) = [each for each in self.requests if each.id == question_id]
+        ((role, text),) = request.messages
+        assert role == "user"
+        return text
+
+
+def videos(folder, *names):
+    """Small videos of those names below the folder."""
+    source = folder / ".source.mp4"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not source.exists():
+        encode(source, numbered(8, 32, 32))
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, folder / name)
+    return folder
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def write_csv(path, header, rows):
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def settings(name, **changes):
+    """The section of a benchmark in configs/benchmarks.py."""
+    section = runpy.run_path(str(CONFIG))["get_config"]()[name]
+    section.update(changes)
+    return section
+
+
+def make_clips(limit=FRAMES):
+    return Clips(MediaReader(16), limit, UNIFORM)
+
+
+def evaluate(name, annotations, media, output, engine, **options):
+    """The results of a benchmark with a scripted engine, in one process unless told otherwise."""
+    questions = read_benchmark(name, annotations, media)
+    section = options.pop("settings", settings(name))
+    begin(output, name, questions, {"checkpoint": "scripted"})
+    return run(output, name, questions, engine, make_clips(), section, **options)

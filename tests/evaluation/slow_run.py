@@ -1,0 +1,21 @@
+"""Evaluates the miniature Video-MME slowly, to be killed on the way: arguments ANNOTATIONS MEDIA OUTPUT."""
+
+import sys
+import time
+from pathlib import Path
+
+from tests.evaluation.miniature import Scripted, evaluate
+
+
+class Slow(Scripted):
+    """Takes its time for each batch."""
+
+    def generate(self, requests):
+        time.sleep(0.3)
+        return super().generate(requests)
+
+
+if __name__ == "__main__":
+    annotations, media, output = map(Path, sys.argv[1:])
+    script = dict.fromkeys(("001-1", "001-2", "002-1", "002-1#2"), "A")
+    evaluate("videomme", annotations, media, output, Slow(script), batch_size=1, threads=1)

@@ -1,0 +1,268 @@
+"""Running a benchmark: interrupted, by several processes, with failures, and what it says when it cannot."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from dynfocus_jax.config import RunError, UserError
+from dynfocus_jax.evaluation.answering import share_of
+from dynfocus_jax.evaluation.benchmark_run import Share, begin, report, run
+from dynfocus_jax.evaluation.benchmarks import read_benchmark
+from dynfocus_jax.evaluation.predictions import Predictions
+from tests.evaluation.miniature import (
+    Scripted,
+    evaluate,
+    make_clips,
+    settings,
+    videos,
+    write_csv,
+    write_json,
+)
+from tests.evaluation.test_benchmarks import NEXTQA, videomme
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = dict.fromkeys(("001-1", "001-2", "002-1", "002-1#2"), "A")
+
+
+def results_of(folder):
+    return (folder / "results.json").read_bytes()
+
+
+def entries_of(folder):
+    files = sorted(folder.glob("predictions*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def test_killed_and_resumed(tmp_path):
+    """kill -9 between two answers: the results are those of a run that was left alone, byte for byte."""
+    annotations, media = videomme(tmp_path)
+    command = [sys.executable, "-m", "tests.evaluation.slow_run", annotations, media, tmp_path / "killed"]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    )
+    file = tmp_path / "killed" / "predictions.jsonl"
+    deadline = time.monotonic() + 240
+    while not (file.exists() and file.read_bytes().count(b"\n")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = entries_of(tmp_path / "killed")
+    assert 1 <= len(before) < 5
+    assert not (tmp_path / "killed" / "results.json").exists()
+    engine = Scripted(SCRIPT)
+    evaluate("videomme", annotations, media, tmp_path / "killed", engine)
+    assert {each.id for each in engine.requests} == set(SCRIPT) - {each["id"] for each in before}
+    evaluate("videomme", annotations, media, tmp_path / "alone", Scripted(SCRIPT))
+    assert results_of(tmp_path / "killed") == results_of(tmp_path / "alone")
+
+
+def test_nothing_is_asked_twice(tmp_path):
+    """A second run of a finished one asks only what failed; once that can be read, it counts."""
+    annotations, media = videomme(tmp_path)
+    evaluate("videomme", annotations, media, tmp_path / "out", Scripted(SCRIPT))
+    again = Scripted(SCRIPT)
+    evaluate("videomme", annotations, media, tmp_path / "out", again)
+    assert again.requests == []
+    videos(media, "data/name003.mp4")
+    later = Scripted({"003-1": "A"})
+    results = evaluate("videomme", annotations, media, tmp_path / "out", later)
+    assert [each.id for each in later.requests] == ["003-1"]
+    assert results["failed"] == []
+    assert results["answered"] == 5
+    assert results["closed"]["overall"] == {"accuracy": 2 / 5}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes(tmp_path, processes):
+    """Each answers its own questions, nobody another's, and the results are those of one."""
+    annotations, media = videomme(tmp_path)
+    evaluate("videomme", annotations, media, tmp_path / "one", Scripted(SCRIPT))
+    questions = read_benchmark("videomme", annotations, media)
+    output, engines = tmp_path / "several", [Scripted(SCRIPT) for _ in range(processes)]
+    begin(output, "videomme", questions, {"checkpoint": "scripted"})
+    returned = {}
+
+    def work(process):
+        name = "predictions.jsonl" if process == 0 else f"predictions.{process}.jsonl"
+        share = Share(process, processes)
+        returned[process] = run(
+            output,
+            "videomme",
+            questions,
+            engines[process],
+            make_clips(),
+            settings("videomme"),
+            share=share,
+            file_name=name,
+            wait=0.01,
+        )
+
+    threads = [threading.Thread(target=work, args=(process,)) for process in reversed(range(processes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert results_of(output) == results_of(tmp_path / "one")
+    assert [returned[0]] * processes == list(returned.values())
+    asked = [each.id for engine in engines for each in engine.requests]
+    assert sorted(asked) == sorted(SCRIPT)
+    assert sorted(each["id"] for each in entries_of(output)) == sorted([*SCRIPT, "003-1"])
+    # Another number of processes goes on from there.
+    last = Scripted(SCRIPT)
+    evaluate("videomme", annotations, media, output, last)
+    assert last.requests == []
+    assert results_of(output) == results_of(tmp_path / "one")
+
+
+def test_shares_are_disjoint_and_complete(tmp_path):
+    rows = [
+        {"video_name": f"v{i % 5}", "question": "who?", "question_id": str(i), "answer": "x"}
+        for i in range(23)
+    ]
+    annotations = write_json(tmp_path / "qa.json", rows)
+    questions = read_benchmark("msrvtt_qa", annotations, videos(tmp_path / "media", "v0.mp4"))
+    shares = [share_of(questions, process, 3) for process in range(3)]
+    assert sorted(q.id for share in shares for q in share) == sorted(q.id for q in questions)
+    for i, share in enumerate(shares):
+        for other in shares[:i]:
+            assert {q.media for q in share}.isdisjoint(q.media for q in other)
+        names = [q.media for q in share]
+        assert names == sorted(names, key=names.index)  # what is about one video is together
+
+
+def test_an_answer_that_fails_is_recorded_and_wrong(tmp_path):
+    annotations, media = videomme(tmp_path)
+    engine = Scripted(SCRIPT, fails=["001-1"])
+    results = evaluate("videomme", annotations, media, tmp_path / "out", engine)
+    assert results["closed"]["overall"] == {"accuracy": 0.0}
+    assert [each["id"] for each in results["failed"]] == ["001-1", "003-1"]
+    entry = next(each for each in entries_of(tmp_path / "out") if each["id"] == "001-1")
+    assert entry["prediction"] is None
+    assert entry["correct"] is False
+    assert entry["reason"] == "the conversation is too long"
+    assert entry["answer"] == "A"
+
+
+def test_a_broken_video_and_one_that_was_cut(tmp_path):
+    """The questions about the next video are not answered with this one's frames."""
+    annotations, media = videomme(tmp_path)
+    whole = (media / "name002.mp4").read_bytes()
+    (media / "name002.mp4").write_bytes(whole[: len(whole) // 2])
+    (media / "data" / "name001.mp4").write_text("words")
+    videos(media, "data/name003.mp4")
+    engine = Scripted(SCRIPT | {"003-1": "A"})
+    results = evaluate("videomme", annotations, media, tmp_path / "out", engine)
+    assert [each.id for each in engine.requests] == ["003-1"]
+    assert results["closed"]["overall"] == {"accuracy": 1 / 5}
+    assert len(entries_of(tmp_path / "out")) == 5
+
+
+def test_predictions_of_something_else_are_not_mixed(tmp_path):
+    annotations, media = videomme(tmp_path)
+    evaluate("videomme", annotations, media, tmp_path / "out", Scripted(SCRIPT))
+    content = json.loads(annotations.read_text())
+    content[0]["questions"][0]["question"] = "Another?"
+    write_json(annotations, content)
+    with pytest.raises(UserError, match="made with other questions"):
+        evaluate("videomme", annotations, media, tmp_path / "out", Scripted(SCRIPT))
+    questions = read_benchmark("videomme", annotations, media)
+    with pytest.raises(UserError, match=r"other checkpoint \(\"scripted\" then, \"other\" now\)"):
+        begin(tmp_path / "out", "videomme", questions, {"checkpoint": "other"})
+
+
+def test_results_need_every_question(tmp_path):
+    annotations, media = videomme(tmp_path)
+    questions = read_benchmark("videomme", annotations, media)
+    begin(tmp_path / "out", "videomme", questions, {})
+    predictions = Predictions(tmp_path / "out")
+    predictions.add({"id": "001-1", "prediction": "A"})
+    with pytest.raises(RunError, match="4 of 5 questions have no prediction, the first is '001-2'"):
+        report(tmp_path / "out", "videomme", questions, predictions, None)
+
+
+# ---- What cannot be evaluated ---------------------------------------------------------------------------
+
+
+def one_sentence(call):
+    with pytest.raises(UserError) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_files_that_are_missing(tmp_path):
+    annotations, media = videomme(tmp_path)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+
+    def read(name, annotations, media):
+        return one_sentence(lambda: read_benchmark(name, annotations, media))
+
+    assert "--benchmark 'videome' is not known" in read("videome", annotations, media)
+    assert "does not exist" in read("videomme", tmp_path / "no.json", media)
+    assert "is not a folder" in read("videomme", annotations, tmp_path / "no")
+    assert "has none of the videos of 5 questions" in read("videomme", annotations, empty)
+    assert "has none of the files 1_plotQA.json" in read("mlvu", empty, media)
+    assert "test_q.json" in read("activitynet_qa", annotations, media)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda q: q.pop("answer"), 'field "answer" is missing'),
+        (lambda q: q.update(answer="E"), 'field "answer" is'),
+        (lambda q: q.pop("options"), 'field "options" is null'),
+        (lambda q: q.update(options=["A. Red."]), "list of 2 to 26 options"),
+        (lambda q: q.pop("question"), 'field "question" is missing'),
+        (lambda q: q.pop("question_id"), 'field "id" is missing'),
+        (lambda q: q.pop("task_type"), 'field "task_type" is missing'),
+    ],
+)
+def test_a_field_that_is_missing(tmp_path, change, said):
+    """Nothing is left out in silence: an entry that cannot be asked ends the run, by its number."""
+    annotations, media = videomme(tmp_path)
+    content = json.loads(annotations.read_text())
+    change(content[1]["questions"][0])
+    write_json(annotations, content)
+    text = one_sentence(lambda: read_benchmark("videomme", annotations, media))
+    assert f"{annotations}, entry 1: " in text
+    assert said in text
+
+
+def test_a_path_that_leaves_the_media_folder(tmp_path):
+    row = {
+        "video": "../x.mp4",
+        "question": "?",
+        "candidates": ["a", "b"],
+        "answer": "a",
+        "question_type": "ego",
+    }
+    annotations = write_json(tmp_path / "3_ego.json", [row])
+    text = one_sentence(lambda: read_benchmark("mlvu", annotations, videos(tmp_path / "media", "x.mp4")))
+    assert '".."' in text
+
+
+def test_csv_without_a_column_and_files_that_do_not_fit(tmp_path):
+    media = videos(tmp_path / "media", "1.mp4")
+    columns = [column for column in NEXTQA if column != "a4"]
+    annotations = write_csv(tmp_path / "test.csv", columns, [])
+    assert "no column 'a4'" in one_sentence(lambda: read_benchmark("nextqa", annotations, media))
+    write_csv(tmp_path / "test.csv", NEXTQA, [])
+    assert "holds no question" in one_sentence(lambda: read_benchmark("nextqa", annotations, media))
+    row = ["1", 9, 9, 9, "why", 0, "0", "CW", "a", "b", "c", "d", "e"]
+    write_csv(tmp_path / "test.csv", NEXTQA, [row])
+    assert "gsub_test.json cannot be read" in one_sentence(
+        lambda: read_benchmark("nextgqa", annotations, media)
+    )
+    write_json(tmp_path / "gsub_test.json", {"1": {"location": {"5": [[0, 1]]}}})
+    text = one_sentence(lambda: read_benchmark("nextgqa", annotations, media))
+    assert "has a place for '1_5'" in text

@@ -1,0 +1,393 @@
+"""The judge against an endpoint on this machine that misbehaves."""
+
+import itertools
+import json
+import socket
+import threading
+import time
+from email.utils import formatdate
+
+import pytest
+
+from dynfocus_jax.config import RunError, UserError
+from dynfocus_jax.evaluation.judge import Item, Judge, Verdict, summarize
+from dynfocus_jax.evaluation.judge_endpoint import JudgeSettings
+from tests.evaluation.chat_server import chat_server, completion, drip, flood, reset, say, send
+
+KEY = "sk-not-a-real-key"
+YES = "{'pred': 'yes', 'score': 4}"
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+
+
+def settings(server, **changes) -> JudgeSettings:
+    """A judge that waits milliseconds where a real one waits seconds."""
+    url = server if isinstance(server, str) else server.url
+    quick = {"attempts": 3, "timeout": 2.0, "patience": 10.0, "backoff": 0.001, "concurrency": 4}
+    return JudgeSettings("judge-1", **{"base_url": url, "key_variable": "JUDGE_KEY"} | quick | changes)
+
+
+def item(name: str, prediction: str = "a cat") -> Item:
+    fields = {"question": f"what is {name} ?", "answer": "cat", "prediction": prediction}
+    return Item(name, "video_chatgpt_qa", fields)
+
+
+def items(count: int) -> list[Item]:
+    return [item(f"q{i}") for i in range(count)]
+
+
+def test_verdicts_are_in_the_order_of_the_questions_and_hold_what_the_judge_said():
+    def behaviour(handler, asked, _):
+        number = int(asked.question.split("what is q")[1].split()[0])
+        time.sleep(0.05 * (3 - number))  # the last question is answered first
+        say(handler, json.dumps({"pred": "yes" if number % 2 else "no", "score": number}))
+
+    with chat_server(behaviour) as server, Judge(settings(server)) as judge:
+        verdicts = judge.grade(items(4))
+        assert [(v.id, v.correct, v.scores["score"]) for v in verdicts] == [
+            ("q0", False, 0),
+            ("q1", True, 1),
+            ("q2", False, 2),
+            ("q3", True, 3),
+        ]
+        assert {v.reason for v in verdicts} == {None}
+        assert {v.model for v in verdicts} == {"judge-1"}
+    for asked in server.asked:
+        assert asked.path == "/v1/chat/completions"
+        assert asked.headers["Authorization"] == f"Bearer {KEY}"
+        assert asked.body.keys() == {"model", "messages", "temperature", "max_tokens"}
+        assert (asked.body["model"], asked.body["temperature"]) == ("judge-1", 0)
+        assert [m["role"] for m in asked.body["messages"]] == ["system", "user"]
+    record = judge.record()
+    assert record["endpoint"] == server.url
+    assert (record["model"], record["models_served"]) == ("judge-1", ["judge-1"])
+    assert record["rubrics"] == [verdicts[0].rubric]
+    assert record["parameters"] == {"temperature": 0, "max_tokens": 1024}
+    assert KEY not in json.dumps(record)
+
+
+def _stall(handler):
+    time.sleep(2)
+    handler.close_connection = True
+
+
+def _cut_off(handler):
+    send(handler, 200, json.dumps(completion(YES)), Content_Length="5000")
+    handler.close_connection = True
+
+
+MISBEHAVIOUR = {
+    "429": lambda h: send(h, 429, {"error": {"message": "slow down", "code": "rate_limit_exceeded"}}),
+    "429, Retry-After not understood": lambda h: send(h, 429, "", Retry_After="soon"),
+    "429, Retry-After in the past": lambda h: send(h, 429, "", Retry_After=formatdate(0, usegmt=True)),
+    "408": lambda h: send(h, 408, ""),
+    "500": lambda h: send(h, 500, {"error": {"message": "internal"}}),
+    "502 of a proxy": lambda h: send(h, 502, "<html>bad gateway</html>"),
+    "503, error a string": lambda h: send(h, 503, {"error": "overloaded"}),
+    "529": lambda h: send(h, 529, b"\xff\xfe"),
+    "no reply in time": _stall,
+    "a reply that drips": lambda h: drip(h, 2),
+    "a reply without end": flood,
+    "reset": reset,
+    "hung up": lambda h: setattr(h, "close_connection", True),
+    "cut off": _cut_off,
+    "not HTTP": lambda h: (h.wfile.write(b"hello\r\n\r\n"), setattr(h, "close_connection", True)),
+    "not gzip": lambda h: send(h, 200, b"not gzip", Content_Encoding="gzip"),
+    "not JSON": lambda h: send(h, 200, "<html>welcome</html>"),
+    "half of the JSON": lambda h: send(h, 200, json.dumps(completion(YES))[:40]),
+    "JSON, but a list": lambda h: send(h, 200, "[]"),
+    "JSON nested without end": lambda h: send(h, 200, "[" * 100_000),
+    "error in a 200": lambda h: send(h, 200, {"error": {"message": "overloaded"}}),
+    "no choices": lambda h: send(h, 200, {"choices": []}),
+    "content null": lambda h: say(h, None),
+    "content empty": lambda h: say(h, " \n"),
+    "content a list": lambda h: say(h, [{"type": "text", "text": YES}]),
+}
+
+
+@pytest.mark.parametrize("misbehave", MISBEHAVIOUR.values(), ids=MISBEHAVIOUR.keys())
+def test_asks_again_until_there_is_a_reply(misbehave):
+    def behaviour(handler, asked, count):
+        misbehave(handler) if count < 2 else say(handler, YES)
+
+    with chat_server(behaviour) as server, Judge(settings(server, timeout=1.0)) as judge:
+        (verdict,) = judge.grade(items(1))
+    assert (verdict.correct, verdict.scores, verdict.reason) == (True, {"score": 4}, None)
+    assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize("misbehave", MISBEHAVIOUR.values(), ids=MISBEHAVIOUR.keys())
+def test_comes_to_an_end(misbehave):
+    """One question gets nothing but misbehaviour: it is wrong and listed, the others have their marks."""
+
+    def behaviour(handler, asked, _):
+        misbehave(handler) if "what is q1 ?" in asked.question else say(handler, YES)
+
+    with chat_server(behaviour) as server, Judge(settings(server, timeout=1.0)) as judge:
+        verdicts = judge.grade(items(3))
+    assert [v.correct for v in verdicts] == [True, False, True]
+    assert "(after 3 attempts)" in verdicts[1].reason
+    assert len(server.asked) == 3 + 2
+    summary = summarize(verdicts)
+    assert summary["questions"] == 3
+    assert summary["accuracy"] == pytest.approx(2 / 3)
+    assert summary["score"] == pytest.approx(8 / 3)
+    assert summary["failed"] == [{"id": "q1", "reason": verdicts[1].reason}]
+
+
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_waits_as_long_as_the_endpoint_asks(form):
+    def behaviour(handler, asked, count):
+        date = formatdate(time.time() + 2, usegmt=True)  # in whole seconds: one to two from now
+        after = "1" if form == "seconds" else date
+        send(handler, 429, "", Retry_After=after) if count == 0 else say(handler, YES)
+
+    with chat_server(behaviour) as server, Judge(settings(server)) as judge:
+        (verdict,) = judge.grade(items(1))
+    assert verdict.correct
+    assert 0.95 < server.asked[1].at - server.asked[0].at < 3
+
+
+def test_does_not_wait_beyond_its_patience():
+    def behaviour(handler, asked, _):
+        limited = "what is q1 ?" in asked.question
+        send(handler, 429, "", Retry_After="3600") if limited else say(handler, YES)
+
+    start = time.monotonic()
+    with chat_server(behaviour) as server, Judge(settings(server, attempts=100)) as judge:
+        verdicts = judge.grade(items(2))
+    assert time.monotonic() - start < 5
+    assert "429" in verdicts[1].reason
+    assert len(server.asked) == 2
+
+
+def test_waits_grow_and_patience_bounds_their_sum():
+    def behaviour(handler, asked, _):
+        send(handler, 500, "") if "what is q0 ?" in asked.question else say(handler, YES)
+
+    patient = {"attempts": 1000, "backoff": 0.05, "patience": 1.0}
+    start = time.monotonic()
+    with chat_server(behaviour) as server, Judge(settings(server, **patient)) as judge:
+        verdicts = judge.grade(items(2))
+    assert time.monotonic() - start < 5
+    assert verdicts[0].reason
+    times = [asked.at for asked in server.asked if "what is q0 ?" in asked.question]
+    waits = [after - before for before, after in itertools.pairwise(times)]
+    assert 2 <= len(waits) <= 5
+    for number, wait in enumerate(waits):
+        assert wait >= 0.025 * 2**number
+
+
+def test_a_refused_question_is_asked_once_and_the_others_go_on():
+    def behaviour(handler, asked, _):
+        refused = "what is q2 ?" in asked.question
+        complaint = {"error": {"code": "context_length_exceeded", "message": "too long"}}
+        send(handler, 400, complaint) if refused else say(handler, YES)
+
+    with chat_server(behaviour) as server, Judge(settings(server)) as judge:
+        verdicts = judge.grade(items(4))
+    assert [v.correct for v in verdicts] == [True, True, False, True]
+    assert "too long" in verdicts[2].reason
+    assert len(server.asked) == 4
+
+
+FATAL = {
+    "wrong key": (401, {"error": {"message": f"Incorrect API key provided: {KEY}"}}),
+    "no such model": (404, {"error": {"message": "the model does not exist", "code": "model_not_found"}}),
+    "no credit": (429, {"error": {"message": "check your plan", "code": "insufficient_quota"}}),
+    "another address": (301, ""),
+}
+
+
+@pytest.mark.parametrize(("status", "body"), FATAL.values(), ids=FATAL.keys())
+def test_what_no_attempt_can_mend_ends_at_once_in_one_sentence(status, body):
+    with chat_server(lambda handler, *_: send(handler, status, body)) as server:
+        with Judge(settings(server)) as judge, pytest.raises(UserError) as error:
+            judge.grade(items(50))
+        assert len(server.asked) <= 4  # each thread one
+    sentence = str(error.value)
+    assert str(status) in sentence
+    assert "JUDGE_KEY" in sentence
+    assert KEY not in sentence
+    assert "\n" not in sentence
+    assert sentence.endswith(".")
+
+
+def test_an_endpoint_that_is_down_ends_in_one_sentence(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    cache = tmp_path / "cache" / "replies.jsonl"
+    with Judge(settings(url, cache=cache)) as judge, pytest.raises(RunError) as error:
+        judge.grade(items(2))
+    sentence = str(error.value)
+    assert url in sentence
+    assert "no question got a reply" in sentence
+    assert str(cache) in sentence
+    assert "\n" not in sentence
+
+
+def test_gives_up_when_the_endpoint_goes_down_and_goes_on_from_there(tmp_path):
+    up = [True]
+
+    def behaviour(handler, asked, _):
+        if "what is q7 ?" in asked.question:
+            up[0] = False
+        say(handler, YES) if up[0] else send(handler, 503, "")
+
+    one = {"concurrency": 1, "give_up_after": 5, "attempts": 2, "cache": tmp_path / "replies.jsonl"}
+    with chat_server(behaviour) as server:
+        with Judge(settings(server, **one)) as judge:
+            with pytest.raises(RunError, match=r"5 questions in a row got no reply .*503"):
+                judge.grade(items(40))
+            assert len(server.asked) < 2 * 40
+        asked_before = len(server.asked)
+        up[0] = True
+        with Judge(settings(server, **one)) as judge:
+            assert all(v.correct for v in judge.grade([i for i in items(40) if i.id != "q7"]))
+        asked_again = [asked.question for asked in server.asked[asked_before:]]
+        assert len(asked_again) == 39 - 7
+        assert not any(f"what is q{i} ?" in question for question in asked_again for i in range(7))
+
+
+def test_unreadable_replies_are_wrong_and_listed_and_not_kept(tmp_path):
+    cache = tmp_path / "replies.jsonl"
+
+    def behaviour(handler, asked, _):
+        say(handler, "I would rather not say." if "what is q1 ?" in asked.question else YES)
+
+    with chat_server(behaviour) as server:
+        with Judge(settings(server, cache=cache)) as judge:
+            verdicts = judge.grade(items(3))
+        assert [v.correct for v in verdicts] == [True, False, True]
+        assert verdicts[1].scores == {"score": 0}
+        assert verdicts[1].reply == "I would rather not say."
+        assert verdicts[1].reason == "the judge's reply cannot be read"
+        assert len(server.asked) == 4  # the unreadable one twice
+        with Judge(settings(server, cache=cache)) as judge:
+            assert judge.grade(items(3)) == verdicts
+        assert len(server.asked) == 6
+
+
+def test_a_second_reply_may_be_readable():
+    def behaviour(handler, asked, count):
+        say(handler, YES if count else "Sure! Here you go:")
+
+    with chat_server(behaviour) as server, Judge(settings(server)) as judge:
+        assert [v.correct for v in judge.grade(items(2))] == [True, True]
+
+
+def test_replies_are_kept_and_not_asked_for_again(tmp_path):
+    cache = tmp_path / "replies.jsonl"
+    with chat_server(lambda handler, *_: say(handler, YES)) as server:
+        with Judge(settings(server, cache=cache)) as judge:
+            verdicts = judge.grade(items(5))
+            assert judge.grade(items(5)) == verdicts
+        assert len(server.asked) == 5
+        text = cache.read_text()
+        assert KEY not in text
+        lines = text.splitlines(keepends=True)
+        # Killed while it wrote the last line; another line was spoilt.
+        cache.write_text("".join(lines[:3]) + "{nonsense\n" + lines[3] + lines[4][:30])
+        with Judge(settings(server, cache=cache)) as judge:
+            assert judge.grade(items(5)) == verdicts
+        assert len(server.asked) == 6
+        with Judge(settings(server, cache=cache)) as judge:
+            assert judge.grade(items(5)) == verdicts
+            assert judge.record()["models_served"] == ["judge-1"]
+        assert len(server.asked) == 6
+        for change in ({"parameters": {"temperature": 1}}, {"base_url": server.url + "/other"}):
+            with Judge(settings(server, cache=cache)._replace(**change)) as judge:
+                judge.grade(items(5))
+        assert len(server.asked) == 16
+
+
+def test_the_same_question_is_asked_once_and_an_empty_prediction_never():
+    with chat_server(lambda handler, *_: say(handler, YES)) as server, Judge(settings(server)) as judge:
+        verdicts = judge.grade([item("q"), item("q")._replace(id="r"), item("q", " \n"), item("q", "")])
+        assert [v.id for v in verdicts] == ["q", "r", "q", "q"]
+        assert [v.correct for v in verdicts] == [True, True, False, False]
+        assert [v.reason for v in verdicts[2:]] == ["the model gave no answer"] * 2
+        assert judge.grade([item("z", "")])[0].correct is False
+        assert judge.grade([]) == []
+    assert len(server.asked) == 1
+
+
+def test_no_more_at_once_than_asked_for():
+    lock, at_once = threading.Lock(), []
+
+    def behaviour(handler, asked, _):
+        with lock:
+            at_once.append(at_once[-1] + 1 if at_once else 1)
+        time.sleep(0.1)
+        with lock:
+            at_once.append(at_once[-1] - 1)
+        say(handler, YES)
+
+    with chat_server(behaviour) as server, Judge(settings(server, concurrency=3)) as judge:
+        judge.grade(items(12))
+    assert 2 <= max(at_once) <= 3
+
+
+def test_predictions_reach_the_judge_as_they_are():
+    """Signs of templates, quotes, other scripts and a lone surrogate from a broken annotation."""
+    odd = "$answer ${question} {0} %s \\n \"'} 猫\U0001f431\ud83d"
+    with chat_server(lambda handler, *_: say(handler, YES)) as server, Judge(settings(server)) as judge:
+        assert judge.grade([item("q", odd)])[0].correct
+    assert f"Predicted Answer: {odd}\n" in server.asked[0].question
+
+
+def test_mistakes_in_the_settings_end_in_one_sentence(monkeypatch, tmp_path):
+    good = settings("http://127.0.0.1:1/v1")
+    (tmp_path / "file").write_text("")
+    mistakes = [
+        (good._replace(model=" "), "model is not named"),
+        (good._replace(base_url="127.0.0.1:8000"), "expected an address such as"),
+        (good._replace(base_url="http://host:port/v1"), "expected an address such as"),
+        (good._replace(base_url="file:///etc/passwd"), "expected an address such as"),
+        (good._replace(key_variable="NOT_SET_AT_ALL"), "NOT_SET_AT_ALL, which is not set"),
+        (good._replace(attempts=0), "attempts is 0"),
+        (good._replace(backoff=-1), "backoff is -1"),
+        (good._replace(cache=tmp_path / "file" / "replies.jsonl"), "replies.jsonl cannot be used"),
+    ]
+    for wrong, expected in mistakes:
+        with pytest.raises(UserError, match=expected) as error:
+            Judge(wrong)
+        assert "\n" not in str(error.value)
+    monkeypatch.setenv("JUDGE_KEY", "two\nlines")
+    with pytest.raises(UserError, match="characters that no key has"):
+        Judge(good)
+    judge = Judge(good._replace(key_variable=""))
+    with pytest.raises(UserError, match=r"'video_chatgpt_q'.*video_chatgpt_qa"):
+        judge.grade([item("q")._replace(rubric="video_chatgpt_q")])
+    with pytest.raises(UserError, match="question 'q' has no 'answer'"):
+        judge.grade([Item("q", "video_chatgpt_qa", {"question": "", "prediction": ""})])
+
+
+def test_no_key_is_sent_where_none_is_named():
+    with chat_server(lambda handler, *_: say(handler, YES)) as server:
+        with Judge(settings(server, key_variable="", base_url=server.url + "/chat/completions/")) as judge:
+            assert judge.grade(items(1))[0].correct
+        assert "Authorization" not in server.asked[0].headers
+        assert server.asked[0].path == "/v1/chat/completions"
+
+
+def test_summary_by_hand():
+    def verdict(name, correct, *scores, reason=None):
+        return Verdict(name, "r@1", correct, dict(zip("ab", scores, strict=False)), "", "", reason)
+
+    mlvu = [verdict("1", None, 5, 3), verdict("2", None, 0, 0, reason="x"), verdict("3", None, 1, 2)]
+    summary = summarize(mlvu)
+    assert summary == {
+        "questions": 3,
+        "scores": {"a": 2, "b": pytest.approx(5 / 3)},
+        "score": pytest.approx(11 / 3),
+        "failed": [{"id": "2", "reason": "x"}],
+    }
+    assert summarize([verdict("1", True, 4), verdict("2", False, 1)])["accuracy"] == 0.5
+    assert summarize([])["questions"] == 0
+    with pytest.raises(ValueError, match="several rubrics"):
+        summarize([mlvu[0], mlvu[1]._replace(rubric="s@1")])

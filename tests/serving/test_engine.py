@@ -1,0 +1,318 @@
+"""The engine: against a naive loop, batches against single requests, meshes, reuse of looks, bad requests."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dynfocus_jax.config import UserError
+from dynfocus_jax.data.conversation import TEMPLATES, encode_prompt
+from dynfocus_jax.data.tokenizer import WordTokenizer
+from dynfocus_jax.data.video import Clip
+from dynfocus_jax.models.dynfocus import DynFocus
+from dynfocus_jax.serving.engine import Engine
+from dynfocus_jax.serving.requests import Request
+from dynfocus_jax.serving.sampling import SamplingParams
+from tests.tiny import (
+    MAX_QUERY,
+    SIZE,
+    VOCABULARY,
+    make_sample,
+    mesh_of,
+    model_of,
+    pad,
+    random_params,
+    stack,
+    tiny_config,
+)
+
+FRAMES = 6
+WORDS = [f"w{i}" for i in range(VOCABULARY - 4)]
+
+
+def make_config(**generation):
+    config = tiny_config()
+    config.evaluation.media_frames = FRAMES
+    config.model.language.update({"heads": 4, "kv_heads": 2})
+    sizes = {"max_new_tokens": 7, "text": (8, 16), "batch": (1, 4, 16), "cache": 32}
+    config.generation.update(sizes | generation)
+    return config
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return WordTokenizer(WORDS, strict=False)
+
+
+@pytest.fixture(scope="module")
+def params():
+    model = model_of(make_config())
+    batch = stack([pad(make_sample(np.random.default_rng(0), 3, 4, 3), FRAMES, 6)])
+    params = random_params(model, batch)
+    params["language"]["head"]["kernel"] *= 5.0  # sharper preferences, different ones for different rows
+    return params
+
+
+@pytest.fixture(scope="module")
+def engine(params, tokenizer):
+    return Engine(make_config(), params, tokenizer, mesh_of(data=1))
+
+
+def clip_of(rng, count):
+    frames = rng.integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
+    return Clip(frames, np.arange(count) / 2, np.arange(count, dtype=np.int32))
+
+
+def words(rng, count):
+    return " ".join(rng.choice(WORDS, count))
+
+
+def mixed_requests(count=16):
+    """Videos, images and text, one turn to three, greedy and sampled, short and long, some with a stop."""
+    rng = np.random.default_rng(3)
+    requests = []
+    for number in range(count):
+        turns = []
+        for _ in range(number % 3):
+            turns += [("user", words(rng, 2)), ("assistant", words(rng, 1))]
+        frames = (FRAMES, 3, 1, 0)[number % 4]
+        sampling = SamplingParams() if number % 2 else SamplingParams(1.5, number % 5 * 4, 0.9, seed=number)
+        requests.append(
+            Request(
+                f"r{number}",
+                (*turns, ("user", words(rng, 1 + number % 4))),
+                clip=clip_of(rng, frames) if frames else None,
+                sampling=sampling,
+                max_new_tokens=None if number % 3 else 1 + number,
+                stop=("w1",) if number % 5 == 0 else (),
+                visual_at_end=number % 7 == 3,
+            )
+        )
+    return requests
+
+
+def naive_answer(config, params, tokenizer, request, count):
+    """Greedy tokens by running the whole sequence again for each, without a cache; in the engine's order."""
+    model = model_of(config)
+    turns = list(zip(request.messages[:-1:2], request.messages[1::2], strict=True))
+    history = [(question, answer) for (_, question), (_, answer) in turns]
+    prompt = encode_prompt(
+        tokenizer,
+        request.messages[-1][1],
+        TEMPLATES[config.data.template],
+        history,
+        has_visual=request.clip is not None,
+        visual_at_end=request.visual_at_end,
+    )
+    query = " ".join(text for role, text in request.messages if role == "user").split()[-MAX_QUERY:]
+    ids = tokenizer.encode(" ".join(query))
+    tokens = prompt.tokens.tolist()
+    for _ in range(count):
+        frames = np.zeros((0, SIZE, SIZE, 3), np.uint8) if request.clip is None else request.clip.frames
+        sample = make_sample(np.random.default_rng(0), frames, len(tokens), len(ids))._replace(
+            tokens=np.asarray(tokens, np.int32),
+            query_tokens=np.asarray(ids, np.int32),
+            visual_position=np.int32(prompt.visual_position),
+        )
+        batch = stack([pad(sample, FRAMES, 40)])
+        logits = _forward(model, params, batch)
+        tokens.append(int(np.argmax(logits[0, sample.length])))
+        if tokens[-1] == tokenizer.eos_id:
+            break
+    return tuple(tokens[len(prompt.tokens) :])
+
+
+def _forward(model, params, batch):
+    run = _forward.__dict__.setdefault("run", jax.jit(lambda p, b: model.apply({"params": p}, b).logits))
+    return np.asarray(run(params, batch))
+
+
+def test_greedy_answers_equal_a_naive_loop_without_cache(engine, params, tokenizer):
+    requests = [dataclasses.replace(r, sampling=SamplingParams(), stop=()) for r in mixed_requests(8)]
+    answers = engine.generate(requests)
+    for request, answer in zip(requests, answers, strict=True):
+        limit = request.max_new_tokens or 7
+        assert answer.tokens == naive_answer(engine.config, params, tokenizer, request, limit)
+        assert answer.id == request.id
+        ended = answer.tokens[-1] == tokenizer.eos_id
+        assert answer.finish_reason == ("stop" if ended else "length")
+        assert ended or len(answer.tokens) == limit
+    assert len({answer.tokens for answer in answers}) == 8, "the case is too easy"
+
+
+def same(one, other):
+    fields = ("id", "text", "tokens", "finish_reason", "visual_tokens", "prompt_tokens", "error")
+    return all(getattr(one, name) == getattr(other, name) for name in fields)
+
+
+def test_sixteen_mixed_requests_together_equal_each_alone(engine):
+    requests = mixed_requests()
+    together = engine.generate(requests)
+    alone = [engine.generate([request])[0] for request in requests]
+    for one, other in zip(together, alone, strict=True):
+        assert same(one, other)
+    assert {len(answer.tokens) for answer in together} >= {1, 7}
+    assert len({answer.tokens for answer in together}) > 10
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 2}, {"data": 3}])
+def test_on_a_mesh(engine, params, tokenizer, axes):
+    """Rows over devices, kernels over `fsdp` and `tensor`; five requests on three devices."""
+    requests = mixed_requests(5)
+    meshed = Engine(make_config(), params, tokenizer, mesh_of(**axes))
+    for one, other in zip(meshed.generate(requests), engine.generate(requests), strict=True):
+        assert same(one, other)
+
+
+def test_end_token_and_limit(params, tokenizer):
+    """The end token is the last of an answer, and no part of its text; so is any that the settings name."""
+    request = Request("a", (("user", "w5 w6"),))
+    plain = Engine(make_config(), params, tokenizer, mesh_of(data=1)).generate([request])[0]
+    assert plain.finish_reason == "length"
+    assert len(plain.tokens) == 7
+    end = plain.tokens[2]
+    first = plain.tokens.index(end)
+
+    class Ending(WordTokenizer):
+        eos_id = end
+        special_ids = frozenset({0, 1, 2, end})
+
+    ending = Ending(WORDS, strict=False)
+    answer = Engine(make_config(), params, ending, mesh_of(data=1)).generate([request])[0]
+    assert answer.tokens == plain.tokens[: first + 1]
+    assert answer.finish_reason == "stop"
+
+    class Special(WordTokenizer):
+        special_ids = frozenset({0, 1, 2, end})
+
+    special = Special(WORDS, strict=False)
+    config = make_config(end_tokens=(WORDS[end - 4],))
+    assert Engine(config, params, special, mesh_of(data=1)).generate([request])[0].tokens == answer.tokens
+    with pytest.raises(UserError, match="no special token"):
+        Engine(make_config(end_tokens=("w35",)), params, tokenizer, mesh_of(data=1))
+
+
+def test_stop_string_ends_the_answer(engine):
+    request = Request("a", (("user", "w5 w6"),))
+    whole = engine.generate([request])[0]
+    stop = whole.text.split()[2]
+    answer = engine.generate([dataclasses.replace(request, stop=("nowhere", f" {stop}"))])[0]
+    at = whole.text.index(f" {stop}")
+    assert answer.text == whole.text[:at]
+    assert answer.finish_reason == "stop"
+    assert len(answer.tokens) < len(whole.tokens)
+
+
+def test_streamed_pieces_make_the_text(engine):
+    requests = mixed_requests()
+    pieces = {request.id: [] for request in requests}
+    answers = engine.generate(requests, on_token=lambda name, text: pieces[name].append(text))
+    assert {name: "".join(parts) for name, parts in pieces.items()} == {a.id: a.text for a in answers}
+    assert max(map(len, pieces.values())) > 3
+
+
+def test_visual_tokens_are_computed_once_a_clip_and_prompt(engine, monkeypatch):
+    calls = []
+    programs = engine._programs
+    look = lambda *arguments: calls.append(1) or programs.look(*arguments)  # noqa: E731
+    monkeypatch.setattr(engine, "_programs", programs._replace(look=look))
+    rng = np.random.default_rng(11)
+    clip, other = clip_of(rng, 4), clip_of(rng, 4)
+    first = Request("a", (("user", "w1"),), clip=clip)
+    engine.generate([first, dataclasses.replace(first, id="b")])
+    assert len(calls) == 1
+    engine.generate([first])
+    assert len(calls) == 1
+    engine.generate([dataclasses.replace(first, messages=(("user", "w2"),))])
+    assert len(calls) == 2, "the text encoder reads another question"
+    engine.generate([dataclasses.replace(first, clip=other)])
+    assert len(calls) == 3
+    visual = engine.look(clip, "w1")
+    turns = (("user", "w1"), ("assistant", "w3"), ("user", "w9"))
+    reused = engine.generate([Request("c", turns, visual=visual)])[0]
+    assert len(calls) == 3
+    assert reused.visual_tokens == visual.count
+
+
+def test_a_look_is_what_the_model_computes(engine, params):
+    """Tokens, count and focus of a clip that is padded, against the model on the clip as it is."""
+    clip = clip_of(np.random.default_rng(2), 4)
+    visual = engine.look(clip, "w7 w8")
+    ids = engine.tokenizer.encode("w7 w8")
+    sample = make_sample(np.random.default_rng(0), clip.frames, 2, len(ids))._replace(
+        query_tokens=np.asarray(ids, np.int32)
+    )
+    model = model_of(engine.config)
+    batch = stack([sample])
+    expected = jax.jit(lambda p, b: model.apply({"params": p}, b, method=DynFocus.visual_tokens))(
+        params, batch
+    )
+    assert visual.count == int(expected.count[0])
+    np.testing.assert_allclose(
+        visual.tokens[0, : visual.count], expected.tokens[0, : visual.count], rtol=1e-5, atol=1e-5
+    )
+    frames = expected.selection.frames[0][np.asarray(expected.selection.valid[0])]
+    assert visual.focus.nonzero()[0].tolist() == sorted(frames.tolist())
+    np.testing.assert_allclose(visual.scores, expected.selection.frame_scores[0], rtol=1e-5, atol=1e-6)
+    assert visual.frames == 4
+
+
+def test_bad_requests_end_in_a_sentence_each_and_take_nobody_down(engine):
+    rng = np.random.default_rng(4)
+    good = Request("good", (("user", "w1 w2"),))
+    bad = {
+        "no messages": Request("a", ()),
+        "no question": Request("b", (("user", "w1"), ("assistant", "w2"))),
+        "special": Request("c", (("user", "w1 <eos>"),)),
+        "frames": Request("d", (("user", "w1"),), clip=clip_of(rng, FRAMES + 1)),
+        "limit": dataclasses.replace(good, max_new_tokens=0),
+        "stop": dataclasses.replace(good, stop=("",)),
+        "temperature": dataclasses.replace(good, sampling=SamplingParams(-1.0)),
+        "top_p": dataclasses.replace(good, sampling=SamplingParams(1.0, 0, 0.0)),
+    }
+    answers = engine.generate([good, *bad.values(), good])
+    assert same(answers[0], answers[-1])
+    assert answers[0].error is None
+    for name, answer in zip(bad, answers[1:-1], strict=True):
+        assert answer.finish_reason == "error", name
+        assert len(answer.error) > 20
+        assert answer.text == ""
+    assert engine.generate([]) == []
+
+
+def test_too_long_for_the_context(params, tokenizer):
+    engine = Engine(make_config(max_length=30), params, tokenizer, mesh_of(data=1))
+    clip = clip_of(np.random.default_rng(4), FRAMES)
+    answers = engine.generate([Request("a", (("user", "w1"),), clip=clip), Request("b", (("user", "w1"),))])
+    assert "over the 30 of config.generation.max_length" in answers[0].error
+    assert answers[1].error is None
+
+
+def test_answer_start_is_read_and_not_repeated(engine):
+    """What is put into the answer's mouth is where the answer, told so far, would have come by itself."""
+    request = Request("a", (("user", "w5 w6"),))
+    whole = engine.generate([request])[0]
+    start, rest = whole.text.split()[:2], whole.text.split()[2:]
+    answer = engine.generate([dataclasses.replace(request, answer_start=" ".join(start), max_new_tokens=5)])[
+        0
+    ]
+    assert answer.text.split() == rest
+    assert answer.prompt_tokens == whole.prompt_tokens + 2
+
+
+def test_params_in_their_layout_are_not_copied(engine, params, tokenizer):
+    again = Engine(make_config(), engine._params, tokenizer, engine.mesh)
+    for one, other in zip(jax.tree.leaves(again._params), jax.tree.leaves(engine._params), strict=True):
+        assert one is other
+
+
+def test_bfloat16_holds_the_matrices_once(params, tokenizer):
+    config = make_config()
+    config.model.dtype = "bfloat16"
+    engine = Engine(config, params, tokenizer, mesh_of(data=1))
+    language = engine._params["language"]
+    assert language["blocks"]["query"]["kernel"].dtype == jnp.bfloat16
+    assert language["final_norm"]["scale"].dtype == jnp.float32
+    assert len(engine.generate(mixed_requests(3))) == 3

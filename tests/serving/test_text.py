@@ -1,0 +1,83 @@
+"""The text of an answer piece by piece: unfinished characters, stop strings, white space."""
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+from dynfocus_jax.serving.text import AnswerText
+
+
+def decode(ids):
+    """Bytes as tokens."""
+    return bytes(ids).decode("utf-8", errors="replace").strip()
+
+
+def stream(text, stop=()):
+    """(pieces, text, bytes read) of an answer that is `text` byte by byte."""
+    pieces = []
+    answer = AnswerText(decode, stop, pieces.append)
+    for byte in text.encode():
+        answer.add(byte)
+        if answer.stopped:
+            break
+    return pieces, answer.finish(), bytes(answer.tokens).decode(errors="replace")
+
+
+def test_characters_come_whole():
+    pieces, text, _ = stream("é 円x")
+    assert pieces == ["é", " 円", "x"]
+    assert text == "é 円x"
+
+
+def test_a_character_that_never_ends_is_shown_at_the_end():
+    answer = AnswerText(decode, (), (pieces := []).append)
+    for byte in "a円".encode()[:-1]:
+        answer.add(byte)
+    assert pieces == ["a"]
+    assert answer.finish() == "a\N{REPLACEMENT CHARACTER}"
+    assert "".join(pieces) == "a\N{REPLACEMENT CHARACTER}"
+
+
+def test_what_may_become_a_stop_string_is_held_back():
+    pieces, text, read = stream("one\n\nUSE a\n\nUSER: two", stop=("\n\nUSER:",))
+    assert text == "one\n\nUSE a"
+    assert read == "one\n\nUSE a\n\nUSER:"
+    assert "".join(pieces) == text
+    assert not any(piece.endswith("U") for piece in pieces)
+
+
+def test_the_first_of_several_stop_strings_ends_the_text():
+    assert stream("a b c d", stop=("c", "b"))[1:] == ("a", "a b")
+    assert stream("stop", stop=("stop",))[1] == ""
+
+
+def test_a_stop_string_that_begins_as_another_does():
+    assert stream("xab", stop=("ab", "abc"))[1] == "x"
+    assert stream("xaab", stop=("ab",))[1] == "xa"
+
+
+def test_without_listener_and_stop_the_text_is_decoded_once():
+    calls = []
+    answer = AnswerText(lambda ids: calls.append(1) or decode(ids))
+    for byte in b"hello":
+        answer.add(byte)
+    assert answer.finish() == "hello"
+    assert len(calls) == 1
+
+
+@hypothesis.given(
+    st.text(alphabet="ab é\n", max_size=12), st.lists(st.text("ab\n", min_size=1, max_size=3), max_size=2)
+)
+@hypothesis.settings(max_examples=200, deadline=None)
+def test_pieces_together_are_the_text(text, stop):
+    pieces, answer, _ = stream(text, tuple(stop))
+    assert "".join(pieces) == answer
+    assert text.strip().startswith(answer)
+    assert not any(each in answer for each in stop)
+
+
+@pytest.mark.parametrize("text", ["  a  b  ", "\n"])
+def test_white_space_around_it_is_left_out(text):
+    pieces, answer, _ = stream(text)
+    assert answer == text.strip()
+    assert "".join(pieces) == answer
