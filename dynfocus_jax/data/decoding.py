@@ -30,7 +30,7 @@ _OVERRUN = 1.0  # seconds; how far a moment may lie behind the last frame
 _INTRA = (0, 1, 5)  # picture types that depend on no other: unknown, I, SI
 
 # Decoders that leave out, exactly and without a trace, frames on which no other depends.
-_SKIPPING = frozenset({"h264", "mpeg4", "mpeg2video", "mpeg1video", "vp9"})
+_SKIPPING = frozenset({"h264", "mpeg4", "mpeg2video", "mpeg1video"})
 
 
 class Unshown(Exception):
@@ -136,7 +136,7 @@ def scan(video: Video) -> Timeline:
     # Matroska and WebM claim a duration, of all streams, instead of a number of frames.
     by_duration = "matroska" in container.format.name
     streams = container.streams if by_duration else [stream]
-    units = {each.index: float(each.time_base) for each in streams}
+    units = {each.index: float(each.time_base or 0) for each in streams}
     pts, keys, present, end, last = array("q"), array("q"), 0, 0.0, 0
     missing = guessed = False
     for packet in container.demux(list(streams)):
