@@ -39,7 +39,7 @@ def test_json(plan, tmp_path):
     code, stdout, stderr = plan(
         "--machine=a100-80gb:2", "--steps=decode", *mesh, "--json", f"--output={file}"
     )
-    assert code == 0, stderr
+    assert (code, stderr) == (0, "")
     report = json.loads(stdout)
     assert json.loads(file.read_text()) == report
     assert report["machine"] == "a100-80gb:2"
@@ -58,6 +58,7 @@ def test_what_does_not_fit(plan):
     )
     assert code == 1
     assert "DOES NOT FIT" in stdout
+    assert stderr.startswith("error: ")  # and nothing of the plugins
     assert "the largest part is key-value cache" in stderr
     assert "Change config.evaluation.batch_size" in stderr
     assert "Traceback" not in stderr
