@@ -32,6 +32,8 @@ from tests.extraction.small import CALL, FRAMES, make_config
 from tests.tiny import make_sample, mesh_of, pad, shaken, stack
 
 RNG = np.random.default_rng(0)
+# What only shifts all scores, or all logits of a query: Adam makes steps of a zero gradient's rounding.
+NO_GRADIENT = ("score_net/out_dense_2/bias", "attention/key/bias", "context/key/bias")
 MOVIES = [("a.pkl", 5), ("b.pkl", 40)]  # with their numbers of frames
 
 
@@ -121,6 +123,8 @@ def test_training_computes_the_same(config, folder, extracted, tmp_path):
     assert np.ptp([line["loss"] for line in pixels]) > 1e-3
     assert found.keys() == expected.keys()  # the tower too, so that pixels can be read again
     for path, leaf in found.items():
+        if path.endswith(NO_GRADIENT):
+            continue
         np.testing.assert_allclose(leaf, expected[path], atol=1e-4, err_msg=path)
         assert path.startswith("vision/") <= np.array_equal(leaf, expected[path])
     assert not (tmp_path / "features" / "skipped.jsonl").exists()
@@ -163,13 +167,13 @@ def test_evaluation_gives_the_same_answers(config, folder, extracted, tmp_path):
 
 
 def init_like(config):
-    """The parameters of the checkpoint and a connector."""
-    params = read_params(Path(config.initial))
+    """The parameters of the model: those of the checkpoint, and a connector."""
     model = build_model(config, config.stages[-1].connector)
     shapes = abstract_params(config, len(config.stages) - 1, mesh_of())
-    missing = {path: leaf for path, leaf in shapes.items() if path not in trees.flatten(params)}
-    fresh = trees.unflatten(init_params(model, jax.random.key(0), missing))
-    return trees.merge(params, jax.device_get(shaken(fresh)))
+    held = trees.flatten(read_params(Path(config.initial)))
+    fresh = {path: leaf for path, leaf in shapes.items() if path not in held}
+    fresh = jax.device_get(shaken(trees.unflatten(init_params(model, jax.random.key(0), fresh))))
+    return trees.merge(trees.unflatten({path: held[path] for path in shapes if path in held}), fresh)
 
 
 def test_a_batch_of_features_is_not_run_through_the_tower(config, extracted):
