@@ -130,6 +130,7 @@ def test_jobset_command_hands_on_arguments_and_exit_code(jobset, tmp_path):
 def test_jobset_command_that_was_told_to_go_fails_after_saving(jobset, tmp_path):
     process = jobset_command(jobset, tmp_path, STOPPABLE)
     assert process.stdout.readline() == "running\n"
+    time.sleep(1)  # a signal just before bash waits is held back until the wait is over
     process.send_signal(signal.SIGTERM)
     stdout, _ = process.communicate(timeout=30)
     assert stdout == "saved\n"
@@ -185,6 +186,7 @@ def test_slurm_hands_on_a_failure(tmp_path):
 def test_slurm_queues_a_job_again_at_its_time_limit_only(tmp_path, number, queued):
     process = slurm(tmp_path, STOPPABLE, 2)
     assert process.stdout.readline() == "running\n"
+    time.sleep(1)  # as above
     process.send_signal(number)
     stdout, _ = process.communicate(timeout=30)
     assert process.returncode == 0
