@@ -258,10 +258,6 @@ class _Walk:
             raise Unshown
 
 
-def _latest(pts: list[int], moment: int) -> int | None:
-    return max((each for each in pts if each <= moment), default=None)
-
-
 def fetch(video: Video, timeline: Timeline, wanted: np.ndarray) -> Iterator[av.VideoFrame]:
     """Yields the frames whose pts are `wanted` (int64, ascending), decoding from the key frame before each.
 
