@@ -21,6 +21,7 @@ from dynfocus_jax.data.sources import Record
 from dynfocus_jax.evaluation.run import check_features, evaluate_run
 from dynfocus_jax.extract import extract_features
 from dynfocus_jax.models.dynfocus import DynFocus, build_model
+from dynfocus_jax.parallel.sharding import place
 from dynfocus_jax.planning.steps import train_step
 from dynfocus_jax.training.checkpoints import read_params, save_params
 from dynfocus_jax.training.loop import StageRun
@@ -173,7 +174,8 @@ def init_like(config):
     held = trees.flatten(read_params(Path(config.initial)))
     fresh = {path: leaf for path, leaf in shapes.items() if path not in held}
     fresh = jax.device_get(shaken(trees.unflatten(init_params(model, jax.random.key(0), fresh))))
-    return trees.merge(trees.unflatten({path: held[path] for path in shapes if path in held}), fresh)
+    params = held | trees.flatten(fresh)
+    return trees.unflatten({path: place(params[path], shape) for path, shape in shapes.items()})
 
 
 def test_a_batch_of_features_is_not_run_through_the_tower(config, extracted):
