@@ -14,7 +14,7 @@ import av
 import numpy as np
 
 from dynfocus_jax.data.containers import is_cut
-from dynfocus_jax.data.images import MediaError, MediaTimeout
+from dynfocus_jax.data.images import MediaError, MediaTimeout, timed_out
 
 # Containers that hold their own frames: a play list dressed up as a video must not open other files.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif"
@@ -45,10 +45,7 @@ class Deadline:
         self._end = float("inf") if seconds is None else time.monotonic() + seconds
 
     def error(self) -> MediaTimeout:
-        return MediaTimeout(
-            f"{self._path}: reading it takes more than {self._seconds:g} s, replace or remove it, or raise "
-            "config.data.timeout"
-        )
+        return timed_out(self._path, self._seconds)
 
     def check(self) -> None:
         if time.monotonic() > self._end:
