@@ -8,12 +8,16 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def command(name: str, *arguments, timeout: float = 600, **environment: str) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `python -m dynfocus_jax.<name>`, started in the repository."""
+def command(name: str, *arguments, timeout: float = 600, **environment: str | None) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `python -m dynfocus_jax.<name>`, started in the repository.
+
+    environment: variables that it has besides this process's; None takes one away.
+    """
+    variables = os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment
     done = subprocess.run(
         [sys.executable, "-m", f"dynfocus_jax.{name}", *map(str, arguments)],
         cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
+        env={name: value for name, value in variables.items() if value is not None},
         capture_output=True,
         text=True,
         timeout=timeout,

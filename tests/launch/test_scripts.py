@@ -15,7 +15,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.commands import REPOSITORY
+
 LAUNCH = REPOSITORY / "launch"
 BIN = Path(sys.executable).parent  # of the linters that are installed beside this Python
 SHELL = sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
