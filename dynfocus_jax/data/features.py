@@ -25,7 +25,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from ml_collections import ConfigDict
 
-from dynfocus_jax.config import UserError, to_dict
+from dynfocus_jax.config import UserError, differences, to_dict
 from dynfocus_jax.data.images import MediaError
 from dynfocus_jax.data.sources import Record
 from dynfocus_jax.data.subtitles import Subtitle
@@ -101,17 +101,9 @@ def read_description(folder: Path) -> dict | None:
         ) from None
 
 
-def differences(kept: Mapping, wanted: Mapping, where: str = "") -> list[str]:
-    """What `wanted` has differently, a few words for each field."""
-    lines = []
-    for key, value in wanted.items():
-        name = f"{where}.{key}" if where else key
-        before = kept.get(key)
-        if isinstance(value, Mapping) and isinstance(before, Mapping):
-            lines += differences(before, value, name)
-        elif before != value:
-            lines.append(f"{name}: there {before!r}, here {value!r}")
-    return lines
+def unlike(described: Mapping, wanted: Mapping) -> list[str]:
+    """What a description says differently from `wanted`, a few words for each field that this has."""
+    return differences({key: described.get(key) for key in wanted}, dict(wanted), ("there", "here"))
 
 
 # ---- Where they are -------------------------------------------------------------------------------------
@@ -234,7 +226,7 @@ class FeatureStore:
                 f"config.data.features is {str(folder)!r}, which holds no {DESCRIPTION}; make it with python "
                 "-m dynfocus_jax.extract --config=FILE --output=DIR."
             )
-        changed = differences(described, describe(config))
+        changed = unlike(described, describe(config))
         if changed:
             raise UserError(
                 f"config.data.features is {str(folder)!r}, whose features are others than this configuration "

@@ -37,6 +37,14 @@ class MediaTimeout(MediaError):
     """A media file that takes too long."""
 
 
+def timed_out(path: str | Path, seconds: float) -> MediaTimeout:
+    """The error of a file that was not read in so many seconds."""
+    return MediaTimeout(
+        f"{path}: reading it takes more than {seconds:g} s, replace or remove it, or raise "
+        "config.data.timeout"
+    )
+
+
 def check_exists(path: str | Path) -> None:
     """Raises MediaError unless `path` is a file (or leads to one): no folder, pipe or device is opened."""
     if not Path(path).is_file():

@@ -11,7 +11,7 @@ import numpy as np
 
 from dynfocus_jax.data.deadline import TimedOut, within
 from dynfocus_jax.data.features import FeatureStore
-from dynfocus_jax.data.images import MediaError, MediaTimeout
+from dynfocus_jax.data.images import MediaError, MediaTimeout, timed_out
 from dynfocus_jax.data.sampling import UNIFORM, Sampling, count
 from dynfocus_jax.data.sources import Record
 from dynfocus_jax.data.video import Clip, MediaInfo, probe, read_media
@@ -115,7 +115,4 @@ class MediaReader:
             return within(self._timeout, read)
         except TimedOut:
             self._hung.add(path)
-            raise MediaTimeout(
-                f"{path}: reading it takes more than {self._timeout:g} s, replace or remove it, or raise "
-                "config.data.timeout"
-            ) from None
+            raise timed_out(path, self._timeout) from None

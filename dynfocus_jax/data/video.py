@@ -62,7 +62,7 @@ class Clip(NamedTuple):
     """Frames sampled from one file, in time order."""
 
     frames: np.ndarray  # uint8 [n, size, size, 3], RGB
-    times: np.ndarray  # float64 [n], seconds since the beginning of the file, as the container has them
+    times: np.ndarray  # float64 [n], seconds, as the container has them; a broadcast (MPEG-TS) begins at 0
     indices: np.ndarray  # int32 [n], position of each frame in the file; an estimate in large files
 
 
@@ -88,6 +88,8 @@ class _Wanted(NamedTuple):
 
     def frames(self, times: np.ndarray, end: float) -> np.ndarray:
         """Their numbers, int64, ascending; `times` and `end` as `choose_frames` takes them."""
+        if self.span is None:
+            return choose_frames(times, end, self.sampling, self.limit, self.draws)
         begin, end = self._within(times[0], end)
         first = int(shown_at(times, np.asarray(begin)))
         last = max(first + 1, int(np.searchsorted(times, end - CLOCK)))
@@ -289,7 +291,7 @@ def _is_video(path: str | Path, modality: str) -> bool:
     check_exists(path)
     suffix = Path(path).suffix.lower()
     if suffix == ".gif" and modality != "image":
-        return getattr(image_header(path), "is_animated", False)
+        return image_header(path).is_animated
     if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
         return suffix in VIDEO_SUFFIXES
     known = " ".join(sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES))
@@ -304,6 +306,6 @@ def _try(path: str | Path, read: Callable, timeout: float | None):
         return read(deadline)
     except av.error.ExitError:  # libav was interrupted while it waited
         raise deadline.error() from None
-    except (av.error.FFmpegError, OSError, ValueError) as error:
+    except (av.error.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise MediaError(f"{path}: not a readable video ({reason}), replace or remove it") from error

@@ -25,10 +25,9 @@ from dynfocus_jax.data.skipped import Skipped
 from dynfocus_jax.data.sources import read_records
 from dynfocus_jax.evaluation.exact_match import Answered, Prediction, answered, predict, summarize
 from dynfocus_jax.models.dynfocus import build_model
-from dynfocus_jax.parallel.sharding import local_rows, on_mesh, place, to_devices
+from dynfocus_jax.parallel.sharding import local_rows, on_mesh, to_devices
 from dynfocus_jax.parallel.start import is_first, own_name
 from dynfocus_jax.serving.generate import make_greedy
-from dynfocus_jax.training.state import abstract_params
 from dynfocus_jax.training.tower import check_tower
 from dynfocus_jax.visualize.focus import Strip, draw_focus
 
@@ -39,6 +38,7 @@ def evaluate_run(
     """Answers all questions of `config.evaluation.annotations`; writes predictions.jsonl and focus.png.
 
     The devices of the mesh share each batch of questions. All processes return the results, the first writes.
+    params: as the last stage has left them on the mesh; they are not copied.
     """
     evaluation = config.evaluation
     records = read_records(data_root / evaluation.annotations, data_root)
@@ -63,8 +63,7 @@ def evaluate_run(
     )
     model = build_model(config, config.stages[-1].connector)
     greedy = make_greedy(model, evaluation.max_new_tokens, tokenizer.eos_id)
-    layout = abstract_params(config, len(config.stages) - 1, mesh)
-    params = {path: place(leaf, layout[path]) for path, leaf in trees.flatten(params).items()}
+    params = trees.flatten(params)
     check_tower(media.features, params, mesh)
 
     @jax.jit

@@ -13,8 +13,8 @@ from dynfocus_jax.config import UserError
 from dynfocus_jax.models.vit import VisionTransformer
 from dynfocus_jax.parallel.digest import digest
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
-from dynfocus_jax.parallel.sharding import batch_sharding, local_rows, on_mesh, place, to_devices
-from dynfocus_jax.training.checkpoints import read_params
+from dynfocus_jax.parallel.sharding import batch_sharding, local_rows, on_mesh, to_devices
+from dynfocus_jax.training.checkpoints import read_params, saved_shapes
 from dynfocus_jax.training.state import abstract_params
 from dynfocus_jax.training.tower import TOWER
 from dynfocus_jax.weights.model import check_params
@@ -48,10 +48,10 @@ class Tower:
             )
         shapes = abstract_params(config, len(config.stages) - 1, mesh)
         shapes = {path: shape for path, shape in shapes.items() if path.startswith(TOWER)}
-        held = trees.flatten(read_params(Path(config.initial).expanduser()))
-        held = {path: leaf for path, leaf in held.items() if path.startswith(TOWER)}
+        initial = Path(config.initial)
+        held = {path: shape for path, shape in saved_shapes(initial).items() if path.startswith(TOWER)}
         check_params(held, shapes, list(shapes), f"config.initial {config.initial!r}")
-        params = {path: place(held[path], shape) for path, shape in shapes.items()}
+        params = trees.flatten(read_params(initial, shapes))
         self.weights = digest(params, mesh)
         self._params = trees.unflatten({path.removeprefix(TOWER): leaf for path, leaf in params.items()})
         self._mesh = mesh

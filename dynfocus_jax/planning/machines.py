@@ -4,11 +4,9 @@ A machine is `CHIP:SHAPE`. GPUs: `a100-80gb:8` is one host of 8, `h100:4x8` are 
 of the slice in chips, `v5p:2x2x4`, `v5e:4x8`.
 """
 
-import contextlib
 import math
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +14,7 @@ import jax
 from jax.experimental import topologies
 
 from dynfocus_jax.config import RunError, UserError
+from dynfocus_jax.planning.quiet import quiet
 
 _INSTALL = "pip install -r requirements-plan.txt, or start the command by bash launch/local.sh --plan"
 
@@ -168,7 +167,8 @@ def devices(machine: Machine) -> Sequence[jax.Device]:
     # libtpu keeps a lock for the chips of a machine; only its compiler is used.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
-        with _silence():
+        with quiet():
+            jax.devices()  # the first that is asked of JAX starts its search for plugins
             found = topologies.get_topology_desc(
                 platform=machine.platform, topology_name=machine.name, **_topology(machine)
             ).devices
@@ -198,20 +198,6 @@ def _topology(machine: Machine) -> dict:
         return cores | ({"chips_per_host_bounds": (1, 1, 1)} if machine.num_devices == 1 else {})
     hosts, gpus = machine.shape
     return {"topology": f"1x{hosts}x{gpus}", "target_config": _target_config(machine.chip)}
-
-
-@contextlib.contextmanager
-def _silence():
-    """Swallows what the plugins write to stderr about the hardware that they do not find."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def _absent(machine: Machine, error: Exception) -> str:

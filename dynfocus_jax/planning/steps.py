@@ -16,6 +16,7 @@ from dynfocus_jax import trees
 from dynfocus_jax.batch import Batch, padding_sample
 from dynfocus_jax.config import with_steps
 from dynfocus_jax.data.features import blank_frame
+from dynfocus_jax.models.connectors import build_connector
 from dynfocus_jax.models.dynfocus import DynFocus, build_model
 from dynfocus_jax.models.llama import Cache
 from dynfocus_jax.parallel.sharding import LOGICAL, batch_sharding, on_mesh, row_shares
@@ -71,7 +72,7 @@ def train_step(config: ConfigDict, index: int, mesh: Mesh) -> Step:
         "optimizer": (state.opt_state, state.step),
         "batch": batch,
     }
-    length = max_text + _visual_tokens(config, index, state.trained, state.frozen, batch)
+    length = max_text + _visual_tokens(config, index, num_frames)
     return Step(
         "train",
         f"config.stages[{index}]",
@@ -96,7 +97,7 @@ def serving_steps(config: ConfigDict, mesh: Mesh) -> tuple[Step, Step]:
     params = trees.unflatten(abstract_params(config, index, mesh))
     batch = _abstract_batch(mesh, config, rows, evaluation.media_frames, evaluation.max_text)
     held = {"parameters": params, "batch": batch}
-    length = evaluation.max_text + _visual_tokens(config, index, params, {}, batch)
+    length = evaluation.max_text + _visual_tokens(config, index, evaluation.media_frames)
 
     language = config.model.language
     heads = "tensor" if language.kv_heads % mesh.shape["tensor"] == 0 else None
@@ -147,14 +148,9 @@ def _abstract_batch(mesh: Mesh, config: ConfigDict, rows: int, frames: int, text
     )
 
 
-def _visual_tokens(config: ConfigDict, index: int, one: dict, other: dict, batch: Batch) -> int:
-    """Visual tokens of a sample of the batch's bucket, padding included."""
-    model = build_model(config, config.stages[index].connector)
-
-    def visual(params, batch):
-        return model.apply({"params": params}, batch, method=DynFocus.visual_tokens).tokens
-
-    return jax.eval_shape(visual, trees.merge(one, other), batch).shape[1]
+def _visual_tokens(config: ConfigDict, index: int, frames: int) -> int:
+    """Visual tokens of a sample of a bucket of so many frames, padding included."""
+    return build_connector(build_model(config, config.stages[index].connector).config).length(frames)
 
 
 def _without_remat(config: ConfigDict) -> ConfigDict:

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dynfocus_jax import trees
-from dynfocus_jax.config import RunError, UserError
+from dynfocus_jax.config import RunError, UserError, differences
 from dynfocus_jax.parallel.start import say
 from dynfocus_jax.training.state import TrainState
 
@@ -109,9 +109,7 @@ class StageCheckpoints:
         """
         step = self.latest_step()
         wanted = abstract._asdict()
-        changed = _differences(
-            _described(self._manager.item_metadata(step)["state"].tree), _described(wanted)
-        )
+        changed = differences(_described(self._manager.item_metadata(step)["state"].tree), _described(wanted))
         if changed:
             raise UserError(
                 f"{self.directory / str(step)} holds another state ({'; '.join(sorted(changed)[:5])}); "
@@ -126,7 +124,7 @@ class StageCheckpoints:
         )
         meta = restored["meta"]
         if meta["code"] != self._about["code"]:
-            changed = "; ".join(sorted(_differences(meta["code"], self._about["code"])))
+            changed = "; ".join(sorted(differences(meta["code"], self._about["code"])))
             say(f"note: the checkpoint was made by other code ({changed}); results may differ")
         return TrainState(**restored["state"]), meta["seconds"]
 
@@ -143,7 +141,7 @@ class StageCheckpoints:
         return self._manager.restore(self.latest_step(), args=meta)["meta"]
 
     def _check_settings(self) -> None:
-        changed = sorted(_differences(self._meta()["settings"], self._settings))
+        changed = sorted(differences(self._meta()["settings"], self._settings))
         if changed:
             raise UserError(
                 f"{self.directory} was made with other settings ({'; '.join(changed[:5])}); "
@@ -273,13 +271,3 @@ def _saved(checkpointer: ocp.Checkpointer, folder: Path) -> tuple[Path, dict[str
         )
     leaves = trees.flatten(checkpointer.metadata(converted).item_metadata.tree)
     return converted, {path: (path, leaf) for path, leaf in leaves.items()}
-
-
-def _differences(old, new, where: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            line
-            for key in old.keys() | new.keys()
-            for line in _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
-        ]
-    return [] if old == new else [f"{where}: then {old!r}, now {new!r}"]

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -53,11 +53,12 @@ class StageRun:
         config = self.data.config
         self.config, self.stage, self.workdir, self.mesh = config, config.stages[index], workdir, mesh
         self.model = build_model(config, self.stage.connector)
-        self.shapes = state_lib.abstract_params(config, index, mesh)
-        self.is_trained = self._check_paths()
+        self._abstract = state_lib.abstract_state(config, index, mesh)
+        self.shapes = trees.flatten(trees.merge(self._abstract.trained, self._abstract.frozen))
+        self.is_trained = state_lib.trained_paths(self.stage, self.shapes)
+        self._check_copies()
         if config.data.features is not None:
             check_frozen(self.name, self.shapes, self.is_trained)
-        self._abstract = state_lib.abstract_state(config, index, mesh)
         self.checkpoints = StageCheckpoints(
             workdir / "checkpoints" / self.stage.name,
             settings={
@@ -173,21 +174,16 @@ class StageRun:
             sharding_lib.place(np.zeros((), np.int32), self._abstract.step), trained, frozen, opt_state
         )
 
-    def _check_paths(self) -> Callable[[str], bool]:
-        """Whether the stage's patterns and copies fit its parameters; returns which of them are trained."""
-        stage, shapes = self.stage, self.shapes
-        where = f"stage {stage.name!r}"
-        is_trained = state_lib.trained_paths(stage, shapes)
-        trees.matcher([p for p, _ in stage.lr_scale], list(filter(is_trained, shapes)), f"{where}, lr_scale")
-        for line in stage.copy:
+    def _check_copies(self) -> None:
+        shapes = self.shapes
+        for line in self.stage.copy:
             moves = _moves(line, shapes)
             wrong = [new for old, new in moves if new not in shapes or shapes[new].shape != shapes[old].shape]
             if not moves or wrong:
                 raise UserError(
-                    f"{where}: copy {line!r} does not fit the parameters: "
+                    f"stage {self.name!r}: copy {line!r} does not fit the parameters: "
                     f"{', '.join(wrong) if wrong else 'its source does not exist'}."
                 )
-        return is_trained
 
     def _initial_params(self, key: jax.Array, previous: dict | None) -> dict[str, jax.Array]:
         """The previous stage's, else the initial checkpoint's, else fresh ones; then the stage's copies.

@@ -85,7 +85,8 @@ def abstract_state(config: ConfigDict, index: int, mesh: Mesh) -> TrainState:
     The optimizer's state follows the parameters it belongs to.
 
     Raises:
-      UserError: a pattern of the stage matches no parameter, or the mesh does not divide one.
+      UserError: a pattern of the stage (`trainable`, `lr_scale`) matches no parameter, or the mesh does not
+        divide one.
     """
     params = abstract_params(config, index, mesh)
     is_trained = trained_paths(config.stages[index], params)

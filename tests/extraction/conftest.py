@@ -9,17 +9,14 @@ import pytest
 from PIL import Image
 
 from dynfocus_jax import trees
-from dynfocus_jax.config import stage
 from dynfocus_jax.data.synthetic import VOCABULARY, write_video
 from dynfocus_jax.extract import extract_features
 from dynfocus_jax.models.dynfocus import build_model
 from dynfocus_jax.training.checkpoints import save_params
 from dynfocus_jax.training.state import init_params, param_shapes
 from dynfocus_jax.weights.model import belongs_to_connector
+from tests.extraction.small import CALL, FRAMES, make_config
 from tests.tiny import SIZE, mesh_of, shaken, tiny_config
-
-FRAMES = {"short.mp4": 3, "long.mp4": 23, "middle.mp4": 11, "still.mp4": 6}  # of each video
-CALL = 16  # frames that go through the tower at once
 
 
 def entry(name, media, *, question="what is red ?", answer="square", **fields):
@@ -37,7 +34,7 @@ def folder(tmp_path_factory):
     rng = np.random.default_rng(0)
     for name, count in FRAMES.items():
         frames = rng.integers(0, 256, (count, 24, 32, 3), dtype=np.uint8)
-        write_video(root / name, np.repeat(frames[:1], count, 0) if name == "still.mp4" else frames)
+        write_video(root / name, np.full_like(frames, 90) if name == "still.mp4" else frames)
     for i in range(2):
         pixels = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / f"{i}.png")
@@ -80,20 +77,6 @@ def initial(tmp_path_factory):
 def config(folder, initial):
     """Two stages that leave the tower as it is, the first with two buckets."""
     return make_config(folder, initial)
-
-
-def make_config(folder, initial, dtype="float32"):
-    config = tiny_config()
-    config.model.dtype = dtype
-    config.initial = str(initial)
-    config.data.update({"root": str(folder), "generate": None, "max_skip_share": 0.3})
-    config.evaluation.annotations = None
-    rest = {"batch_size": 4, "steps": 3, "trainable": ("language/.*", "connector/.*", "text_encoder/.*")}
-    config.stages = (
-        stage(name="align", annotations="align.json", buckets=((2, 32), (16, 32)), **rest),
-        stage(name="instruct", annotations="instruct.json", num_frames=8, max_text=32, **rest),
-    )
-    return config
 
 
 @pytest.fixture(scope="session")

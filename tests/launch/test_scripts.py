@@ -15,7 +15,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.commands import REPOSITORY
+
 LAUNCH = REPOSITORY / "launch"
 BIN = Path(sys.executable).parent  # of the linters that are installed beside this Python
 SHELL = sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -130,6 +131,7 @@ def test_jobset_command_hands_on_arguments_and_exit_code(jobset, tmp_path):
 def test_jobset_command_that_was_told_to_go_fails_after_saving(jobset, tmp_path):
     process = jobset_command(jobset, tmp_path, STOPPABLE)
     assert process.stdout.readline() == "running\n"
+    time.sleep(1)  # a signal just before bash waits is held back until the wait is over
     process.send_signal(signal.SIGTERM)
     stdout, _ = process.communicate(timeout=30)
     assert stdout == "saved\n"
@@ -185,6 +187,7 @@ def test_slurm_hands_on_a_failure(tmp_path):
 def test_slurm_queues_a_job_again_at_its_time_limit_only(tmp_path, number, queued):
     process = slurm(tmp_path, STOPPABLE, 2)
     assert process.stdout.readline() == "running\n"
+    time.sleep(1)  # as above
     process.send_signal(number)
     stdout, _ = process.communicate(timeout=30)
     assert process.returncode == 0

@@ -1,17 +1,15 @@
 """Starting train as one or several processes on a small problem: what the tests here share."""
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 from dynfocus_jax.config import stage
+from tests.commands import REPOSITORY
 from tests.tiny import tiny_config
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN = (sys.executable, "-m", "dynfocus_jax.train")
 LAUNCHER = (sys.executable, "launch/local_multiprocess.py")
 
@@ -87,10 +85,6 @@ def train(processes, *train_arguments, devices=1):
     code, stdout, stderr = end(begin(*command, devices=devices))
     assert code == 0, stderr[-3000:]
     return stdout, stderr
-
-
-def json_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def free_port():

@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from tests.multihost.processes import TRAIN, arguments, begin, end, explicit, free_port, json_lines, train
+from dynfocus_jax.json_lines import read_json_lines
+from tests.multihost.processes import TRAIN, arguments, begin, end, explicit, free_port, train
 
 STEPS = 20
 CHECKPOINTS = "--config.checkpoint.every=10"
@@ -15,7 +16,7 @@ CHECKPOINTS = "--config.checkpoint.every=10"
 
 def curve(workdir):
     """{step: (loss, gradient norm)}; each step is reported once."""
-    entries = json_lines(workdir / "metrics.jsonl")
+    entries = read_json_lines(workdir / "metrics.jsonl")
     values = {entry["step"]: (entry["loss"], entry["grad_norm"]) for entry in entries}
     assert len(values) == len(entries)
     return values
@@ -92,9 +93,9 @@ def test_all_stop_together_when_one_is_told_to(told, two):
 
 
 def test_two_processes_give_the_answers_of_one(one, two):
-    answers = json_lines(two[0] / "predictions.jsonl")
+    answers = read_json_lines(two[0] / "predictions.jsonl")
     assert len(answers) > 8  # more than a batch
-    assert answers == json_lines(one / "predictions.jsonl")
+    assert answers == read_json_lines(one / "predictions.jsonl")
 
 
 def test_the_first_process_alone_reports_and_writes(one, two):
@@ -121,4 +122,4 @@ def test_two_processes_evaluate_what_one_has_trained(data_root, one, folder):
     (workdir / "predictions.jsonl").unlink()
     stdout, _ = train(2, *arguments(data_root, workdir, "--config.mesh.data=1", "--config.mesh.fsdp=2"))
     assert "stage all: finished before" in stdout
-    assert json_lines(workdir / "predictions.jsonl") == json_lines(one / "predictions.jsonl")
+    assert read_json_lines(workdir / "predictions.jsonl") == read_json_lines(one / "predictions.jsonl")

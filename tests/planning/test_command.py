@@ -2,12 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
-from tests.commands import REPOSITORY
+from tests.commands import REPOSITORY, command
 from tests.planning.conftest import PLAN_SITE
 
 
@@ -17,20 +15,10 @@ def plan(tmp_path_factory):
     file = tmp_path_factory.mktemp("plan") / "tiny.py"
     file.write_text("from tests.tiny import tiny_config as get_config\n")
 
-    def run(*arguments):
-        done = subprocess.run(
-            [sys.executable, "-m", "dynfocus_jax.plan", f"--config={file}", *arguments],
-            cwd=REPOSITORY,
-            # What the tests say of platforms and caches is for them: a plan sees to its own.
-            env={k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
-            | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), PLAN_SITE or ""])},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        return done.returncode, done.stdout, done.stderr
-
-    return run
+    # What the tests say of platforms and caches is for them: a plan sees to its own.
+    environment = {name: None for name in os.environ if name.startswith("JAX_")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), PLAN_SITE or ""])
+    return lambda *arguments: command("plan", f"--config={file}", *arguments, **environment)
 
 
 def test_json(plan, tmp_path):
@@ -39,7 +27,7 @@ def test_json(plan, tmp_path):
     code, stdout, stderr = plan(
         "--machine=a100-80gb:2", "--steps=decode", *mesh, "--json", f"--output={file}"
     )
-    assert code == 0, stderr
+    assert (code, stderr) == (0, "")
     report = json.loads(stdout)
     assert json.loads(file.read_text()) == report
     assert report["machine"] == "a100-80gb:2"
@@ -58,6 +46,7 @@ def test_what_does_not_fit(plan):
     )
     assert code == 1
     assert "DOES NOT FIT" in stdout
+    assert stderr.startswith("error: ")  # and nothing of the plugins
     assert "the largest part is key-value cache" in stderr
     assert "Change config.evaluation.batch_size" in stderr
     assert "Traceback" not in stderr

@@ -16,8 +16,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from dynfocus_jax.json_lines import read_json_lines
+from tests.commands import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = """
 from tests.tiny import tiny_config
 
