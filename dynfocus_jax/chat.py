@@ -13,7 +13,8 @@ each, and answers while it writes. Lines that begin with / are commands:
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -97,14 +98,15 @@ class Chat:
             written.append(text)
             self._write(text, end="", flush=True)
 
-        completion = self._engine.generate([request], on_token=show)[0]
+        with _compilations() as compiled:
+            completion = self._engine.generate([request], on_token=show)[0]
         if completion.error is not None:
             raise UserError(completion.error)
         self._write("" if written else "(no answer)")
         visual = None if self._clip is None else self._engine.look(self._clip, self._engine.query(messages))
         self._messages = (*messages, ("assistant", completion.text))
         self._shown = Shown(visual, question, completion.text)
-        self._write(_summary(self._engine, completion, self._shown.visual, self._clip))
+        self._write(_summary(self._engine, completion, visual, self._clip, bool(compiled)))
 
     def draw(self, path: Path) -> None:
         """Draws what the latest answer was made from.
@@ -146,11 +148,30 @@ class Chat:
         return True
 
 
-def _summary(engine: Engine, completion: Completion, visual: Visual | None, clip: Clip | None) -> str:
+@contextmanager
+def _compilations() -> Iterator[list[str]]:
+    """The programs that are compiled meanwhile, as JAX's events."""
+    events: list[str] = []
+
+    def listen(event: str, _seconds: float, **_about) -> None:
+        if event.endswith("backend_compile_duration"):
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield events
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def _summary(
+    engine: Engine, completion: Completion, visual: Visual | None, clip: Clip | None, compiled: bool
+) -> str:
     """What was looked at, and how fast the answer came."""
     rate = completion.tokens_per_second
     speed = f"first token after {completion.seconds_to_first_token:.2f} s"
     speed += "" if rate is None else f", {rate:.1f} tokens/s"
+    speed += ", compiling included" if compiled else ""
     text = f"{completion.prompt_tokens} text tokens"
     if visual is None:
         return f"[{text}; {speed}]"

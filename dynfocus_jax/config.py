@@ -228,9 +228,10 @@ def default_config() -> ConfigDict:
             "end_tokens": (),  # special tokens that end an answer, beside the tokenizer's eos_token
             # Sizes that programs are compiled for; what is smaller is padded to the next one
             "frames": (),  # frames of a clip; (): 1 and num_frames
-            "text": (32, 128, 512, 2048),  # text tokens of a prompt; more: the next multiple of the last
+            "text": (32, 48, 64, 96, 128, 256, 512, 1024, 2048),  # of a prompt; more: a multiple of the last
             "batch": (1, 4, 16),  # answers that are decoded together; the last is the most
             "cache": 128,  # positions of the key-value cache: a multiple of this
+            "read": 4096,  # tokens of prompts that a share of the devices reads at a time, if one is no more
             "looks": 16,  # (video, prompt) pairs whose visual tokens are kept for later questions
         }
     )

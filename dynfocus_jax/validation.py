@@ -240,7 +240,7 @@ def _validate_generation(generation: ConfigDict) -> None:
     from dynfocus_jax.serving.sampling import SamplingParams, check_sampling
 
     where = "config.generation"
-    positive(generation, where, "max_new_tokens", "cache")
+    positive(generation, where, "max_new_tokens", "cache", "read")
     for key in ("num_frames", "max_length"):
         if generation[key] is not None:
             positive(generation, where, key)

@@ -4,9 +4,11 @@ import re
 
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from PIL import Image
 
-from dynfocus_jax.chat import Chat
+from dynfocus_jax.chat import Chat, main
 from dynfocus_jax.config import UserError
 from dynfocus_jax.data.images import MediaError
 from dynfocus_jax.data.prepare import make_media_reader
@@ -14,7 +16,6 @@ from dynfocus_jax.data.tokenizer import WordTokenizer
 from dynfocus_jax.data.video import Clip
 from dynfocus_jax.serving.engine import Engine
 from dynfocus_jax.serving.requests import Request
-from tests.commands import command
 from tests.tiny import (
     SIZE,
     VOCABULARY,
@@ -76,7 +77,11 @@ class Talk:
 
 
 def test_an_answer_and_what_it_took(engine):
-    answer, took = Talk(engine).say("/video a.mp4", "w1 w2")
+    answer, first = Talk(engine).say("/video a.mp4", "w1 w2")
+    again, took = Talk(engine).say("/video a.mp4", "w1 w2")
+    assert again == answer
+    assert first.endswith(", compiling included]")
+    assert "compiling" not in took
     expected = engine.generate([Request("x", (("user", "w1 w2"),), clip=OneVideo().clip)])[0]
     assert answer == (expected.text or "(no answer)")
     visual = engine.look(OneVideo().clip, "w1 w2")
@@ -164,17 +169,19 @@ def test_sampling_and_stop_strings_reach_the_engine(engine):
     assert answer == whole[: whole.index(stop)].rstrip() or answer == "(no answer)"
 
 
-def fails(*arguments):
-    code, stdout, stderr = command("chat", *arguments)
-    assert (code, stdout) == (2, "")
-    (line,) = [line for line in stderr.splitlines() if line]
-    return line.removeprefix("error: ")
-
-
-def test_command_without_checkpoint_or_with_another_folder(tmp_path):
-    assert fails() == "--checkpoint is missing; name the workdir of a training run."
-    assert f"--checkpoint {tmp_path} has no config.json" in fails(f"--checkpoint={tmp_path}")
-    assert fails(f"--checkpoint={tmp_path}", "--question= ").startswith("--question is empty")
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({}, "--checkpoint is missing; name the workdir of a training run"),
+        ({"checkpoint": "/nowhere"}, "--checkpoint /nowhere has no config.json; name the workdir"),
+        ({"checkpoint": "/nowhere", "question": " "}, "--question is empty; leave it out to be asked"),
+    ],
+)
+def test_flags_that_make_no_sense(given, sentence):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["test"])
+    with flagsaver.flagsaver(**given), pytest.raises(UserError, match=sentence):
+        main()
 
 
 def test_ask_raises_what_a_command_tells(engine):

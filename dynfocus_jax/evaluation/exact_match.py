@@ -4,13 +4,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
-from dynfocus_jax.batch import Batch
 from dynfocus_jax.data.sources import Record
-from dynfocus_jax.models.connectors import VisualTokens
-from dynfocus_jax.serving.generate import Answers
+from dynfocus_jax.serving.engine import BatchAnswers
 
 
 class Prediction(NamedTuple):
@@ -27,76 +24,43 @@ class Prediction(NamedTuple):
     focus: np.ndarray | None
 
 
-def focused_frames(visual: VisualTokens, num_frames: int) -> np.ndarray | None:
-    """bool `[B, T]`: frames encoded as cones; None when the connector selects nothing."""
-    selection = visual.selection
-    if selection is None or selection.frames.shape[1] == 0:
-        return None
-    frames, valid = np.asarray(selection.frames), np.asarray(selection.valid)
-    focus = np.zeros((len(frames), num_frames), bool)
-    rows = np.repeat(np.arange(len(frames))[:, None], frames.shape[1], axis=1)
-    focus[rows[valid], frames[valid]] = True
-    return focus
-
-
-class Answered(NamedTuple):
-    """A batch of answers with what judging them needs: `index [B]` and `frame_mask [B, T]` of the batch."""
-
-    index: jax.Array
-    frame_mask: jax.Array
-    answers: Answers
-
-
-def answered(batch: Batch, answers: Answers) -> Answered:
-    """The answers to a batch, without the large arrays of what the model looked at."""
-    visual = answers.visual._replace(tokens=None, mask=None)
-    if visual.selection is not None:
-        visual = visual._replace(selection=visual.selection._replace(events=None, indicators=None))
-    return Answered(batch.index, batch.frame_mask, answers._replace(visual=visual))
-
-
 def predict(
-    batches: Iterable[Answered],
-    records: Sequence[Record],
-    decode: Callable[[Sequence[int]], str],
+    batches: Iterable[BatchAnswers], records: Sequence[Record], decode: Callable[[Sequence[int]], str]
 ) -> list[Prediction]:
-    """The predictions of answered batches (numpy; their `index` points into `records`), in their order."""
+    """The predictions of answered batches, whose `index` points into `records`, in their order."""
     predictions = []
-    for index_of_row, frame_mask, answers in batches:
-        focus = focused_frames(answers.visual, frame_mask.shape[1])
+    for index_of_row, tokens, look in batches:
         for row, index in enumerate(index_of_row):
             if index < 0:
                 continue
             record = records[index]
-            text = decode(answers.tokens[row])
-            recall = chance = scores = None
-            if focus is not None:
-                scores = answers.visual.selection.frame_scores[row]
+            text = decode(tokens[row])
+            recall = chance = scores = focus = None
+            if look.focus is not None:
+                scores, focus = look.scores[row], look.focus[row]
                 if record.needle_frames:
                     needles = list(record.needle_frames[-1])
-                    recall = float(focus[row, needles].mean())
-                    chance = _chance(answers.visual.selection, row, needles)
+                    recall = float(focus[needles].mean())
+                    chance = _chance(focus, look.candidates[row], needles)
             predictions.append(
                 Prediction(
                     record,
                     text,
                     text == record.turns[-1][1],
-                    int(answers.visual.count[row]),
-                    int(frame_mask[row].sum()),
+                    int(look.count[row]),
+                    int(look.frames[row]),
                     recall,
                     chance,
                     scores,
-                    None if focus is None else focus[row],
+                    focus,
                 )
             )
     return predictions
 
 
-def _chance(selection, row: int, needles: list[int]) -> float:
+def _chance(focus: np.ndarray, candidates: np.ndarray, needles: list[int]) -> float:
     """Expected recall when as many of the candidate frames are chosen at random."""
-    candidates = selection.centers[row][selection.prototype_valid[row]]
-    kept = selection.valid[row].sum()
-    return float(np.isin(needles, candidates).mean() * kept / len(candidates))
+    return float(candidates[needles].mean() * focus.sum() / candidates.sum())
 
 
 def summarize(predictions: Sequence[Prediction], total: int) -> dict:

@@ -1,17 +1,13 @@
 """Evaluation of a training run: answers to the held-out questions, measures, the focus picture."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dynfocus_jax import trees
-from dynfocus_jax.batch import Batch
 from dynfocus_jax.data.budget import Budget
 from dynfocus_jax.data.conversation import TEMPLATES
 from dynfocus_jax.data.features import open_features
@@ -23,11 +19,10 @@ from dynfocus_jax.data.prepare import make_media_reader
 from dynfocus_jax.data.samples import SampleLoader
 from dynfocus_jax.data.skipped import Skipped
 from dynfocus_jax.data.sources import read_records
-from dynfocus_jax.evaluation.exact_match import Answered, Prediction, answered, predict, summarize
-from dynfocus_jax.models.dynfocus import build_model
-from dynfocus_jax.parallel.sharding import local_rows, on_mesh, to_devices
+from dynfocus_jax.evaluation.exact_match import Prediction, predict, summarize
+from dynfocus_jax.parallel.sharding import local_rows, to_devices
 from dynfocus_jax.parallel.start import is_first, own_name
-from dynfocus_jax.serving.generate import make_greedy
+from dynfocus_jax.serving.engine import Engine
 from dynfocus_jax.training.tower import check_tower
 from dynfocus_jax.visualize.focus import Strip, draw_focus
 
@@ -38,7 +33,7 @@ def evaluate_run(
     """Answers all questions of `config.evaluation.annotations`; writes predictions.jsonl and focus.png.
 
     The devices of the mesh share each batch of questions. All processes return the results, the first writes.
-    params: as the last stage has left them on the mesh; they are not copied.
+    params: as the last stage has left them on the mesh; see `Engine` for which of them are copied.
     """
     evaluation = config.evaluation
     records = read_records(data_root / evaluation.annotations, data_root)
@@ -61,21 +56,10 @@ def evaluate_run(
         num_threads=config.data.threads,
         num_processes=config.data.processes,
     )
-    model = build_model(config, config.stages[-1].connector)
-    greedy = make_greedy(model, evaluation.max_new_tokens, tokenizer.eos_id)
-    params = trees.flatten(params)
-    check_tower(media.features, params, mesh)
-
-    @jax.jit
-    def answer(params: dict, batch: Batch) -> Answered:
-        with on_mesh(mesh):
-            return answered(batch, greedy(trees.unflatten(params), batch))
-
-    def answers() -> Iterator[Answered]:
-        for batch in batches:
-            yield multihost_utils.process_allgather(answer(params, to_devices(batch, mesh)), tiled=True)
-
-    predictions = predict(answers(), records, tokenizer.decode)
+    check_tower(media.features, trees.flatten(params), mesh)
+    engine = Engine(config, params, tokenizer, mesh)
+    answers = (engine.answer_batch(to_devices(batch, mesh), evaluation.max_new_tokens) for batch in batches)
+    predictions = predict(answers, records, tokenizer.decode)
     if is_first():
         _write_predictions(workdir / "predictions.jsonl", predictions)
         pixels = media if media.features is None else make_media_reader(config)

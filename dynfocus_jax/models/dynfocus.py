@@ -130,18 +130,10 @@ class DynFocus(nn.Module):
         """Of the language model: `[B, Lt, D] -> [B, Lt, V]` float32."""
         return self.language.logits(hidden)
 
-    def prefill(self, batch: Batch, max_new_tokens: int) -> tuple[jax.Array, Cache, VisualTokens]:
-        """Read prompts: logits `[B, V]` of the first answer token, the cache with room for the answer."""
-        visual = self.visual_tokens(batch)
-        logits, cache = self.read(batch, visual, max_new_tokens)
-        return logits, cache, visual
-
-    def read(
-        self, prompts: Batch | Prompts, visual: VisualTokens, max_new_tokens: int
-    ) -> tuple[jax.Array, Cache]:
-        """`prefill` of prompts whose visual tokens are known."""
+    def read(self, prompts: Batch | Prompts, visual: VisualTokens) -> tuple[jax.Array, Cache]:
+        """Reads prompts: logits `[B, V]` of the first answer token, and the cache of what was read."""
         embeddings, lengths = self._joined(prompts, visual)
-        cache = self.language.empty_cache(embeddings.shape[0], embeddings.shape[1] + max_new_tokens)
+        cache = self.language.empty_cache(embeddings.shape[0], 0)
         hidden, cache = self.language(embeddings, lengths, cache)
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
         return self.language.logits(last[:, 0]), cache

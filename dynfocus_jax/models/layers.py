@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from dynfocus_jax.config import UserError
 
@@ -64,6 +65,47 @@ def attention(
     return jax.nn.dot_product_attention(
         query, key, value, mask=mask, is_causal=causal, implementation=implementation
     )
+
+
+def attention_after(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cached: tuple[jax.Array, jax.Array],
+    filled: jax.Array,
+) -> jax.Array:
+    """`attention` of positions that come after others: over keys and values of a cache, then causal.
+
+    The cache is only read; put together with the new keys it would be copied for every token.
+
+    Args:
+      query: `[B, L, H, h]`; key, value: `[B, L, G, h]`.
+      cached: keys and values `[B, G, S, h]`, of which row b sees the first `filled[b]`; filled: int32 `[B]`.
+    """
+    batch, length, heads, head_dim = query.shape
+    groups = key.shape[2]
+    query = query.reshape(batch, length, groups, heads // groups, head_dim)
+
+    def scores(keys, seen):  # [B, G, H / G, L, keys]
+        out = jnp.einsum("blgrh,bgsh->bgrls", query, keys, preferred_element_type=jnp.float32)
+        return jnp.where(seen, out * head_dim**-0.5, jnp.finfo(jnp.float32).min)
+
+    def summed(weights, values):
+        return jnp.einsum("bgrls,bgsh->blgrh", weights, values, preferred_element_type=jnp.float32)
+
+    key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        # Left to itself XLA turns all layers' cache around for every token on a GPU; among several devices it
+        # does not, and would gather the cache for the constraint.
+        cached = tuple(with_layout_constraint(x, Layout((0, 1, 2, 3))) for x in cached)
+    size = cached[0].shape[2]
+    before = jnp.arange(size) < filled[:, None, None, None, None]
+    causal = jnp.tri(length, dtype=bool)
+    weights = jnp.concatenate([scores(cached[0], before), scores(key, causal)], axis=-1)
+    weights = jax.nn.softmax(weights, axis=-1).astype(value.dtype)
+    out = summed(weights[..., :size], cached[1]) + summed(weights[..., size:], value)
+    return out.reshape(batch, length, heads, head_dim).astype(value.dtype)
 
 
 class MultiHeadAttention(nn.Module):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynfocus_jax.models.layers import LoRA, RMSNorm, attention, scan_layers
+from dynfocus_jax.models.layers import LoRA, RMSNorm, attention, attention_after, scan_layers
 from dynfocus_jax.parallel.sharding import shard
 
 ROPE_SCALINGS = ("none", "linear", "llama3")
@@ -18,7 +18,10 @@ PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")  # linear m
 
 
 class Cache(NamedTuple):
-    """Static-length `keys, values [layers, B, S, G, h]`, of which the first `lengths [B]` are filled."""
+    """Static-length `keys, values [layers, B, G, S, h]`, of which the first `lengths [B]` of S are filled.
+
+    So they lie as attention reads them: with S before G they would be turned around for every token.
+    """
 
     keys: jax.Array
     values: jax.Array
@@ -67,9 +70,10 @@ def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def _write(buffer: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
-    """Put `new [B, L, G, h]` at `positions [B, L]` of `buffer [B, S, G, h]`; what lies past S is left out."""
-    rows = jnp.arange(buffer.shape[0])[:, None]
-    return buffer.at[rows, positions].set(new.astype(buffer.dtype), mode="drop", unique_indices=True)
+    """Put `new [layers, B, G, L, h]` at `positions [B, L] < S` of `buffer [layers, B, G, S, h]`."""
+    rows = jnp.arange(buffer.shape[1])[:, None]
+    new = jnp.transpose(new, (1, 3, 0, 2, 4))  # [B, L, layers, G, h], as it is indexed
+    return buffer.at[:, rows, :, positions].set(new, mode="drop", unique_indices=True)
 
 
 class DecoderBlock(nn.Module):
@@ -90,7 +94,7 @@ class DecoderBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, cache, context):
-        """`x [B, L, width]`; cache: its (keys, values) or None.
+        """`x [B, L, width]`; cache: its (keys, values) or None -> `x`, keys and values of these positions.
 
         context: (positions `[B, L]`, lengths `[B]`, their `rotation`).
         """
@@ -119,20 +123,19 @@ class DecoderBlock(nn.Module):
         query = turned(heads(y, self.heads, "query"), "query")
         key = turned(heads(y, self.kv_heads, "key"), "key")
         value = heads(y, self.kv_heads, "value")
-        if cache is None:
+        if cache is None or cache[0].shape[2] == 0:
             out = attention(
                 query, key, value, causal=True, key_lengths=lengths, implementation=self.attention
             )
         else:
-            cache = key, value = _write(cache[0], key, positions), _write(cache[1], value, positions)
-            visible = jnp.arange(key.shape[1]) <= positions[:, None, :, None]  # [B, 1, L, S]
-            out = attention(query, key, value, mask=visible, implementation=self.attention)
+            out = attention_after(query, key, value, cache, positions[:, 0])
         x = shard(x + linear(out, "out", self.width, axis=(-2, -1)), "batch", "sequence", None)
 
         y = RMSNorm(self.eps, name="mlp_norm", **types)(x)
         gate, up = linear(y, "gate", self.mlp_dim), linear(y, "up", self.mlp_dim)
         y = shard(jax.nn.silu(gate) * up, "batch", "sequence", "hidden")
-        return shard(x + linear(y, "down", self.width), "batch", "sequence", None), cache
+        x = shard(x + linear(y, "down", self.width), "batch", "sequence", None)
+        return x, None if cache is None else (jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
 
 
 class Llama(nn.Module):
@@ -202,7 +205,8 @@ class Llama(nn.Module):
           lengths: int32 `[B]`, valid positions in `embeddings`.
           cache: None for a plain causal pass, or a `Cache` that is extended by these positions: row b's
             tokens take positions `cache.lengths[b]...`. The caller sees to it that the valid ones fit (the
-            padding need not). Chunks may differ in size from call to call.
+            padding need not). Chunks may differ in size from call to call. One without any position
+            (`empty_cache(B, 0)`) becomes one of L, by the same computation as without.
 
         Returns:
           `[B, L, width]` (padding positions hold unspecified values) and the extended cache.
@@ -219,9 +223,11 @@ class Llama(nn.Module):
             self.rope_high_freq,
             self.rope_original_length,
         )
-        x, layers = self.blocks(embeddings, layers, (positions, lengths, rotation(positions, frequency)))
+        x, new = self.blocks(embeddings, layers, (positions, lengths, rotation(positions, frequency)))
+        if cache is not None and cache.keys.shape[3] > 0:
+            new = (_write(cache.keys, new[0], positions), _write(cache.values, new[1], positions))
         if cache is not None:
-            cache = Cache(*layers, start + lengths)
+            cache = Cache(*new, start + lengths)
         return self.final_norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -232,6 +238,6 @@ class Llama(nn.Module):
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache of `length` positions for `batch` rows."""
-        shape = (self.depth, batch, length, self.kv_heads, self.head_dim)
+        shape = (self.depth, batch, self.kv_heads, length, self.head_dim)
         zeros = jnp.zeros(shape, self.dtype)
         return Cache(zeros, zeros, jnp.zeros((batch,), jnp.int32))

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dynfocus_jax import trees
@@ -17,12 +16,12 @@ from dynfocus_jax.batch import Batch, padding_sample
 from dynfocus_jax.config import with_steps
 from dynfocus_jax.data.features import blank_frame
 from dynfocus_jax.models.connectors import build_connector
-from dynfocus_jax.models.dynfocus import DynFocus, build_model
-from dynfocus_jax.models.llama import Cache
-from dynfocus_jax.parallel.sharding import LOGICAL, batch_sharding, on_mesh, row_shares
+from dynfocus_jax.models.dynfocus import build_model
+from dynfocus_jax.parallel.sharding import batch_sharding, row_shares
+from dynfocus_jax.serving.programs import make_programs, serving_layout
 from dynfocus_jax.training.optimizer import make_optimizer, schedule
 from dynfocus_jax.training.stage_data import stage_budget
-from dynfocus_jax.training.state import abstract_params, abstract_state, state_shardings
+from dynfocus_jax.training.state import abstract_state, state_shardings
 from dynfocus_jax.training.step import make_train_step
 
 
@@ -93,50 +92,19 @@ def serving_steps(config: ConfigDict, mesh: Mesh) -> tuple[Step, Step]:
     evaluation, index = config.evaluation, len(config.stages) - 1
     shares = row_shares(mesh)
     rows = -(-evaluation.batch_size // shares) * shares
-    model = build_model(config, config.stages[index].connector)
-    params = trees.unflatten(abstract_params(config, index, mesh))
+    programs = make_programs(build_model(config, config.stages[index].connector), mesh, (0,), 0)
+    params = trees.unflatten(serving_layout(config, mesh))
     batch = _abstract_batch(mesh, config, rows, evaluation.media_frames, evaluation.max_text)
-    held = {"parameters": params, "batch": batch}
     length = evaluation.max_text + _visual_tokens(config, index, evaluation.media_frames)
+    held = {"parameters": params, "batch": batch}
 
-    language = config.model.language
-    heads = "tensor" if language.kv_heads % mesh.shape["tensor"] == 0 else None
-    keys = NamedSharding(mesh, PartitionSpec(None, LOGICAL["batch"], None, heads, None))
-    layout = Cache(keys, keys, batch_sharding(mesh))
-
-    def prefill(params, batch):
-        with on_mesh(mesh):
-            logits, cache, _ = model.apply(
-                {"params": params}, batch, evaluation.max_new_tokens, method=DynFocus.prefill
-            )
-        return logits, cache
-
-    def decode(params, tokens, cache):
-        with on_mesh(mesh):
-            return model.apply({"params": params}, tokens, cache, method=DynFocus.decode)
-
-    prefill = jax.jit(prefill, out_shardings=(batch_sharding(mesh), layout))
-    decode = jax.jit(decode, out_shardings=(batch_sharding(mesh), layout), donate_argnums=2)
-    cache = jax.tree.map(_abstract, jax.eval_shape(prefill, params, batch)[1], layout)
-    tokens = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=batch_sharding(mesh))
-    where = "config.evaluation"
+    state = programs.empty.eval_shape(rows, length + evaluation.max_new_tokens)
+    answers = {"parameters": params, "batch": state._replace(cache=None), "key-value cache": state.cache}
+    where, prefill, decode = "config.evaluation", programs.prefill, programs.decode
     return (
         Step("prefill", where, prefill, (params, batch), held, rows, rows * length, prefill),
-        Step(
-            "decode",
-            where,
-            decode,
-            (params, tokens, cache),
-            {"parameters": params, "batch": tokens, "key-value cache": cache},
-            rows,
-            rows,
-            decode,
-        ),
+        Step("decode", where, decode, (params, state), answers, rows, rows, decode),
     )
-
-
-def _abstract(leaf, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _abstract_batch(mesh: Mesh, config: ConfigDict, rows: int, frames: int, text: int) -> Batch:

@@ -2,34 +2,33 @@
 
 import hashlib
 import itertools
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import cachetools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dynfocus_jax import trees
-from dynfocus_jax.batch import padding_sample
+from dynfocus_jax.batch import Batch, padding_sample
 from dynfocus_jax.config import UserError
 from dynfocus_jax.data.conversation import TEMPLATES, Conversation, SampleError, encode_prompt, query_text
 from dynfocus_jax.data.video import Clip
 from dynfocus_jax.models.dynfocus import Prompts, build_model
 from dynfocus_jax.parallel.sharding import batch_sharding, place, replicated, row_shares
-from dynfocus_jax.serving.programs import State, make_programs
+from dynfocus_jax.serving.programs import Look, State, make_programs, serving_layout
 from dynfocus_jax.serving.requests import Completion, Messages, Request, Visual, turns_of
 from dynfocus_jax.serving.sampling import GREEDY, as_rows, check_sampling
 from dynfocus_jax.serving.text import AnswerText
-from dynfocus_jax.training.state import abstract_params
 
 _AHEAD = 2  # tokens that are computed before the first of them is read: the device never waits for the host
-_CAST = r"language/.*(kernel|embedding|bias|lora_[ab])"  # what the model casts to its dtype before using it
 
 OnToken = Callable[[str, str], None]
 
@@ -56,19 +55,12 @@ class _Job:
         return 0 if self.visual is None else self.visual.count
 
 
-def serving_layout(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape, dtype and layout of the parameters as the engine holds them, {path: shape}.
+class BatchAnswers(NamedTuple):
+    """Of the rows of a batch: its `index [B]`, answers (none of padding rows), what the model looked at."""
 
-    As in training, but the language model's matrices are in the dtype of the computation: the values are the
-    same, and decoding, which is bound by reading them, reads no more than it needs.
-    """
-
-    def held(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        dtype = config.model.dtype if re.fullmatch(_CAST, path) else leaf.dtype
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
-
-    layout = abstract_params(config, len(config.stages) - 1, mesh)
-    return {path: held(path, leaf) for path, leaf in layout.items()}
+    index: np.ndarray
+    tokens: list[list[int]]
+    look: Look
 
 
 class Engine:
@@ -210,7 +202,7 @@ class Engine:
             visual_size = request.visual.tokens.shape[1]
         elif request.clip is not None:
             visual_size = self._visual_size(self._frame_size(len(request.clip.frames)))
-        query = self.query(request.messages)
+        query = self.query(request.messages) if request.query is None else request.query
         piece = on_token and (lambda text: on_token(request.id, text))
         answer = AnswerText(self.tokenizer.decode, request.stop, piece)
         text_size = _size(len(prompt.tokens), self._settings.text)
@@ -221,24 +213,40 @@ class Engine:
         jobs = [job for job in jobs if self._is_short_enough(job)]
         if not jobs:
             return
-        shares = row_shares(self.mesh)
-        slots = -(-_size(len(jobs), self._settings.batch) // shares)  # rows of each device
-        needed = max(
-            max(job.visual_size + job.text_size, job.visual_count + len(job.prompt.tokens) + job.limit)
-            for job in jobs
+        shares, sizes = row_shares(self.mesh), self._settings.batch
+        slots = -(-_size(len(jobs), sizes) // shares)  # rows of each share
+        longest = max(job.visual_size for job in jobs) + max(job.text_size for job in jobs)
+        together = max(  # rows of each share whose prompts are read at a time
+            size
+            for size in {1, *sizes}
+            if size == 1
+            or (slots % size == 0 and size <= len(jobs) / shares and size * longest <= self._settings.read)
         )
+        whole = max(job.visual_count + len(job.prompt.tokens) + job.limit for job in jobs)
+        needed = max(longest, whole)
         state = self._programs.empty(shares * slots, _cache_length(needed, self._settings.cache))
         seats: dict[int, _Job] = {}  # by row
         firsts = []
-        for slot, part in enumerate(_parts(jobs, shares)):
-            seats |= {share * slots + slot: job for share, job in enumerate(part)}
-            state, tokens = self._admit(state, slot, part, shares)
+        for number, part in enumerate(_parts(jobs, shares * together)):
+            rows = {i % shares * together + i // shares: job for i, job in enumerate(part)}
+            start = number * together
+            seats |= {row // together * slots + start + row % together: job for row, job in rows.items()}
+            state, tokens = self._admit(state, start, rows, shares * together)
             tokens.copy_to_host_async()
-            firsts.append((part, tokens))
-        for part, tokens in firsts:
-            for job, token in zip(part, np.asarray(tokens), strict=False):
-                self._take(job, int(token))
-        self._decode(state, seats)
+            firsts.append((rows, tokens))
+        for rows, tokens in firsts:
+            tokens = np.asarray(tokens)
+            for row, job in rows.items():
+                self._take(job, int(tokens[row]))
+
+        def take(tokens: np.ndarray) -> bool:
+            for row, job in seats.items():
+                if job.reason is None:
+                    self._take(job, int(tokens[row]))
+            return any(job.reason is None for job in jobs)
+
+        if any(job.reason is None for job in jobs):
+            self._decode(state, max(job.limit for job in jobs) - 1, take)
 
     def _is_short_enough(self, job: _Job) -> bool:
         """Looks at the clip; False for a job that is too long then, which has its reason."""
@@ -253,43 +261,38 @@ class Engine:
             )
         return job.reason is None
 
-    def _admit(self, state: State, slot: int, jobs: list[_Job], shares: int) -> tuple[State, jax.Array]:
-        """Reads a prompt for each share of the batch (padding behind the last), and gives it its row."""
-        text_size = max(job.text_size for job in jobs)
-        visual_size = max(job.visual_size for job in jobs)
-        tokens = np.full((shares, text_size), self.tokenizer.pad_id, np.int32)
-        length, position, count, limit = np.zeros((4, shares), np.int32)
+    def _admit(self, state: State, slot: int, jobs: dict[int, _Job], rows: int) -> tuple[State, jax.Array]:
+        """Reads prompts, each in its row of so many (the others are padding), and gives them their seats."""
+        text_size = max(job.text_size for job in jobs.values())
+        visual_size = max(job.visual_size for job in jobs.values())
+        tokens = np.full((rows, text_size), self.tokenizer.pad_id, np.int32)
+        length, position, count, limit = np.zeros((4, rows), np.int32)
         length[:] = 1
-        for row, job in enumerate(jobs):
+        none = self._same(np.zeros((1, 0, self._width), self.config.model.dtype))
+        visuals, settings = [none] * rows, [GREEDY] * rows
+        for row, job in jobs.items():
             length[row], position[row] = len(job.prompt.tokens), job.prompt.visual_position
             tokens[row, : length[row]] = job.prompt.tokens
             count[row], limit[row] = job.visual_count, job.limit
-        none = self._same(np.zeros((1, 0, self._width), self.config.model.dtype))
-        visuals = [none if job.visual is None else job.visual.tokens for job in jobs]
-        visuals += [none] * (shares - len(jobs))
+            visuals[row] = none if job.visual is None else job.visual.tokens
+            settings[row] = job.request.sampling
         visuals = tuple(_lengthened(each, visual_size) for each in visuals)
-        settings = [job.request.sampling for job in jobs] + [GREEDY] * (shares - len(jobs))
         prompts = self._rows(Prompts(tokens, length, position))
         logits, cache = self._programs.read(self._params, prompts, visuals, self._rows(count))
         return self._programs.admit(
             state, self._same(np.int32(slot)), logits, cache, self._rows(as_rows(settings)), self._rows(limit)
         )
 
-    def _decode(self, state: State, seats: dict[int, _Job]) -> None:
-        """Decodes until every answer has ended."""
+    def _decode(self, state: State, most: int, take: Callable[[np.ndarray], bool]) -> None:
+        """Decodes up to `most` tokens of every row, which `take` gets until it wants no more."""
         computed: deque[jax.Array] = deque()
-        left = max(job.limit for job in seats.values()) - 1
-        while any(job.reason is None for job in seats.values()):
-            if left > 0:
+        for step in range(most + _AHEAD):
+            if step < most:
                 state, tokens = self._programs.decode(self._params, state)
                 tokens.copy_to_host_async()
                 computed.append(tokens)
-                left -= 1
-            if len(computed) > _AHEAD or left == 0:
-                tokens = np.asarray(computed.popleft())
-                for row, job in seats.items():
-                    if job.reason is None:
-                        self._take(job, int(tokens[row]))
+            if step >= _AHEAD and not take(np.asarray(computed.popleft())):
+                return
 
     def _take(self, job: _Job, token: int) -> None:
         """The next token of an answer."""
@@ -316,6 +319,28 @@ class Engine:
             first - started,
             (count - 1) / (last - first) if count > 1 else None,
         )
+
+    def answer_batch(self, batch: Batch, max_new_tokens: int) -> BatchAnswers:
+        """Greedy answers to prompts of one shape that are read together: a batch that lies on the mesh."""
+        look, logits, cache = self._programs.prefill(self._params, batch)
+        rows = len(batch.tokens)
+        state = self._programs.empty(rows, cache.keys.shape[3] + max_new_tokens)
+        index = multihost_utils.process_allgather(batch.index, tiled=True)
+        settings, limit = as_rows([GREEDY] * rows), np.where(index < 0, 0, max_new_tokens).astype(np.int32)
+        state, first = self._programs.admit(
+            state, self._same(np.int32(0)), logits, cache, self._rows(settings), self._rows(limit)
+        )
+        answers, ended = [[] for _ in range(rows)], index < 0
+
+        def take(tokens: np.ndarray) -> bool:
+            for row in np.flatnonzero(~ended):
+                answers[row].append(int(tokens[row]))
+                ended[row] = tokens[row] in self._ends
+            return not ended.all()
+
+        if take(np.asarray(first)):
+            self._decode(state, max_new_tokens - 1, take)
+        return BatchAnswers(index, answers, jax.device_get(look))
 
     # ---- Small things --------------------------------------------------------------------------------
 

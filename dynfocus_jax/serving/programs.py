@@ -1,10 +1,11 @@
 """The compiled programs of the engine: look, read a prompt, give it a row of a batch, decode a token a row.
 
-Each is compiled once for a shape. Prompts are read a few at a time, as many as the mesh has shares of a
-batch, and put into the batch that is decoded: memory is bounded, and a prompt is padded little.
+Each is compiled once for a shape. Prompts are read a few at a time and put into the batch that is decoded:
+memory is bounded, and a prompt is padded little.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -12,24 +13,46 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from dynfocus_jax.batch import Batch
 from dynfocus_jax.models.connectors import VisualTokens
 from dynfocus_jax.models.dynfocus import DynFocus, Prompts
 from dynfocus_jax.models.llama import Cache
-from dynfocus_jax.parallel.sharding import LOGICAL, batch_sharding, on_mesh, replicated
+from dynfocus_jax.parallel.sharding import LOGICAL, batch_sharding, on_mesh, replicated, row_shares
 from dynfocus_jax.serving.sampling import Rows, choose
+from dynfocus_jax.training.state import abstract_params
+
+_CAST = r"language/.*(kernel|embedding|bias|lora_[ab])"  # what the model casts to its dtype before using it
+
+
+def serving_layout(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, dtype and layout of the parameters as the engine holds them, {path: shape}.
+
+    As in training, but the language model's matrices are in the dtype of the computation: the values are the
+    same, and decoding, which is bound by reading them, reads no more than it needs.
+    """
+
+    def held(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        dtype = config.model.dtype if re.fullmatch(_CAST, path) else leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+
+    layout = abstract_params(config, len(config.stages) - 1, mesh)
+    return {path: held(path, leaf) for path, leaf in layout.items()}
 
 
 class Look(NamedTuple):
-    """What the model makes of one clip: `tokens [1, Lv, D]`, `count [1]` of them valid.
+    """What the model makes of clips: `tokens [B, Lv, D]`, int32 `count [B]` of them valid, of `frames [B]`.
 
-    focus: bool `[1, T]`, the frames that are cones; scores: float32 `[1, T]`; None without a selection.
+    focus: bool `[B, T]`, the frames that are cones, of the candidates (bool `[B, T]`), which stand for an
+      event each; scores: float32 `[B, T]`. All three None without a selection.
     """
 
-    tokens: jax.Array
+    tokens: jax.Array | None
     count: jax.Array
+    frames: jax.Array
     focus: jax.Array | None
+    candidates: jax.Array | None
     scores: jax.Array | None
 
 
@@ -50,29 +73,31 @@ class State(NamedTuple):
 class Programs(NamedTuple):
     """Jitted functions.
 
-    look: (params, batch of one clip, its text unused) -> Look
+    look: (params, batch of clips, its text unused) -> Look
     read: (params, prompts [R], tuple of R visual tokens [1, Lv, D], counts [R]) -> logits [R, V], Cache
+    prefill: (params, batch of R prompts) -> Look without its tokens, logits [R, V], Cache
     empty: (B, S) -> State without answers
     admit: (state, slot, logits, cache, rows, limit) -> state, first tokens int32 [R]; the state is donated.
-      Row i of R becomes row `i * B / R + slot` of B: every device keeps the rows that it has read.
+      The r rows of each share go to its slots `slot` to `slot + r - 1`: a device keeps what it has read.
     decode: (params, state) -> state, tokens int32 [B], the pad token where an answer has ended; donated.
     """
 
     look: Callable[..., Look]
     read: Callable[..., tuple[jax.Array, Cache]]
+    prefill: Callable[..., tuple[Look, jax.Array, Cache]]
     empty: Callable[[int, int], State]
     admit: Callable[..., tuple[State, jax.Array]]
     decode: Callable[..., tuple[State, jax.Array]]
 
 
-def make_programs(model: DynFocus, mesh: Mesh, end_ids: Sequence[int], pad_id: int) -> Programs:
+def make_programs(model: DynFocus, mesh: Mesh, end_ids: Iterable[int], pad_id: int) -> Programs:
     """The programs of a model on a mesh.
 
     end_ids: tokens that end an answer, of which they are the last; pad_id: what follows.
     """
     rows, copies = batch_sharding(mesh), replicated(mesh)
     heads = "tensor" if model.config.language.kv_heads % mesh.shape["tensor"] == 0 else None
-    keys = NamedSharding(mesh, PartitionSpec(None, LOGICAL["batch"], None, heads, None))
+    keys = NamedSharding(mesh, PartitionSpec(None, LOGICAL["batch"], heads, None, None))
     cache_layout = Cache(keys, keys, rows)
     layout = State(cache_layout, rows, rows, rows, rows, Rows(rows, rows, rows, rows))
     ends = np.asarray(sorted(end_ids), np.int32)
@@ -81,19 +106,20 @@ def make_programs(model: DynFocus, mesh: Mesh, end_ids: Sequence[int], pad_id: i
     def look(params: dict, batch: Batch) -> Look:
         with on_mesh(mesh):
             visual = model.apply({"params": params}, batch, method=DynFocus.visual_tokens)
-        chosen = visual.selection
-        if chosen is None or chosen.frames.shape[1] == 0:
-            return Look(visual.tokens, visual.count, None, None)
-        total = batch.frame_mask.shape[1]
-        slots = jnp.where(chosen.valid, chosen.frames, total)
-        focus = jax.nn.one_hot(slots, total, dtype=bool).any(axis=1)
-        return Look(visual.tokens, visual.count, focus, chosen.frame_scores)
+        return _look(visual, batch.frame_mask)
 
     @partial(jax.jit, out_shardings=(rows, cache_layout))
-    def read(params, prompts: Prompts, tokens: tuple[jax.Array, ...], count: jax.Array):
+    def read(params: dict, prompts: Prompts, tokens: tuple[jax.Array, ...], count: jax.Array):
         visual = VisualTokens(jnp.concatenate(tokens), mask=None, count=count, selection=None)
         with on_mesh(mesh):
-            return model.apply({"params": params}, prompts, visual, 0, method=DynFocus.read)
+            return model.apply({"params": params}, prompts, visual, method=DynFocus.read)
+
+    @partial(jax.jit, out_shardings=(copies, rows, cache_layout))
+    def prefill(params: dict, batch: Batch):
+        with on_mesh(mesh):
+            visual = model.apply({"params": params}, batch, method=DynFocus.visual_tokens)
+            logits, cache = model.apply({"params": params}, batch, visual, method=DynFocus.read)
+        return _look(visual, batch.frame_mask)._replace(tokens=None), logits, cache
 
     @partial(jax.jit, static_argnums=(0, 1), out_shardings=layout)
     def empty(batch: int, length: int) -> State:
@@ -117,11 +143,13 @@ def make_programs(model: DynFocus, mesh: Mesh, end_ids: Sequence[int], pad_id: i
 
         def put(old, new):
             axis = int(old.ndim > 1)  # of the rows: the first, but of keys and values the second
-            shares = new.shape[axis]
-            view = old.reshape(*old.shape[:axis], shares, -1, *old.shape[axis + 1 :])
+
+            def by_share(x):
+                return x.reshape(*x.shape[:axis], row_shares(mesh), -1, *x.shape[axis + 1 :])
+
+            view, new = by_share(old), by_share(new.astype(old.dtype))
             start = [0] * view.ndim
             start[axis + 1] = slot
-            new = jnp.expand_dims(new, axis + 1).astype(old.dtype)
             return jax.lax.dynamic_update_slice(view, new, start).reshape(old.shape)
 
         return jax.tree.map(put, state, new), tokens
@@ -135,4 +163,17 @@ def make_programs(model: DynFocus, mesh: Mesh, end_ids: Sequence[int], pad_id: i
         done = state.done | ended(tokens, made, state.limit)
         return State(cache, tokens, made, state.limit, done, state.rows), tokens
 
-    return Programs(look, read, empty, admit, decode)
+    return Programs(look, read, prefill, empty, admit, decode)
+
+
+def _look(visual: VisualTokens, frame_mask: jax.Array) -> Look:
+    frames, chosen, total = frame_mask.sum(axis=1), visual.selection, frame_mask.shape[1]
+    if chosen is None or chosen.frames.shape[1] == 0:
+        return Look(visual.tokens, visual.count, frames, None, None, None)
+
+    def marked(index, valid):  # -> bool [B, T]
+        return jax.nn.one_hot(jnp.where(valid, index, total), total, dtype=bool).any(axis=1)
+
+    focus = marked(chosen.frames, chosen.valid)
+    candidates = marked(chosen.centers, chosen.prototype_valid)
+    return Look(visual.tokens, visual.count, frames, focus, candidates, chosen.frame_scores)

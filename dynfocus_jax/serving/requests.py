@@ -35,6 +35,7 @@ class Request:
     clip: what it is about, pixels or features; visual: or what `Engine.look` made of it. Neither: text only.
     max_new_tokens: None is `config.generation.max_new_tokens`.
     stop: strings that end the answer. answer_start: words that it is made to begin with, not part of it.
+    query: what the text encoder reads; None: of the messages what `config.data.text_guidance` says.
     visual_at_end: the visual tokens stand after the first question, not before it.
     """
 
@@ -46,6 +47,7 @@ class Request:
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
     answer_start: str = ""
+    query: str | None = None
     visual_at_end: bool = False
 
 

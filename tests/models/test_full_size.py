@@ -19,7 +19,7 @@ from transformers import (
 from dynfocus_jax import trees
 from dynfocus_jax.batch import padding_sample
 from dynfocus_jax.config import default_config
-from dynfocus_jax.models.dynfocus import DynFocus, build_model
+from dynfocus_jax.models.dynfocus import build_model
 
 C, D = 1408, 4096
 FRAMES, WORDS, QUESTION = 200, 48, 256
@@ -74,7 +74,7 @@ def test_parameter_counts_of_the_published_backbones(full_size):
 
 
 def test_forward_of_200_frames(full_size):
-    """Twenty cones of 40 tokens and 180 rods of 2; the same video read into a cache for 100 new tokens."""
+    """Twenty cones of 40 tokens and 180 rods of 2; the same video read into a cache."""
     model, batch, variables = full_size
     output = jax.eval_shape(model.apply, variables, batch)
     cones = 20  # J = ceil(0.8 * 25)
@@ -84,10 +84,10 @@ def test_forward_of_200_frames(full_size):
     assert output.logits.shape == (1, WORDS, 32000)
     assert output.logits.dtype == jnp.float32
 
-    def prefill(variables, batch):
-        return model.apply(variables, batch, 100, method=DynFocus.prefill)
+    def read(module, batch):
+        return module.read(batch, module.visual_tokens(batch))
 
-    logits, cache, _ = jax.eval_shape(prefill, variables, batch)
+    logits, cache = jax.eval_shape(lambda *inputs: model.apply(*inputs, method=read), variables, batch)
     assert logits.shape == (1, 32000)
-    assert cache.keys.shape == cache.values.shape == (32, 1, visual + WORDS + 100, 32, 128)
+    assert cache.keys.shape == cache.values.shape == (32, 1, 32, visual + WORDS, 128)
     assert cache.keys.dtype == jnp.bfloat16

