@@ -2,14 +2,15 @@
 
     --config.videomme.num_frames=128 --config.videomme.subtitles=True --config.batch_size=32
 
-{question}, {options} and {letters} ("A, B, C, or D") in a prompt are those of the question; `option` is the
-form of each option. The prompts are the benchmarks' own, or the common one for multiple choice.
+{question}, {options} and {letters} ("A, B, C, or D") in a prompt are those of the question, {seen} is "video"
+or "video and the subtitles"; `option` is the form of each option. The prompts are the benchmarks' own, or
+Video-MME's, which is the common one for multiple choice.
 """
 
 from ml_collections.config_dict import ConfigDict, placeholder
 
 CHOICE = (
-    "Select the best answer to the following multiple-choice question based on the video. Respond with only "
+    "Select the best answer to the following multiple-choice question based on the {seen}. Respond with only "
     "the letter ({letters}) of the correct option.\n{question}\n{options}\nThe best answer is:"
 )
 MLVU = (
@@ -31,6 +32,7 @@ def asked(**changes):
             "answer_start": "",  # what the answer is made to begin with
             "free_prompt": "{question}",  # of questions without options, in a benchmark that has both
             "when_prompt": WHEN,  # of questions for a span of time
+            "guidance": "{question}",  # what the text encoder reads
             "subtitles": False,  # whether those on the screen at the chosen frames are read out
             "max_new_tokens": 16,
             "free_max_new_tokens": 512,  # of questions without options
@@ -63,10 +65,13 @@ def get_config(arg: str = ""):
     config.threads = 2  # that read videos ahead
     config.judge = ConfigDict(
         {
-            "model": placeholder(str),  # of any OpenAI-compatible endpoint; None: no judge
-            "base_url": "https://api.openai.com/v1",
+            "model": placeholder(str),  # as its endpoint calls it; None: no judge
+            "base_url": "https://api.openai.com/v1",  # of any OpenAI-compatible endpoint
             "key_variable": "OPENAI_API_KEY",  # the environment variable with the key; "" where there is none
-            "concurrency": 8,
+            "concurrency": 8,  # questions under way at once
+            "timeout": 60.0,  # seconds for one attempt
+            "attempts": 8,  # for one question
+            "parameters": ConfigDict({"temperature": 0.0, "max_tokens": 1024}),  # sent along as they are
         }
     )
     # Devices of each process on each axis, -1 takes what is left: every process has the whole model.

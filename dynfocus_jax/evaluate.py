@@ -1,14 +1,24 @@
 """Evaluate a trained model on a published benchmark.
 
-    python -m dynfocus_jax.evaluate --checkpoint runs/instruct --benchmark videomme \
-        --annotations videomme/test.json --media videomme/data --output runs/instruct_videomme
+    python -m dynfocus_jax.evaluate --benchmark=videomme --checkpoint=runs/instruct --output=runs/videomme
+        --annotations=videomme/test-00000-of-00001.parquet --media=videomme/data
 
 Answers are greedy, and appended to OUTPUT/predictions.jsonl as they come; started again, only what has no
 answer yet is asked. results.json and table.txt are written when every question has an entry: what could not
-be read, answered or understood counts as wrong and is listed.
+be read, answered or understood counts as wrong and is listed. Frames are read from the videos, also for a
+model that was trained on extracted features.
 
-configs/benchmarks.py says how each benchmark is asked; --config.BENCHMARK.FIELD changes it. Free answers are
-measured offline (exact match, token F1), and judged too with --config.judge.model NAME.
+configs/benchmarks.py says how each benchmark is asked; --config.BENCHMARK.FIELD=VALUE changes it. Free
+answers are measured offline (exact match, token F1), and by a judge besides if one is named:
+
+    --config.judge.model=NAME         as its endpoint calls it
+    --config.judge.base_url=URL       any OpenAI-compatible endpoint (https://api.openai.com/v1)
+    --config.judge.key_variable=NAME  environment variable with its key (OPENAI_API_KEY); empty: it needs none
+    --config.judge.concurrency=8      questions under way at once; more: timeout, attempts, parameters
+
+Its prompts are the published ones (evaluation/judge_prompts.toml), their versions are in results.json, its
+replies in OUTPUT/judge.jsonl.
+
 Several processes share the questions when each is started with the same arguments and config.distributed says
 how they find each other, as for training. Each holds the whole model on its own devices.
 """
@@ -23,20 +33,24 @@ import tqdm
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from dynfocus_jax import trees
 from dynfocus_jax.command import run_command
 from dynfocus_jax.config import UserError, to_dict
 from dynfocus_jax.data.prepare import make_media_reader
 from dynfocus_jax.data.sampling import Sampling
 from dynfocus_jax.evaluation.answering import Progress, share_of
 from dynfocus_jax.evaluation.benchmark_run import Share, begin, run
-from dynfocus_jax.evaluation.benchmarks import find_benchmark, read_benchmark
+from dynfocus_jax.evaluation.benchmarks import BENCHMARKS, find_benchmark, read_benchmark
 from dynfocus_jax.evaluation.judge import Judge
 from dynfocus_jax.evaluation.judge_endpoint import JudgeSettings
 from dynfocus_jax.evaluation.prompting import Clips
 from dynfocus_jax.evaluation.report import format_table
+from dynfocus_jax.parallel.digest import digest
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.parallel.start import first_goes_ahead, is_first, own_name, say, start
-from dynfocus_jax.serving.load import load_engine, load_run
+from dynfocus_jax.serving.engine import Engine, serving_layout
+from dynfocus_jax.serving.load import Run, load_run
+from dynfocus_jax.training.checkpoints import read_params
 from dynfocus_jax.validation import validate
 
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "benchmarks.py"
@@ -45,7 +59,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "How benchmarks are as
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of a training run, or of one of its checkpoints."
 )
-_BENCHMARK = flags.DEFINE_string("benchmark", None, "Its name, such as videomme.")
+_BENCHMARK = flags.DEFINE_string("benchmark", None, f"One of {', '.join(BENCHMARKS)}.")
 _ANNOTATIONS = flags.DEFINE_string("annotations", None, "Its published file, or folder of files.")
 _MEDIA = flags.DEFINE_string("media", None, "Folder of its videos.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of predictions and results; may hold some already.")
@@ -60,6 +74,8 @@ def main() -> None:
     name, output = _BENCHMARK.value, Path(_OUTPUT.value).expanduser().absolute()
     find_benchmark(name)
     config = _CONFIG.value
+    if config is None:
+        raise UserError("--config is missing; name configs/benchmarks.py of the source, or one like it.")
     if name not in config:
         raise UserError(f"--config has no section {name!r}; take configs/benchmarks.py, or add it.")
     settings = config[name]
@@ -88,12 +104,11 @@ def evaluate(name: str, output: Path, config: ConfigDict, settings: ConfigDict, 
     if settings.num_frames is not None:
         trained.config.generation.update({"num_frames": settings.num_frames, "frames": ()})
     validate(trained.config)
-    mesh = make_mesh(mesh_shape(config.mesh, jax.local_device_count()), jax.local_devices())
-    engine = load_engine(trained, mesh)
+    engine, weights = _load(trained, config.mesh)
     with first_goes_ahead():
         if is_first():
-            about = {"checkpoint": str(trained.folder), "settings": to_dict(settings)}
-            begin(output, name, questions, about)
+            about = _described(trained, weights, engine.num_frames) | {"asked": to_dict(settings)}
+            begin(output, name, questions, about, str(trained.folder))
 
     # --- Answers and results --------------------------------------------------------------------------
     vision = trained.config.model.vision
@@ -105,9 +120,15 @@ def evaluate(name: str, output: Path, config: ConfigDict, settings: ConfigDict, 
         mean=vision.mean,
     )
     share = Share(jax.process_index(), jax.process_count())
-    hidden = not (is_first() and sys.stderr.isatty())
-    total = len(share_of(questions, *share))
-    with tqdm.tqdm(total=total, desc=name, unit="question", disable=hidden) as bar:
+    total, every = len(share_of(questions, *share)), 0.1 if sys.stderr.isatty() else 60.0  # seconds
+    with tqdm.tqdm(
+        total=total,
+        desc=name,
+        unit="question",
+        mininterval=every,
+        maxinterval=2 * every,
+        disable=not is_first(),
+    ) as bar:
 
         def progress(done: Progress) -> None:
             bar.update(done.answered + done.failed - bar.n)
@@ -131,23 +152,31 @@ def evaluate(name: str, output: Path, config: ConfigDict, settings: ConfigDict, 
     say(f"predictions, results.json and table.txt are in {output}")
 
 
+def _load(trained: Run, axes: ConfigDict) -> tuple[Engine, str]:
+    """The whole model on this process's devices, and a digest of its weights."""
+    mesh = make_mesh(mesh_shape(axes, jax.local_device_count()), jax.local_devices())
+    params = read_params(trained.folder, serving_layout(trained.config, mesh))
+    return Engine(trained.config, params, trained.tokenizer, mesh), digest(trees.flatten(params), mesh)
+
+
+def _described(trained: Run, weights: str, num_frames: int) -> dict:
+    """What the answers depend on besides the questions and how they are asked."""
+    config, (stage, step) = trained.config, trained.folder.parts[-2:]
+    model = to_dict(config.model) | {"num_frames": num_frames}
+    model |= {key: config.data[key] for key in ("template", "text_guidance", "max_query", "image_layout")}
+    model |= {key: config.generation[key] for key in ("max_length", "end_tokens")}
+    return {"checkpoint": {"stage": stage, "step": step, "weights": weights}, "model": model}
+
+
 def _judge(section: ConfigDict, output: Path) -> AbstractContextManager[Judge | None]:
-    """The judge of free answers; None where none is named."""
-    if section.model is None:
+    """The judge of free answers, whom the first process asks; None where none is named."""
+    if section.model is None or not is_first():
         return nullcontext()
-    return Judge(
-        JudgeSettings(
-            section.model,
-            base_url=section.base_url,
-            key_variable=section.key_variable,
-            cache=output / "judge.jsonl",
-            concurrency=section.concurrency,
-        )
-    )
+    return Judge(JudgeSettings(cache=output / "judge.jsonl", **to_dict(section)))
 
 
 if __name__ == "__main__":
     # Not the flag's default: what is wrong with --config.FIELD is said only of a file that is named.
-    if not any(re.match(r"--?config(=|$)", argument) for argument in sys.argv):
+    if _CONFIGS.is_file() and not any(re.match(r"--?config(=|$)", argument) for argument in sys.argv):
         sys.argv.insert(1, f"--config={_CONFIGS}")
     run_command(main)

@@ -1,6 +1,6 @@
 """The entry point of lmms-eval's plugins: makes the model `dynfocus_jax` known to it.
 
-    pip install dynfocus_jax[lmms-eval]
+    pip install '.[lmms-eval]'
     lmms-eval --model dynfocus_jax --model_args checkpoint=runs/instruct --tasks videomme --batch_size 4
 
 lmms-eval loads this whichever model it runs: neither JAX nor the model is imported here.

@@ -22,21 +22,25 @@ FRAMES, QUESTIONS = 4, 24
 LAUNCHER = REPOSITORY / "launch" / "local_multiprocess.py"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def make_run(workdir, seed=0):
     """What a training run leaves, with parameters that nobody has trained."""
-    workdir = tmp_path_factory.mktemp("run")
+    workdir.mkdir(exist_ok=True)
     config = tiny_config()
     config.evaluation.media_frames = FRAMES
     config.generation.update({"max_new_tokens": 4, "text": (128,), "batch": (4,), "cache": 64})
     batch = stack([pad(make_sample(np.random.default_rng(0), 3, 4, 3), FRAMES, 6)])
-    params = jax.tree.map(np.asarray, random_params(model_of(config), batch))
+    params = jax.tree.map(np.asarray, random_params(model_of(config), batch, seed))
     stage = config.stages[-1]
     save_params(workdir / "checkpoints" / stage.name / str(stage.steps), params)
     (workdir / "config.json").write_text(json.dumps(to_dict(config)))
     words = ["a", "b", "c", "d", "a.", "b.", "(c)", *(f"w{i}" for i in range(VOCABULARY - 11))]
     (workdir / "vocabulary.json").write_text(json.dumps(words))
     return workdir
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +97,13 @@ def test_a_run(whole):
     entries = entries_of(output)
     assert len(entries) == QUESTIONS
     right = sum(entry["correct"] for entry in entries)
-    assert results["closed"]["overall"] == {"M-Avg": right / QUESTIONS}
+    assert results["closed"]["overall"] == {"M-Avg of 1 of 7": right / QUESTIONS}
+    made = results["predictions"]
+    assert (made["checkpoint"]["stage"], made["checkpoint"]["step"]) == ("instruct", "4")
+    assert len(made["checkpoint"]["weights"]) == 16
+    assert made["model"]["num_frames"] == FRAMES
+    assert made["asked"]["answer_start"] == "Best Option: ("
+    assert len(made["made_by"]) == 1
     assert "24 questions about 4 videos, 1 of which are missing" in stdout
     assert (output / "table.txt").read_text().strip() in stdout
 
@@ -113,10 +123,21 @@ def test_killed_and_resumed(whole, checkpoint, benchmark, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert 1 <= len(file.read_text().splitlines()) < QUESTIONS
+    (tmp_path / "predictions.jsonl").open("a").write('{"id": "half a li')
     code, _, stderr = command("evaluate", *arguments)
     assert code == 0, stderr
     assert (tmp_path / "results.json").read_bytes() == (whole[0] / "results.json").read_bytes()
     assert len({entry["id"] for entry in entries_of(tmp_path)}) == QUESTIONS
+
+
+def test_predictions_of_other_weights_are_not_mixed(whole, benchmark, tmp_path):
+    """The same settings and step, other weights: refused. Nothing in the folder changes."""
+    before = {path.name: path.read_bytes() for path in whole[0].iterdir()}
+    code, _, stderr = command("evaluate", *flags(make_run(tmp_path / "other", seed=1), benchmark, whole[0]))
+    assert code == 2
+    assert "holds other predictions than would be made now (checkpoint.weights: then" in stderr
+    assert len(stderr.strip().splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in whole[0].iterdir()} == before
 
 
 def test_two_processes(whole, checkpoint, benchmark, tmp_path):

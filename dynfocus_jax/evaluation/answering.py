@@ -2,14 +2,15 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 from dynfocus_jax.data.conversation import SampleError
 from dynfocus_jax.data.images import MediaError
+from dynfocus_jax.data.video import Clip
 from dynfocus_jax.evaluation.grading import grade_one
 from dynfocus_jax.evaluation.predictions import Predictions
-from dynfocus_jax.evaluation.prompting import Clips, prompt_of
+from dynfocus_jax.evaluation.prompting import Clips, guidance_of, prompt_of
 from dynfocus_jax.evaluation.questions import Question
 from dynfocus_jax.serving.engine import Completion, Request
 
@@ -75,17 +76,18 @@ def answer(
                 }
                 add(question, completion.text, finish_reason=completion.finish_reason, **counts)
 
-    def ask(question: Question) -> Request | str:
+    def ask(question: Question, clip: Future) -> Request | str:
         """The request, or why there is none."""
         try:
-            return request_of(question, clips, settings)
+            return request_of(question, clip.result(), clips, settings)
         except (MediaError, SampleError, OSError) as error:
             return str(error)
 
     todo = [question for question in questions if not predictions.answered(question.id)]
     batch: list[tuple[Question, Request]] = []
     with ThreadPoolExecutor(threads) as pool:
-        for question, request in _ahead(pool, ask, todo, max(2 * threads, batch_size)):
+        for question, clip in _ahead(pool, clips.read, todo, max(2 * threads, batch_size)):
+            request = ask(question, clip)
             if isinstance(request, str):
                 add(question, None, request)
                 continue
@@ -98,13 +100,12 @@ def answer(
     return done
 
 
-def request_of(question: Question, clips: Clips, settings: Mapping) -> Request:
+def request_of(question: Question, clip: Clip, clips: Clips, settings: Mapping) -> Request:
     """What the engine is asked, greedily.
 
     Raises:
-      MediaError: the video or its subtitles cannot be read.
+      MediaError: the subtitles cannot be read.
     """
-    clip = clips.read(question)
     lines = clips.subtitles(question, clip) if settings["subtitles"] else []
     return Request(
         question.id,
@@ -112,6 +113,7 @@ def request_of(question: Question, clips: Clips, settings: Mapping) -> Request:
         clip=clip,
         max_new_tokens=settings["free_max_new_tokens" if question.form == "open" else "max_new_tokens"],
         answer_start=settings["answer_start"] if question.form == "choice" else "",
+        query=guidance_of(question, settings),
     )
 
 
@@ -132,14 +134,18 @@ def entry_of(benchmark: str, question: Question, prediction: str | None, reason:
 
 
 def _ahead(
-    pool: ThreadPoolExecutor, ask: Callable, questions: Sequence[Question], ahead: int
-) -> Iterator[tuple[Question, Request | str]]:
-    """Questions with their requests, in order; `ahead` of them are being made."""
-    waiting: deque = deque()
+    pool: ThreadPoolExecutor, read: Callable[[Question], Clip], questions: Sequence[Question], ahead: int
+) -> Iterator[tuple[Question, Future]]:
+    """Questions with their clips, in order, those of `ahead` questions being read.
+
+    Questions in a row about the same seconds of a video share a clip: hours of video are read once.
+    """
+    waiting: deque[tuple[Question, Future]] = deque()
+    last, clip = None, Future()
     for question in questions:
-        waiting.append((question, pool.submit(ask, question)))
+        if (question.media, question.span) != last:
+            last, clip = (question.media, question.span), pool.submit(read, question)
+        waiting.append((question, clip))
         if len(waiting) > ahead:
-            question, future = waiting.popleft()
-            yield question, future.result()
-    for question, future in waiting:
-        yield question, future.result()
+            yield waiting.popleft()
+    yield from waiting

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dynfocus_jax.config import RunError, UserError
+from dynfocus_jax.config import RunError, UserError, differences
 from dynfocus_jax.evaluation.answering import Answerer, Progress, answer, share_of
 from dynfocus_jax.evaluation.benchmarks import BENCHMARKS
 from dynfocus_jax.evaluation.grading import grade
@@ -15,6 +15,7 @@ from dynfocus_jax.evaluation.predictions import Predictions
 from dynfocus_jax.evaluation.prompting import Clips
 from dynfocus_jax.evaluation.questions import Question, fingerprint
 from dynfocus_jax.evaluation.report import format_table, summarize, write_json
+from dynfocus_jax.parallel.start import say
 from dynfocus_jax.version import code_version
 
 RESULTS, RUN, SUBMISSION, TABLE = "results.json", "run.json", "submission.json", "table.txt"
@@ -30,26 +31,36 @@ class Share(NamedTuple):
 ALONE = Share()
 
 
-def begin(output: Path, name: str, questions: Sequence[Question], about: Mapping) -> None:
+def begin(
+    output: Path, name: str, questions: Sequence[Question], about: Mapping, checkpoint: str = ""
+) -> None:
     """Keeps what the predictions of a folder depend on, and takes old results away. Process 0 calls it.
+
+    about: of the weights, the model and how it is asked, JSON-able; the same in every run of a folder.
+    checkpoint: where the weights are; this and the code may change, and are kept of every run.
 
     Raises:
       UserError: the folder holds predictions of something else.
     """
     described = json.loads(json.dumps({"benchmark": name, "questions": fingerprint(questions), **about}))
+    maker = {"checkpoint": checkpoint, "code": code_version()}
     try:
         output.mkdir(parents=True, exist_ok=True)
-        kept = (
-            json.loads((output / RUN).read_text(encoding="utf-8")) if (output / RUN).exists() else described
-        )
-        changed = sorted(key for key in described.keys() | kept.keys() if described.get(key) != kept.get(key))
+        kept = json.loads((output / RUN).read_text(encoding="utf-8")) if (output / RUN).exists() else {}
+        makers = kept.pop("made_by", [])
+        changed = differences(kept, described) if kept else []
+        if not kept and any(output.glob("predictions*.jsonl")):  # such as those of a training run
+            changed = [f"there is no {RUN} that says of what they are"]
         if changed:
-            then, now = (json.dumps(each.get(changed[0])) for each in (kept, described))
             raise UserError(
-                f"--output {str(output)!r} holds predictions made with other {changed[0]} ({_short(then)} "
-                f"then, {_short(now)} now); choose another folder, or remove this one."
+                f"--output {str(output)!r} holds other predictions than would be made now "
+                f"({_short('; '.join(changed[:3]))}); choose another folder, or remove this one."
             )
-        write_json(output / RUN, described)
+        if any(each["code"]["source"] != maker["code"]["source"] for each in makers):
+            say(f"note: {output} holds predictions that were made by other code; they may differ")
+        if maker not in makers:
+            makers.append(maker)
+        write_json(output / RUN, described | {"made_by": makers})
         for stale in (RESULTS, TABLE, SUBMISSION, *(path.name for path in output.glob("finished.*"))):
             (output / stale).unlink(missing_ok=True)
     except (OSError, ValueError) as error:
@@ -119,7 +130,7 @@ def report(
     graded = grade(questions, predictions.all())
     results = summarize(name, benchmark, graded, judge)
     results["code"] = code_version()
-    results["settings"] = json.loads((output / RUN).read_text(encoding="utf-8"))
+    results["predictions"] = json.loads((output / RUN).read_text(encoding="utf-8"))
     try:
         if benchmark.submission is not None:
             write_json(output / SUBMISSION, benchmark.submission(graded))
@@ -137,4 +148,4 @@ def _await(files: Sequence[Path], seconds: float) -> None:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -56,7 +56,8 @@ class Judge:
         self.settings = settings
         self._endpoint = Endpoint(settings)
         self._replies = Replies(settings.cache)
-        self._served, self._rubrics = set(), set()
+        self._served: set[str] = set()
+        self._sources: dict[str, str] = {}  # of the prompts, by version
 
     def __enter__(self) -> "Judge":
         return self
@@ -91,7 +92,7 @@ class Judge:
         failures = self._ask(unknown)
         verdicts = [self._verdict(*row, failures) for row in zip(items, rubrics, keys, strict=True)]
         self._served.update(verdict.model for verdict in verdicts if verdict.model)
-        self._rubrics.update(rubric.version for rubric in rubrics)
+        self._sources.update((rubric.version, rubric.source) for rubric in rubrics)
         return verdicts
 
     def record(self) -> dict:
@@ -100,7 +101,7 @@ class Judge:
             "endpoint": self._endpoint.url,
             "model": self.settings.model,
             "models_served": sorted(self._served),
-            "rubrics": sorted(self._rubrics),
+            "prompts": dict(sorted(self._sources.items())),
             "parameters": self.settings.parameters,
         }
 

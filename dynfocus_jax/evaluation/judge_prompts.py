@@ -22,6 +22,7 @@ class Rubric(NamedTuple):
     """One published way to mark an answer: the two messages and the keys and range of the scores."""
 
     name: str
+    source: str  # where its words are from
     system: Template
     user: Template
     keys: tuple[str, ...]
@@ -75,6 +76,7 @@ def rubrics() -> dict[str, Rubric]:
     return {
         name: Rubric(
             name,
+            entry["source"],
             Template(entry["system"]),
             Template(entry["user"]),
             tuple(entry["scores"]),

@@ -74,11 +74,22 @@ def accuracy_by(*groups: str) -> Measure:
     return measure
 
 
-def mean_over(group: str, *, named: str, of: Callable = accuracy, also: Sequence[str] = ()) -> Measure:
-    """The mean of the accuracies of a group's categories, however many questions each has."""
+def mean_over(
+    group: str, *, named: str, members: int | None = None, of: Callable = accuracy, also: Sequence[str] = ()
+) -> Measure:
+    """The mean of the accuracies of a group's categories, however many questions each has.
+
+    members: how many categories the benchmark has, where a file may hold fewer.
+    """
 
     def measure(graded: Sequence[Graded]) -> Measured:
         by = {each: tabulate(graded, each, accuracy=of) for each in (group, *also)}
-        return Measured({named: mean(row["accuracy"] for row in by[group].values())}, by)
+        name = of_all(named, len(by[group]), members)
+        return Measured({name: mean(row["accuracy"] for row in by[group].values())}, by)
 
     return measure
+
+
+def of_all(name: str, found: int, members: int | None) -> str:
+    """The name of a mean; it says so where this is over fewer categories than the benchmark has."""
+    return name if members is None or found == members else f"{name} of {found} of {members}"

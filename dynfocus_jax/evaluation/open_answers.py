@@ -7,7 +7,7 @@ from dynfocus_jax.evaluation import judge as judging
 from dynfocus_jax.evaluation import text_match
 from dynfocus_jax.evaluation.grading import Graded
 from dynfocus_jax.evaluation.judge_prompts import rubric_named
-from dynfocus_jax.evaluation.measures import categories, mean, wholes
+from dynfocus_jax.evaluation.measures import categories, mean, of_all, wholes
 
 
 def offline(graded: Sequence[Graded]) -> dict | None:
@@ -31,10 +31,10 @@ def offline(graded: Sequence[Graded]) -> dict | None:
     return about | {"overall": overall, "by": by}
 
 
-def judged(graded: Sequence[Graded], judge: judging.Judge, mean_name: str) -> dict | None:
+def judged(graded: Sequence[Graded], judge: judging.Judge, mean_name: str, dimensions: int) -> dict | None:
     """What a judge says of all free answers, by dimension; None of none.
 
-    mean_name: of the mean over dimensions, where there are several.
+    mean_name: of the mean over the benchmark's `dimensions`.
 
     Raises:
       RunError: the judge cannot be reached, or does not answer.
@@ -55,7 +55,7 @@ def judged(graded: Sequence[Graded], judge: judging.Judge, mean_name: str) -> di
     failed = [{"dimension": name} | each for name, summary in by.items() for each in summary.pop("failed")]
     overall = {name: summary["score"] for name, summary in by.items()}
     if len(overall) > 1:
-        overall[mean_name] = mean(overall.values())
+        overall[of_all(mean_name, len(overall), dimensions)] = mean(overall.values())
     elif "accuracy" in (only := next(iter(by.values()))):
         overall = {"judged_accuracy": only["accuracy"], "judged_score": only["score"]}
     return {"judge": judge.record(), "overall": overall, "by": {"dimension": by}, "failed": failed}

@@ -26,22 +26,37 @@ def prompt_of(question: Question, settings: Mapping, subtitles: Sequence[str] = 
     Raises:
       UserError: the prompt has a field that there is not.
     """
+    key = {"open": "free_prompt", "span": "when_prompt"}.get(question.form, "prompt")
+    text = _filled(settings[key], question, settings, bool(subtitles))
+    return (_SUBTITLES.format("\n".join(subtitles)) if subtitles else "") + text
+
+
+def guidance_of(question: Question, settings: Mapping) -> str:
+    """What the text encoder reads of a question: without the instructions, which would fill its few tokens.
+
+    Raises:
+      UserError: as `prompt_of`.
+    """
+    return _filled(settings["guidance"], question, settings, False)
+
+
+def _filled(template: str, question: Question, settings: Mapping, subtitled: bool) -> str:
     letters = list(LETTERS[: len(question.options)])
     try:
         lines = [
             settings["option"].format(letter=letter, option=option)
             for letter, option in zip(letters, question.options, strict=True)
         ]
-        key = {"open": "free_prompt", "span": "when_prompt"}.get(question.form, "prompt")
         # "A or B", "A, B, or C"
         named = " or ".join(letters) if len(letters) < 3 else f"{', '.join(letters[:-1])}, or {letters[-1]}"
-        text = settings[key].format(question=question.question, options="\n".join(lines), letters=named)
+        seen = "video and the subtitles" if subtitled else "video"
+        fields = {"question": question.question, "options": "\n".join(lines), "letters": named, "seen": seen}
+        return template.format(**fields)
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(
-            f"a prompt in the config has a field that there is not ({error}); there are question, options "
-            "and letters, of an option letter and option."
+            f"a prompt in the config has a field that there is not ({error}); there are question, options, "
+            "letters and seen, of an option letter and option."
         ) from None
-    return (_SUBTITLES.format("\n".join(subtitles)) if subtitles else "") + text
 
 
 class Clips:

@@ -92,27 +92,42 @@ def fingerprint(questions: Sequence[Question]) -> str:
 # ---- Files ----------------------------------------------------------------------------------------------
 
 
-def json_entries(path: Path) -> Iterator[tuple[int, object]]:
-    """The entries of a JSON list or, with the suffix .jsonl, of its lines."""
-    return line_entries(path) if path.suffix == ".jsonl" else list_entries(path)
+def table_entries(path: Path) -> Iterator[tuple[int, object]]:
+    """The entries of a JSON list or, by the suffix, of the lines of .jsonl or the rows of .parquet."""
+    readers = {".jsonl": line_entries, ".parquet": _parquet_entries}
+    return readers.get(path.suffix, list_entries)(path)
 
 
-def files_below(folder: Path, names: Sequence[str]) -> dict[str, Path]:
-    """{name: file} of those of `names` that are in the folder, in one of their name, or below "json".
+def _parquet_entries(path: Path) -> Iterator[tuple[int, object]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            yield from enumerate(rows)
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"annotation file {path} cannot be read as parquet ({reason}).") from None
+
+
+def annotation_files(annotations: Path, names: Sequence[str]) -> list[Path]:
+    """The files of a benchmark that has several: the one that is named, or those in the folder that is.
+
+    They are in the folder, in one of their own name, or below "json". (A mean over fewer of them than the
+    benchmark has is reported under another name.)
 
     Raises:
-      UserError: none of them is there.
+      UserError: there are none.
     """
-    found = {}
-    for name in names:
-        places = (folder / name, folder / Path(name).stem / name, folder / "json" / name)
-        place = next((place for place in places if place.is_file()), None)
-        if place is not None:
-            found[name] = place
+    if annotations.is_file():
+        return [annotations]
+    places = [(annotations / n, annotations / Path(n).stem / n, annotations / "json" / n) for n in names]
+    found = [place for each in places if (place := next(filter(Path.is_file, each), None))]
     if not found:
         raise UserError(
-            f"--annotations {str(folder)!r} has none of the files {names[0]}, ... {names[-1]}; name "
-            "the folder that holds them."
+            f"--annotations {str(annotations)!r} has none of the files {names[0]}, ... {names[-1]}; name the "
+            "folder that holds them."
         )
     return found
 
@@ -138,21 +153,33 @@ def word_of(value: object, key: str) -> str:
 
 def texts_of(value: object, key: str) -> tuple[str, ...]:
     """A list of at least two texts or numbers."""
+    found = f"a list of {len(value)}" if isinstance(value, list) else kind_of(value)
     require(
         isinstance(value, list) and 1 < len(value) <= len(LETTERS),
-        f'field "{key}" is {kind_of(value)}, expected a list of 2 to {len(LETTERS)} options',
+        f'field "{key}" is {found}, expected a list of 2 to {len(LETTERS)} options',
     )
     return tuple(word_of(each, f"{key}[{i}]") for i, each in enumerate(value))
 
 
 def letter_of(answer: object, key: str, options: Sequence[str]) -> str:
-    """The letter of the right option, which a file gives as letter, or as the option's text."""
+    """The letter of the right option, where a file gives letters: "B", "(B)"."""
+    letter = word_of(answer, key).strip("().: ")
+    last = LETTERS[len(options) - 1]
+    good = len(letter) == 1 and letter in LETTERS[: len(options)]
+    require(good, f'field "{key}" is {kind_of(answer)}, expected a letter from A to {last}')
+    return letter
+
+
+def letter_of_text(answer: object, key: str, options: Sequence[str]) -> str:
+    """The letter of the right option, where a file gives its text."""
     text = word_of(answer, key)
     if text in options:
         return LETTERS[options.index(text)]
-    letter = text.strip("().: ")
-    require(
-        len(letter) == 1 and letter in LETTERS[: len(options)],
-        f'field "{key}" is {kind_of(answer)}, expected one of the {len(options)} options or its letter',
-    )
-    return letter
+    alike = [i for i, option in enumerate(options) if _plain(option) == _plain(text)]
+    require(len(alike) == 1, f'field "{key}" is {kind_of(answer)}, none of {len(options)} options')
+    return LETTERS[alike[0]]
+
+
+def _plain(text: str) -> str:
+    """Without case, doubled spaces and the last full stop, in which answers and options may differ."""
+    return " ".join(text.casefold().split()).rstrip(".")

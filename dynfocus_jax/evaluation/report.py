@@ -11,7 +11,6 @@ from dynfocus_jax.evaluation.grading import NOT_UNDERSTOOD, Graded
 from dynfocus_jax.evaluation.judge import Judge
 
 _LISTED = 5  # questions of a kind that the table names; results.json names all
-_SCORES = ("score", "Avg", "mean", "CI", "DO", "CU", "TU", "CO", "SSC", "VS", "judged_score")
 
 
 def summarize(name: str, benchmark: Benchmark, graded: Sequence[Graded], judge: Judge | None) -> dict:
@@ -42,7 +41,9 @@ def summarize(name: str, benchmark: Benchmark, graded: Sequence[Graded], judge: 
     if (offline := open_answers.offline(graded)) is not None:
         results["offline"] = offline
         if judge is not None:
-            results["judged"] = open_answers.judged(graded, judge, benchmark.judged_mean)
+            results["judged"] = open_answers.judged(
+                graded, judge, benchmark.judged_mean, benchmark.dimensions
+            )
     return results
 
 
@@ -63,22 +64,31 @@ def format_table(results: Mapping) -> str:
         f"{results['benchmark']}: {results['questions']} questions, {results['answered']} answered, "
         f"{len(unclear)} of them not understood, {len(failed)} failed; all count"
     ]
-    for section, title in (("closed", None), ("judged", "judge"), ("offline", "measure")):
-        if section not in results:
-            continue
-        part = results[section]
-        if section == "judged":
-            lines += ["", f"judged by {part['judge']['model']}"]
-        elif section == "offline":
-            lines += ["", part[title]]
-        lines += _blocks(part)
+    if "closed" in results:
+        lines += _blocks(results["closed"])
+    unmarked = []
+    if "judged" in results:
+        judged = results["judged"]
+        lines += ["", f"judged by {judged['judge']['model']}", *_blocks(judged, scores=True)]
+        unmarked = [f"{each['id']} ({each['dimension']}): {each['reason']}" for each in judged["failed"]]
+    if "offline" in results:
+        lines += ["", results["offline"]["measure"], *_blocks(results["offline"])]
     lines += _listing("failed", [f"{each['id']}: {each['reason']}" for each in failed])
     lines += _listing("not understood", [f"{each['id']}: {each['prediction']!r}" for each in unclear])
+    lines += _listing("not marked by the judge", unmarked)
     return "\n".join(lines)
 
 
-def _blocks(part: Mapping) -> list[str]:
-    """A block a group: its categories, a line each."""
+def _blocks(part: Mapping, *, scores: bool = False) -> list[str]:
+    """A block a group: its categories, a line each. scores: what is no accuracy is no share of 1."""
+
+    def shown(name: str, value: float | None) -> str:
+        if value is None:
+            return "-"
+        if name == "questions":
+            return str(value)
+        return f"{value:.2f}" if scores and "accuracy" not in name else f"{100 * value:.1f} %"
+
     lines = []
     for group, rows in part["by"].items():
         numeric = [
@@ -91,21 +101,12 @@ def _blocks(part: Mapping) -> list[str]:
             "  ".join([group.ljust(width), *(column.rjust(max(9, len(column))) for column in columns)]),
         ]
         for category, row in zip(rows, numeric, strict=True):
-            cells = (_shown(column, row.get(column)).rjust(max(9, len(column))) for column in columns)
+            cells = (shown(column, row.get(column)).rjust(max(9, len(column))) for column in columns)
             lines.append("  ".join([category.ljust(width), *cells]))
     overall = ", ".join(
-        f"{name} {_shown(name, value)}" for name, value in part["overall"].items() if name != "questions"
+        f"{name} {shown(name, value)}" for name, value in part["overall"].items() if name != "questions"
     )
     return [*lines, "", f"overall: {overall}"]
-
-
-def _shown(name: str, value: float | None) -> str:
-    """A share in percent, a score with two decimals, a number as it is."""
-    if value is None:
-        return "-"
-    if name == "questions":
-        return str(value)
-    return f"{value:.2f}" if name in (*_SCORES, "G-Avg") else f"{100 * value:.1f} %"
 
 
 def _listing(title: str, entries: list[str]) -> list[str]:

@@ -15,6 +15,9 @@ from dynfocus_jax.serving.engine import Completion
 from tests.data.videos import encode, numbered
 
 FRAMES = 4
+COLOURS = ["A. Red.", "B. Blue.", "C. Green.", "D. Grey."]
+NEXTQA = ["video", "frame_count", "width", "height", "question", "answer", "qid", "type"]
+NEXTQA += ["a0", "a1", "a2", "a3", "a4"]
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "benchmarks.py"
 
 
@@ -86,3 +89,34 @@ def evaluate(name, annotations, media, output, engine, **options):
     section = options.pop("settings", settings(name))
     begin(output, name, questions, {"checkpoint": "scripted"})
     return run(output, name, questions, engine, make_clips(), section, **options)
+
+
+def videomme(tmp_path):
+    """(annotations, media): two videos with five questions; a third is missing; one id occurs twice."""
+
+    def video(number, duration, domain, *questions):
+        return {
+            "video_id": number,
+            "duration": duration,
+            "domain": domain,
+            "sub_category": "Colours",
+            "url": f"https://www.youtube.com/watch?v=name{number}",
+            "questions": [
+                {
+                    "question_id": i,
+                    "task_type": task,
+                    "question": f"Which {i}?",
+                    "options": COLOURS,
+                    "answer": a,
+                }
+                for i, task, a in questions
+            ],
+        }
+
+    content = [
+        video("001", "short", "Knowledge", ("001-1", "Counting", "A"), ("001-2", "OCR", "B")),
+        video("002", "long", "Sports", ("002-1", "OCR", "C"), ("002-1", "OCR", "D")),
+        video("003", "long", "Sports", ("003-1", "Counting", "A")),
+    ]
+    media = videos(tmp_path / "videos", "data/name001.mp4", "name002.mp4")
+    return write_json(tmp_path / "videomme.json", content), media

@@ -17,15 +17,16 @@ from dynfocus_jax.evaluation.benchmark_run import Share, begin, report, run
 from dynfocus_jax.evaluation.benchmarks import read_benchmark
 from dynfocus_jax.evaluation.predictions import Predictions
 from tests.evaluation.miniature import (
+    NEXTQA,
     Scripted,
     evaluate,
     make_clips,
     settings,
+    videomme,
     videos,
     write_csv,
     write_json,
 )
-from tests.evaluation.test_benchmarks import NEXTQA, videomme
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = dict.fromkeys(("001-1", "001-2", "002-1", "002-1#2"), "A")
@@ -138,6 +139,35 @@ def test_shares_are_disjoint_and_complete(tmp_path):
         assert names == sorted(names, key=names.index)  # what is about one video is together
 
 
+def test_a_video_is_read_once(tmp_path):
+    """However many questions there are about it, and wherever a batch ends; a missing one fails for each."""
+    rows = [
+        {"video_name": f"v{i % 3}", "question": "who?", "question_id": str(i), "answer": "x"}
+        for i in range(12)
+    ]
+    questions = read_benchmark(
+        "msrvtt_qa", write_json(tmp_path / "qa.json", rows), videos(tmp_path / "media", "v0.mp4", "v1.mp4")
+    )
+    clips, read = make_clips(), []
+    one = clips.read
+    clips.read = lambda question: (read.append(question.media.name), one(question))[1]
+    engine = Scripted({str(i): "x" for i in range(12)})
+    begin(tmp_path / "out", "msrvtt_qa", questions, {})
+    results = run(
+        tmp_path / "out",
+        "msrvtt_qa",
+        questions,
+        engine,
+        clips,
+        settings("msrvtt_qa"),
+        batch_size=3,
+        threads=4,
+    )
+    assert sorted(read) == ["v0.mp4", "v1.mp4", "v2.mp4"]
+    assert sorted(each["id"] for each in results["failed"]) == ["11", "2", "5", "8"]
+    assert results["answered"] == 8
+
+
 def test_an_answer_that_fails_is_recorded_and_wrong(tmp_path):
     annotations, media = videomme(tmp_path)
     engine = Scripted(SCRIPT, fails=["001-1"])
@@ -171,11 +201,35 @@ def test_predictions_of_something_else_are_not_mixed(tmp_path):
     content = json.loads(annotations.read_text())
     content[0]["questions"][0]["question"] = "Another?"
     write_json(annotations, content)
-    with pytest.raises(UserError, match="made with other questions"):
+    with pytest.raises(UserError, match=r"holds other predictions .* \(questions: then "):
         evaluate("videomme", annotations, media, tmp_path / "out", Scripted(SCRIPT))
     questions = read_benchmark("videomme", annotations, media)
-    with pytest.raises(UserError, match=r"other checkpoint \(\"scripted\" then, \"other\" now\)"):
+    with pytest.raises(UserError, match=r"; checkpoint: then 'scripted', now 'other'\)"):
         begin(tmp_path / "out", "videomme", questions, {"checkpoint": "other"})
+
+
+def test_a_folder_that_holds_predictions_of_a_training_run(tmp_path):
+    annotations, media = videomme(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "predictions.jsonl").write_text('{"id": "heldout-0", "prediction": "square"}\n')
+    with pytest.raises(UserError, match=r"holds other predictions .* \(there is no run\.json"):
+        evaluate("videomme", annotations, media, tmp_path / "out", Scripted(SCRIPT))
+
+
+def test_other_code_and_another_place_are_noted(tmp_path, monkeypatch, capsys):
+    """Both are in the results; other code is said too, as it may answer otherwise."""
+    annotations, media = videomme(tmp_path)
+    questions = read_benchmark("videomme", annotations, media)
+    begin(tmp_path / "out", "videomme", questions, {}, "runs/a")
+    begin(tmp_path / "out", "videomme", questions, {}, "runs/moved")
+    assert capsys.readouterr().out == ""
+    other = {"source": "other", "commit": None, "jax": "0"}
+    monkeypatch.setattr("dynfocus_jax.evaluation.benchmark_run.code_version", lambda: other)
+    begin(tmp_path / "out", "videomme", questions, {}, "runs/moved")
+    assert "made by other code" in capsys.readouterr().out
+    made_by = json.loads((tmp_path / "out" / "run.json").read_text())["made_by"]
+    assert [each["checkpoint"] for each in made_by] == ["runs/a", "runs/moved", "runs/moved"]
+    assert made_by[2]["code"] == other
 
 
 def test_results_need_every_question(tmp_path):
@@ -265,4 +319,4 @@ def test_csv_without_a_column_and_files_that_do_not_fit(tmp_path):
     )
     write_json(tmp_path / "gsub_test.json", {"1": {"location": {"5": [[0, 1]]}}})
     text = one_sentence(lambda: read_benchmark("nextgqa", annotations, media))
-    assert "has a place for '1_5'" in text
+    assert "has 0 rows for '1_5'" in text

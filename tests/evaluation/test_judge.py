@@ -64,7 +64,9 @@ def test_verdicts_are_in_the_order_of_the_questions_and_hold_what_the_judge_said
     record = judge.record()
     assert record["endpoint"] == server.url
     assert (record["model"], record["models_served"]) == ("judge-1", ["judge-1"])
-    assert record["rubrics"] == [verdicts[0].rubric]
+    ((version, source),) = record["prompts"].items()
+    assert version == verdicts[0].rubric
+    assert source.startswith("Video-ChatGPT, evaluate_activitynet_qa.py")
     assert record["parameters"] == {"temperature": 0, "max_tokens": 1024}
     assert KEY not in json.dumps(record)
 

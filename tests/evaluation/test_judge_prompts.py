@@ -6,7 +6,7 @@ import pytest
 
 from dynfocus_jax.evaluation.judge_prompts import Marks, rubric_named, rubrics
 
-# SHA-256 (first 16 digits) of the system and the user message of the scripts named in judge_prompts.toml,
+# SHA-256 (first 16 digits) of the system and the user message as judge_prompts.toml says where they are from,
 # joined by a zero byte, with $name for each field.
 PUBLISHED = {
     "video_chatgpt_qa": "79abfacc4c279cc9",
@@ -15,8 +15,8 @@ PUBLISHED = {
     "vcg_context": "3b38191dbea199f6",
     "vcg_temporal": "e8457aaab02d3584",
     "vcg_consistency": "27ce0bc4f2a23221",
-    "mlvu_ssc": "c138a7e112995679",
-    "mlvu_summary": "a4224977513b549f",
+    "mlvu_ssc": "46c4556632d0c92c",
+    "mlvu_summary": "9c32310e3b2387bc",
 }
 
 

@@ -27,7 +27,7 @@ class Benchmark(NamedTuple):
 
     title: its published name; read: annotation file or folder and media folder to questions.
     measure: of closed answers, None where all are open; submission: what is sent to its authors.
-    judged_mean: what the mean over several judged dimensions is called.
+    judged_mean: what the mean over the judged dimensions is called; dimensions: how many there are.
     """
 
     title: str
@@ -35,15 +35,16 @@ class Benchmark(NamedTuple):
     measure: Measure | None = None
     submission: Callable[[Sequence[Graded]], list[dict]] | None = None
     judged_mean: str = "mean"
+    dimensions: int = 1
 
 
 BENCHMARKS = {
     "msvd_qa": Benchmark("MSVD-QA", open_qa.read_msvd),
     "msrvtt_qa": Benchmark("MSRVTT-QA", open_qa.read_msrvtt),
     "activitynet_qa": Benchmark("ActivityNet-QA", open_qa.read_activitynet),
-    "vcgbench": Benchmark("VCG-Bench", vcg.read),
+    "vcgbench": Benchmark("VCG-Bench", vcg.read, dimensions=5),
     "videomme": Benchmark("Video-MME", videomme.read, videomme.measure),
-    "mlvu": Benchmark("MLVU", mlvu.read_dev, mlvu.measure_dev, judged_mean="G-Avg"),
+    "mlvu": Benchmark("MLVU", mlvu.read_dev, mlvu.measure_dev, judged_mean="G-Avg", dimensions=2),
     "mlvu_test": Benchmark("MLVU test", mlvu.read_test, mlvu.measure_test, mlvu.submission),
     "lvbench": Benchmark("LVBench", lvbench.read, lvbench.measure),
     "videohallucer": Benchmark("VideoHallucer", videohallucer.read, videohallucer.measure),

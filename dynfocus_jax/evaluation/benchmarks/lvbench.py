@@ -9,15 +9,14 @@ from dynfocus_jax.data.prompts import LETTERS
 from dynfocus_jax.evaluation.measures import accuracy_by
 from dynfocus_jax.evaluation.questions import (
     Question,
-    json_entries,
     letter_of,
     media_file,
     read_questions,
-    texts_of,
+    table_entries,
     with_suffixes,
 )
 
-_OPTION = re.compile(r"^\s*\(?([A-Z])[).]\s*(.+?)\s*$")
+_OPTION = re.compile(r"^\s*\(?([A-Z])[).]\s*", re.MULTILINE)
 # As the paper abbreviates them.
 _TYPES = {
     "entity recognition": "ER",
@@ -45,11 +44,11 @@ def read(annotations: Path, media: MediaFolder) -> list[Question]:
         kind = text_of(entry.get("type"), "type")
         return [_question(row, f"qa[{i}]", kind, file) for i, row in enumerate(asked)]
 
-    return read_questions(annotations, json_entries(annotations), parse)
+    return read_questions(annotations, table_entries(annotations), parse)
 
 
 def _question(row: dict, where: str, kind: str, file: Path) -> Question:
-    question, options = _split(text_of(row.get("question"), f"{where}.question"), where)
+    question, options = split(text_of(row.get("question"), f"{where}.question"), where)
     types = row.get("question_type")
     require(
         isinstance(types, list) and len(types) > 0,
@@ -70,18 +69,16 @@ def _question(row: dict, where: str, kind: str, file: Path) -> Question:
     )
 
 
-def _split(text: str, where: str) -> tuple[str, tuple[str, ...]]:
-    """A question and its options, which are its last lines: "(A) 1636"."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    options: list[str] = []
-    while lines and (match := _OPTION.match(lines[-1])):
-        options.insert(0, match[2])
-        expected = match[1]
-        lines.pop()
-        if expected == "A":
-            break
+def split(text: str, where: str) -> tuple[str, tuple[str, ...]]:
+    """A question and its options, which are its last lines: "(A) 1636", "(B) 1366"."""
+    marks = list(_OPTION.finditer(text))
+    marks = marks[max((i for i, mark in enumerate(marks) if mark[1] == "A"), default=len(marks)) :]
+    starts, ends = [mark.start() for mark in marks] or [0], [mark.end() for mark in marks]
+    options = tuple(text[i:k].strip() for i, k in zip(ends, [*starts[1:], len(text)], strict=False))
+    question = text[: starts[0]].strip()
+    in_order = LETTERS.startswith("".join(mark[1] for mark in marks))
     require(
-        len(options) > 1 and expected == "A" and bool(lines) and len(options) <= len(LETTERS),
+        bool(question) and len(options) > 1 and all(options) and in_order,
         f'field "{where}.question" has no options (A), (B), ... in its last lines',
     )
-    return "\n".join(lines), texts_of(options, f"{where}.question")
+    return question, options

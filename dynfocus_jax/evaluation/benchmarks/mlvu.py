@@ -7,11 +7,11 @@ from dynfocus_jax.data.entries import list_entries
 from dynfocus_jax.data.fields import id_of, text_of
 from dynfocus_jax.data.media_paths import MediaFolder
 from dynfocus_jax.evaluation.grading import Graded
-from dynfocus_jax.evaluation.measures import Measured, accuracy, mean, tabulate
+from dynfocus_jax.evaluation.measures import Measured, mean, mean_over, tabulate
 from dynfocus_jax.evaluation.questions import (
     Question,
-    files_below,
-    letter_of,
+    annotation_files,
+    letter_of_text,
     media_file,
     read_questions,
     texts_of,
@@ -29,15 +29,13 @@ FILES = (
     "8_sub_scene.json",
     "9_summary.json",
 )
+TASKS = 7  # the first files have options, their mean is M-Avg
 
 
 def read_dev(annotations: Path, media: MediaFolder) -> list[Question]:
-    """A folder with the nine files, or one of them; videos at FILE/NAME or video/FILE/NAME, or NAME."""
-    files = (
-        {annotations.name: annotations} if annotations.is_file() else files_below(annotations, list(FILES))
-    )
+    """A folder with the nine files, or one of them; videos at FILE/NAME, video/FILE/NAME or NAME."""
     questions = []
-    for file in files.values():
+    for file in annotation_files(annotations, FILES):
         questions += read_questions(file, list_entries(file), _parser(file.stem, media))
     return questions
 
@@ -56,7 +54,7 @@ def _parser(name: str, media: MediaFolder) -> Callable[[dict], Question]:
             answer = text_of(entry.get("answer"), "answer")
             return Question(f"{name}/{video}", path, question, answer, "open", groups=groups, about=about)
         options = texts_of(entry["candidates"], "candidates")
-        answer = letter_of(entry.get("answer"), "answer", options)
+        answer = letter_of_text(entry.get("answer"), "answer", options)
         return Question(f"{name}/{video}", path, question, answer, "choice", options, groups)
 
     return parse
@@ -71,10 +69,7 @@ def _points(value: object) -> str:
 
 def measure_dev(graded: Sequence[Graded]) -> Measured:
     """M-Avg, the mean of the accuracies of the tasks with options. (G-Avg is of judged answers.)"""
-    closed = [each for each in graded if each.question.form == "choice"]
-    by = tabulate(closed, "task", accuracy=accuracy)
-    overall = {"M-Avg": mean(row["accuracy"] for row in by.values())} if closed else {}
-    return Measured(overall, {"task": by} if closed else {})
+    return mean_over("task", named="M-Avg", members=TASKS)(graded)
 
 
 def read_test(annotations: Path, media: MediaFolder) -> list[Question]:

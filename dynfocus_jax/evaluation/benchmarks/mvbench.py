@@ -9,8 +9,8 @@ from dynfocus_jax.data.media_paths import MediaFolder
 from dynfocus_jax.evaluation.measures import mean_over
 from dynfocus_jax.evaluation.questions import (
     Question,
-    files_below,
-    letter_of,
+    annotation_files,
+    letter_of_text,
     media_file,
     read_questions,
     texts_of,
@@ -47,23 +47,16 @@ _TASKS = {
     "counterfactual_inference": _Task(_CLEVRER),
 }
 
-measure = mean_over("task", named="mean_accuracy")
+measure = mean_over("task", named="mean_accuracy", members=len(_TASKS))
 
 
 def read(annotations: Path, media: MediaFolder) -> list[Question]:
     """A folder with the files TASK.json, or in its subfolder "json"; a single one of them for one task.
 
-    Videos are where the published archives put them, below the media folder or its subfolder "video".
+    Videos are where the published archives put them, below the media folder or its "video" or "data0613".
     """
-    files = (
-        {annotations.name: annotations}
-        if annotations.is_file()
-        else files_below(annotations, [f"{task}.json" for task in _TASKS])
-    )
-    questions = []
-    for file in files.values():
-        questions += _read_task(file, media)
-    return questions
+    files = annotation_files(annotations, [f"{task}.json" for task in _TASKS])
+    return [question for file in files for question in _read_task(file, media)]
 
 
 def _read_task(file: Path, media: MediaFolder) -> list[Question]:
@@ -73,7 +66,7 @@ def _read_task(file: Path, media: MediaFolder) -> list[Question]:
     def parse(entry: dict) -> Question:
         options = texts_of(entry.get("candidates"), "candidates")
         video = text_of(entry.get("video"), "video")
-        places = [f"{task.place}/{video}", f"video/{task.place}/{video}", video]
+        places = [f"{parent}{task.place}/{video}" for parent in ("", "video/", "data0613/")] + [video]
         if task.frames:
             place = next(filter(media.has, places), places[0])
             path = path_of(f"{place}/00001.jpg", "video", media).parent
@@ -83,7 +76,7 @@ def _read_task(file: Path, media: MediaFolder) -> list[Question]:
             f"{name}/{video}",
             path,
             text_of(entry.get("question"), "question"),
-            letter_of(entry.get("answer"), "answer", options),
+            letter_of_text(entry.get("answer"), "answer", options),
             "choice",
             options,
             {"task": (name,)},

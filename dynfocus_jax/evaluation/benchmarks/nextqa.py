@@ -12,7 +12,7 @@ from dynfocus_jax.evaluation.grading import Graded
 from dynfocus_jax.evaluation.measures import Measured, accuracy, accuracy_by, mean, tabulate
 from dynfocus_jax.evaluation.questions import (
     Question,
-    letter_of,
+    letter_of_text,
     media_file,
     read_questions,
     with_suffixes,
@@ -46,7 +46,7 @@ def read(annotations: Path, media: MediaFolder) -> list[Question]:
             id_of(f"{video}_{qid}"),
             media_file(media, "video", [place for name in names for place in with_suffixes(name, "videos")]),
             text_of(row["question"], "question"),
-            LETTERS[int(given)] if numbered else letter_of(given, "answer", options),
+            LETTERS[int(given)] if numbered else letter_of_text(given, "answer", options),
             "choice",
             options,
             {"kind": (_KINDS.get(kind[:1], kind),), "type": (kind,)},
@@ -73,21 +73,23 @@ def read_grounded(annotations: Path, media: MediaFolder) -> list[Question]:
     annotations: SPLIT.csv, or gsub_SPLIT.json. Rows without a place are not part of NExT-GQA.
 
     Raises:
-      UserError: a file is missing, or a place has no row.
+      UserError: a file is missing, or a place has no row, or two.
     """
     split = annotations.stem.removeprefix("gsub_")
     table, file = annotations.with_name(f"{split}.csv"), annotations.with_name(f"gsub_{split}.json")
     grounds = _grounds(file)
-    rows = {question.id: question for question in read(table, media)}
-    lost = [name for name in grounds if name not in rows]
-    if lost:
+    rows: dict[str, list[Question]] = {name: [] for name in grounds}
+    for question in read(table, media):
+        rows.get(question.id, []).append(question)
+    odd = [name for name, found in rows.items() if len(found) != 1]
+    if odd:
         raise UserError(
-            f"annotation file {file} has a place for {lost[0]!r}, which {table} lacks ({len(lost)} are like "
-            "that); take both files of one split."
+            f"annotation file {table} has {len(rows[odd[0]])} rows for {odd[0]!r}, expected one, as {file} "
+            f"has a place for it ({len(odd)} are like that); take both files of one split, as published."
         )
     questions = []
     for name, spans in grounds.items():
-        row = rows[name]
+        (row,) = rows[name]
         about = {"spans": spans}
         questions.append(_with(row, name, "choice", row.question, about))
         questions.append(_with(row, f"{name}/when", "span", _WHEN.format(row.question), about))

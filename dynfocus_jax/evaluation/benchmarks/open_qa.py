@@ -8,9 +8,9 @@ from dynfocus_jax.data.fields import id_of, text_of
 from dynfocus_jax.data.media_paths import MediaFolder
 from dynfocus_jax.evaluation.questions import (
     Question,
-    json_entries,
     media_file,
     read_questions,
+    table_entries,
     with_suffixes,
     word_of,
 )
@@ -70,7 +70,7 @@ def _answers(path: Path) -> dict[str, str]:
             raise Invalid(f"gives question {name!r} a second answer, {answer!r} after {answers[name]!r}")
         return [Question(name, path, "", answer, "open")]
 
-    read_questions(path, json_entries(path), parse)
+    read_questions(path, table_entries(path), parse)
     return answers
 
 
@@ -93,4 +93,4 @@ def _read(annotations: Path, media: MediaFolder, places, answers: dict[str, str]
             about={"rubrics": RUBRICS},
         )
 
-    return read_questions(annotations, json_entries(annotations), parse)
+    return read_questions(annotations, table_entries(annotations), parse)

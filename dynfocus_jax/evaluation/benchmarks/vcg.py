@@ -6,7 +6,13 @@ from pathlib import Path
 from dynfocus_jax.data.entries import list_entries
 from dynfocus_jax.data.fields import text_of
 from dynfocus_jax.data.media_paths import MediaFolder
-from dynfocus_jax.evaluation.questions import Question, files_below, media_file, read_questions, with_suffixes
+from dynfocus_jax.evaluation.questions import (
+    Question,
+    annotation_files,
+    media_file,
+    read_questions,
+    with_suffixes,
+)
 
 FILES = ("generic_qa.json", "temporal_qa.json", "consistency_qa.json")
 # {dimension: what the judge is asked}, the dimensions as the papers abbreviate them.
@@ -22,11 +28,8 @@ def read(annotations: Path, media: MediaFolder) -> list[Question]:
 
     An entry of consistency_qa.json is two questions, which are judged together.
     """
-    files = (
-        {annotations.name: annotations} if annotations.is_file() else files_below(annotations, list(FILES))
-    )
     questions = []
-    for file in files.values():
+    for file in annotation_files(annotations, FILES):
         questions += read_questions(file, list_entries(file), _parser(file.stem, media))
     return questions
 

@@ -7,8 +7,8 @@ from dynfocus_jax.data.entries import list_entries
 from dynfocus_jax.data.fields import kind_of, require, text_of
 from dynfocus_jax.data.media_paths import MediaFolder
 from dynfocus_jax.evaluation.grading import Graded
-from dynfocus_jax.evaluation.measures import Measured, accuracy, all_right, mean, tabulate
-from dynfocus_jax.evaluation.questions import Question, files_below, media_file, read_questions
+from dynfocus_jax.evaluation.measures import Measured, accuracy, all_right, mean, of_all, tabulate
+from dynfocus_jax.evaluation.questions import Question, annotation_files, media_file, read_questions
 
 SETS = ("object_relation", "temporal", "semantic_detail", "external_factual", "external_nonfactual")
 
@@ -18,15 +18,8 @@ def read(annotations: Path, media: MediaFolder) -> list[Question]:
 
     Videos are at SET/videos/NAME, videos/NAME or NAME below the media folder.
     """
-    files = (
-        {annotations.name: annotations}
-        if annotations.is_file()
-        else files_below(annotations, [f"{name}.json" for name in SETS])
-    )
-    questions = []
-    for file in files.values():
-        questions += _read_set(file, media)
-    return questions
+    files = annotation_files(annotations, [f"{name}.json" for name in SETS])
+    return [question for file in files for question in _read_set(file, media)]
 
 
 def _read_set(file: Path, media: MediaFolder) -> list[Question]:
@@ -65,4 +58,5 @@ def measure(graded: Sequence[Graded]) -> Measured:
 
     measures = {"basic": of_kind("basic"), "hallucinated": of_kind("hallucination"), "overall": all_right}
     by = tabulate(graded, "set", **measures)
-    return Measured({name: mean(row[name] for row in by.values()) for name in measures}, {"set": by})
+    names = {name: of_all(name, len(by), len(SETS)) for name in measures}
+    return Measured({names[name]: mean(row[name] for row in by.values()) for name in measures}, {"set": by})

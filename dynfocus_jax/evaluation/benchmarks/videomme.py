@@ -9,10 +9,10 @@ from dynfocus_jax.data.media_paths import MediaFolder
 from dynfocus_jax.evaluation.measures import accuracy_by
 from dynfocus_jax.evaluation.questions import (
     Question,
-    json_entries,
     letter_of,
     media_file,
     read_questions,
+    table_entries,
     texts_of,
     with_suffixes,
     word_of,
@@ -36,7 +36,7 @@ def read(annotations: Path, media: MediaFolder) -> list[Question]:
         )
         return [_question(entry, row, media) for row in rows]
 
-    return read_questions(annotations, json_entries(annotations), parse)
+    return read_questions(annotations, table_entries(annotations), parse)
 
 
 def _question(video: dict, row: dict, media: MediaFolder) -> Question:

@@ -8,10 +8,11 @@ from dynfocus_jax.data.media_paths import MediaFolder
 from dynfocus_jax.evaluation.measures import all_right, mean_over
 from dynfocus_jax.evaluation.questions import (
     Question,
-    json_entries,
     letter_of,
+    letter_of_text,
     media_file,
     read_questions,
+    table_entries,
     texts_of,
     word_of,
 )
@@ -36,15 +37,16 @@ def read(annotations: Path, media: MediaFolder) -> list[Question]:
         kind = text_of(entry.get("type"), "type")
         number = entry.get("try")
         require(type(number) is int, 'field "try" is missing or no whole number')
-        given = entry.get("gt")
-        if "gt_option" in entry and (given is None or str(given).strip() not in options):
-            given = entry["gt_option"]
+        if entry.get("gt_option") is not None:
+            answer = letter_of(entry["gt_option"], "gt_option", options)
+        else:
+            answer = letter_of_text(entry.get("gt"), "gt", options)
         question = text_of(entry.get("question"), "question")
         return Question(
             f"{kind}/{Path(video).name}/{number}",
             media_file(media, "video", [video, Path(video).name]),
             question,
-            letter_of(given, "gt", options),
+            answer,
             "choice",
             options,
             {"type": (kind,), "task": (_TASKS.get(kind[:3], kind),)},
@@ -52,7 +54,7 @@ def read(annotations: Path, media: MediaFolder) -> list[Question]:
             about={"try": word_of(number, "try")},
         )
 
-    questions = read_questions(annotations, json_entries(annotations), parse)
+    questions = read_questions(annotations, table_entries(annotations), parse)
     tries: dict[str, set] = {}
     for question in questions:
         tries.setdefault(question.belongs_to, set()).add(question.about["try"])
