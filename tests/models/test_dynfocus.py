@@ -58,7 +58,7 @@ def test_class_token_does_not_reach_the_connector_but_the_text_encoder():
     rng = np.random.default_rng(1)
     batch = stack([pad(make_sample(rng, 3, 6, 3), 3, 6)])
     params = random_params(model, batch)
-    visual = model.apply({"params": params}, batch, method="visual_tokens")
+    visual = jax.jit(lambda: model.apply({"params": params}, batch, method="visual_tokens"))()
     assert visual.count[0] == 2 * 1 + 2 * (4 + 6)  # as without class token: P = 4, M = 4 + 2, J = 2
     assert params["vision"]["position"].shape == (17, 16)
 
@@ -104,7 +104,9 @@ def _tokens(config, selection, row, frame):
 
 def test_subtitles_are_read_and_can_be_learned_from():
     """They change what is answered, by words that are there alone; and what is known of them is trained."""
-    model = model_of(tiny_config())
+    config = tiny_config()
+    config.stages[-1].connector = "pooled"  # whose program is small
+    model = model_of(config)
     sample = make_sample(np.random.default_rng(5), 4, 8, 3, subtitle_frames=(1, 3))
     batch = stack([pad(sample, 5, 9, subtitle=4)])
     params = random_params(model, batch)

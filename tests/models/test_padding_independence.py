@@ -109,7 +109,7 @@ def test_model(mode, train):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_connector(variant):
-    """Every variant, in evaluation and training: frame features to visual tokens."""
+    """Every variant, in evaluation and training: frame features to visual tokens; in other company."""
     config = change(tiny_config(), **VARIANTS[variant])
     connector = build_connector(config.model)
     rng = np.random.default_rng(4)
@@ -156,7 +156,10 @@ def test_connector(variant):
                 )
             )
 
-        together = run(everyone, LONG + 6)
-        alone = [run([row], K if len(clip) <= K else LONG) for row, clip in enumerate(clips.values())]
-        failures += [f"train={train}, {text}" for text in differences(together, alone, clips)]
+        together, apart = run(everyone, LONG + 6), {}
+        short = [row for row, clip in enumerate(clips.values()) if len(clip) <= K]
+        for rows, frames in ((short[::-1], K), (sorted({*everyone} - {*short})[::-1], LONG)):
+            out = run(rows, frames)
+            apart |= {row: jax.tree.map(lambda x, i=i: x[i : i + 1], out) for i, row in enumerate(rows)}
+        failures += [f"train={train}, {text}" for text in differences(together, apart, clips)]
     assert not failures, "\n".join(failures)
