@@ -25,6 +25,8 @@ class Batch(NamedTuple):
     loss_mask: np.ndarray  # bool [B, Lt], True where the token itself is to be predicted
     oracle_frames: np.ndarray  # bool [B, T], frames known to matter; all False when unknown
     index: np.ndarray  # int32 [B], number of the record, -1 for a padding row
+    subtitles: np.ndarray  # int32 [B, S], text tokens that stand behind the visual tokens of their frames
+    subtitle_frames: np.ndarray  # int32 [B, S], frame of each, ascending; -1 for padding, on the right
 
 
 def padding_sample(
@@ -34,9 +36,11 @@ def padding_sample(
     max_query: int,
     pad_id: int = 0,
     *,
+    max_subtitle: int = 0,
     blank: np.ndarray | None = None,
 ) -> Batch:
-    """A sample without content: T = num_frames, H = W = image_size, Lt = max_text, Lq = max_query.
+    """A sample without content: T = num_frames, H = W = image_size, Lt = max_text, Lq = max_query,
+    S = max_subtitle.
 
     blank: a frame without content, where features [(1 +) N, C] stand in place of pixels.
     """
@@ -52,4 +56,6 @@ def padding_sample(
         loss_mask=np.zeros(max_text, bool),
         oracle_frames=np.zeros(num_frames, bool),
         index=np.int32(-1),
+        subtitles=np.full(max_subtitle, pad_id, np.int32),
+        subtitle_frames=np.full(max_subtitle, -1, np.int32),
     )

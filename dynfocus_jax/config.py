@@ -212,6 +212,7 @@ def default_config() -> ConfigDict:
             "annotations": placeholder(str),  # relative to data.root
             "media_frames": 16,
             "max_text": 64,
+            "max_subtitle": 0,
             "batch_size": 64,
             "max_new_tokens": 8,
             "focus_videos": 2,  # rows of focus.png; 0 for no picture
@@ -262,6 +263,7 @@ def stage(**fields) -> ConfigDict:
             # A sample of more tokens: "error": skipped, with that reason | "drop_turns": without its last
             # turns | "fewer_frames": with fewer frames
             "on_overflow": "error",
+            "max_subtitle": 0,  # text tokens of a video's subtitles, between its frames; 0 leaves them out
             "max_turns": placeholder(int),  # turns drawn from a record; None takes all
             "connector": "dynfocus",
             "trainable": (),  # regular expressions over parameter paths, e.g. "language/.*"

@@ -112,7 +112,7 @@ def _validate_stage(stage_config: ConfigDict, where: str, devices: int) -> None:
     for number, source_config in enumerate(stage_config.sources):
         _validate_source(source_config, f"{where}.sources[{number}]")
     _validate_mixture(stage_config.sources, f"{where}.sources")
-    for key in ("random_steps", "weight_decay", "loss_chunk"):
+    for key in ("random_steps", "weight_decay", "loss_chunk", "max_subtitle"):
         require(stage_config[key] >= 0, f"{where}.{key} is {stage_config[key]}, expected at least 0.")
     require(
         all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in stage_config.lr_scale),
@@ -300,6 +300,10 @@ def validate(config: ConfigDict, devices: int = 1) -> None:
             evaluation,
             "config.evaluation",
             *("media_frames", "max_text", "batch_size", "max_new_tokens"),
+        )
+        require(
+            evaluation.max_subtitle >= 0,
+            f"config.evaluation.max_subtitle is {evaluation.max_subtitle}, expected at least 0.",
         )
         require(
             evaluation.batch_size % devices == 0,

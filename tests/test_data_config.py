@@ -41,6 +41,7 @@ def refuse(config, *parts):
         ({"buckets": ((4, 8), (4,))}, ("stages[1].buckets has (4,)", "(num_frames, max_text) pairs")),
         ({"buckets": ((4, 0),)}, ("stages[1].buckets has (4, 0)",)),
         ({"buckets": ((4, 8), (1, 8), (4, 8))}, ("stages[1].buckets has one shape twice",)),
+        ({"max_subtitle": -1}, ("stages[1].max_subtitle is -1", "at least 0")),
         ({"max_length": 0}, ("stages[1].max_length is 0",)),
         ({"on_overflow": "cut"}, ("stages[1].on_overflow is 'cut'", "'drop_turns'")),
         (MIX | {"sources": (*TWO, TWO[0])}, ("stages[1].sources has two sources of one name: a, b, a",)),

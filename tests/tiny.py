@@ -69,8 +69,12 @@ def make_sample(
     *,
     at_end: bool = False,
     oracle: tuple[int, ...] = (),
+    subtitle_frames: tuple[int, ...] = (),
 ) -> Batch:
-    """A sample without padding: random frames (or those given), random words, half of them to be learned."""
+    """A sample without padding: random frames (or those given), random words, half of them to be learned.
+
+    subtitle_frames: the frame of each word of the subtitles.
+    """
     if isinstance(frames, int):
         frames = rng.integers(0, 256, (frames, SIZE, SIZE, 3), dtype=np.uint8)
     return Batch(
@@ -84,17 +88,21 @@ def make_sample(
         loss_mask=np.arange(text) >= text // 2,
         oracle_frames=np.isin(np.arange(len(frames)), oracle),
         index=np.int32(0),
+        subtitles=rng.integers(4, VOCABULARY, len(subtitle_frames), dtype=np.int32),
+        subtitle_frames=np.array(subtitle_frames, np.int32),
     )
 
 
-def pad(sample: Batch, frames: int, text: int, query: int = MAX_QUERY) -> Batch:
-    """The sample in a bucket of `frames` frames, `text` tokens and `query` words."""
-    out = padding_sample(frames, SIZE, text, query)
-    for name in ("frames", "frame_mask", "query_tokens", "tokens", "loss_mask", "oracle_frames"):
-        value = getattr(sample, name)
-        getattr(out, name)[: len(value)] = value
-    scalars = ("query_length", "length", "visual_position", "index")
-    return out._replace(**{name: getattr(sample, name) for name in scalars})
+def pad(sample: Batch, frames: int, text: int, query: int = MAX_QUERY, subtitle: int = 0) -> Batch:
+    """The sample in a bucket of `frames` frames, `text` tokens, `query` words and `subtitle` tokens."""
+    out = padding_sample(frames, SIZE, text, query, max_subtitle=subtitle)
+    scalars = {}
+    for name, value in sample._asdict().items():
+        if np.ndim(value):
+            getattr(out, name)[: len(value)] = value
+        else:
+            scalars[name] = value
+    return out._replace(**scalars)
 
 
 def stack(samples) -> Batch:

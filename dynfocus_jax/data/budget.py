@@ -16,13 +16,15 @@ class Budget:
     max_length: visual and text tokens of a sample; None: whatever the bucket holds.
     on_overflow: what becomes of a sample that fits nowhere: "error": it is not used | "drop_turns": it loses
       its last turns | "fewer_frames": fewer frames are read.
-    visual: bound of the visual tokens of 0, 1, ... frames, up to the most of a bucket.
+    visual: bound of the visual tokens of 0, 1, ... frames, up to the most of a bucket, subtitles included.
+    max_subtitle: text tokens of a video's subtitles; 0 leaves subtitles out.
     """
 
     buckets: tuple[tuple[int, int], ...]
     max_length: int | None = None
     on_overflow: str = "error"
     visual: tuple[int, ...] = ()
+    max_subtitle: int = 0
 
     @classmethod
     def of(
@@ -31,12 +33,13 @@ class Budget:
         visual_tokens: Callable[[int], int] = lambda frames: 0,
         max_length: int | None = None,
         on_overflow: str = "error",
+        max_subtitle: int = 0,
     ) -> "Budget":
         """`visual_tokens`: a connector's bound for a number of frames (`length`)."""
         frames = range(1, 1 + max(frames for frames, _ in buckets))
-        visual = (0, *map(visual_tokens, frames))
+        visual = (0, *(visual_tokens(count) + max_subtitle for count in frames))
         by_size = sorted(buckets, key=lambda bucket: (visual[bucket[0]] + bucket[1], *bucket))
-        return cls(tuple(map(tuple, by_size)), max_length, on_overflow, visual)
+        return cls(tuple(map(tuple, by_size)), max_length, on_overflow, visual, max_subtitle)
 
     @property
     def max_frames(self) -> int:

@@ -14,6 +14,7 @@ from dynfocus_jax.data.features import FeatureStore
 from dynfocus_jax.data.images import MediaError, MediaTimeout, timed_out
 from dynfocus_jax.data.sampling import UNIFORM, Sampling, count
 from dynfocus_jax.data.sources import Record
+from dynfocus_jax.data.subtitles import Subtitle, read_subtitles
 from dynfocus_jax.data.video import Clip, MediaInfo, probe, read_media
 
 
@@ -86,6 +87,18 @@ class MediaReader:
                 with self._lock:
                     self._cache[key] = clip
         return clip
+
+    def subtitles(self, record: Record) -> list[Subtitle]:
+        """Those of the record's own file, else those that were kept with its features, else none.
+
+        Raises:
+          MediaError: as `read`.
+        """
+        if record.subtitles is not None:
+            return self._attempt(record.subtitles, lambda: read_subtitles(record.subtitles))
+        if self.features is not None:
+            return self._attempt(record.media, lambda: self.features.subtitles(record))
+        return []
 
     def info(self, path: Path) -> MediaInfo:
         """What a file holds, without decoding it.

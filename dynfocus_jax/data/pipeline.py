@@ -67,8 +67,8 @@ def make_dataset(
                 continue
             record = load.records[each.record]
             skipped.note(record, each.reason)
-            if each.change is not None:
-                shortened.note(record, *each.change)
+            if each.changes:
+                shortened.note(record, each.changes)
         return Batch(*map(np.stack, zip(*(each.sample for each in batch), strict=True)))
 
     if num_processes and not flags.FLAGS.is_parsed():

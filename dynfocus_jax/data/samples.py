@@ -18,6 +18,7 @@ from dynfocus_jax.data.conversation import (
 )
 from dynfocus_jax.data.media import MediaReader
 from dynfocus_jax.data.sources import Record
+from dynfocus_jax.data.subtitles import between, interleave
 from dynfocus_jax.data.video import Clip, MediaError
 
 Turns = Sequence[tuple[str, str]]
@@ -26,7 +27,7 @@ Turns = Sequence[tuple[str, str]]
 class Change(NamedTuple):
     """What a sample lost because it was too long."""
 
-    what: str  # "turns" | "frames"
+    what: str  # "turns" | "frames" | "subtitles"
     action: str  # in a few words, with numbers
 
 
@@ -36,11 +37,11 @@ class Loaded(NamedTuple):
     sample: Batch  # without the leading axis
     record: int  # its number; -1 for a row that was padding from the start
     reason: str | None = None  # why it cannot be used
-    change: Change | None = None
+    changes: tuple[Change, ...] = ()
 
 
 class SampleLoader:
-    """Reads samples: `loader(number, rng, bucket)` gives a Batch without the leading axis, and its Change.
+    """Reads samples: `loader(number, rng, bucket)` gives a Batch without the leading axis, and its Changes.
 
     media: reads the files; budget: shapes and lengths; max_query: Lq of the batch.
     guidance: what the text encoder reads, see `query_text`; with "each_turn" every turn of a record is a
@@ -101,7 +102,9 @@ class SampleLoader:
         """A padding row of a bucket's shape."""
         frames, text = self.budget.buckets[bucket]
         sample = padding_sample(
-            *(frames, self.media.size, text, self._max_query, self._tokenizer.pad_id), blank=self.media.blank
+            *(frames, self.media.size, text, self._max_query, self._tokenizer.pad_id),
+            max_subtitle=self.budget.max_subtitle,
+            blank=self.media.blank,
         )
         # The text encoder may have its own, smaller vocabulary: 0 is an id of every one.
         return Loaded(sample._replace(query_tokens=np.zeros_like(sample.query_tokens)), record=-1)
@@ -110,12 +113,14 @@ class SampleLoader:
         """A sample, or why it cannot be used."""
         record = self.record_of(number)
         try:
-            sample, change = self(number, rng, bucket)
+            sample, changes = self(number, rng, bucket)
         except (MediaError, SampleError) as error:
             return self.padding(bucket)._replace(record=record, reason=str(error))
-        return Loaded(sample, record, change=change)
+        return Loaded(sample, record, changes=changes)
 
-    def __call__(self, number: int, rng: np.random.Generator, bucket: int = 0) -> tuple[Batch, Change | None]:
+    def __call__(
+        self, number: int, rng: np.random.Generator, bucket: int = 0
+    ) -> tuple[Batch, tuple[Change, ...]]:
         index = self.record_of(number)
         record = self.records[index]
         chosen = np.arange(number - self._firsts[index] + 1 if self.each_turn else len(record.turns))
@@ -123,14 +128,14 @@ class SampleLoader:
             chosen = rng.permutation(chosen)[: self._max_turns]
         turns = [record.turns[i] for i in chosen]
         conversation = self._encode(record, turns)
-        clip, change = self._look(record, conversation, bucket, rng)
+        clip, changes = self._look(record, conversation, bucket, rng)
         count = 0 if clip is None else len(clip.frames)
         length, room = len(conversation.tokens), self.budget.text_room(count, bucket)
         if length > room:
             kept = self._turns_within(conversation, room)
             if not kept:
                 raise self.budget.overflow(length, count, bucket)
-            change = Change("turns", f"dropped {len(turns) - kept} of {len(turns)} turns")
+            changes += (Change("turns", f"dropped {len(turns) - kept} of {len(turns)} turns"),)
             chosen, turns = chosen[:kept], turns[:kept]
             conversation = self._encode(record, turns)
             length = len(conversation.tokens)
@@ -142,6 +147,10 @@ class SampleLoader:
             sample.frame_mask[:count] = True
             needles = [frame for i in chosen if record.needle_frames for frame in record.needle_frames[i]]
             sample.oracle_frames[:count] = np.isin(clip.indices, needles)
+            spoken, spoken_in, left_out = self.subtitles(record, clip.times)
+            sample.subtitles[: len(spoken)] = spoken
+            sample.subtitle_frames[: len(spoken)] = spoken_in
+            changes += left_out
         sample.query_tokens[: len(query)] = query
         sample.tokens[:length] = conversation.tokens
         sample.loss_mask[:length] = conversation.loss_mask
@@ -151,7 +160,29 @@ class SampleLoader:
             visual_position=np.int32(conversation.visual_position),
             index=np.int32(index),
         )
-        return sample, change
+        return sample, changes
+
+    def subtitles(self, record: Record, times: np.ndarray) -> tuple[list[int], list[int], tuple[Change, ...]]:
+        """Tokens of a record's subtitles, the frame of each, and what was left out; times: of its frames.
+
+        Raises MediaError or SampleError where they cannot be used, or are too long with on_overflow "error".
+        """
+        room, encode = self.budget.max_subtitle, self._tokenizer.encode
+        if not room:
+            return [], [], ()
+        assigned = between(self.media.subtitles(record), times, record.span)
+        tokens, frames, kept = interleave(assigned, encode, room)
+        if not self._tokenizer.special_ids.isdisjoint(tokens):
+            raise SampleError("the subtitles hold a special token: leave it out")
+        total = sum(map(len, assigned))
+        if kept == total:
+            return tokens, frames, ()
+        if self.budget.on_overflow == "error":
+            raise SampleError(
+                f"the {total} subtitles have more than the {room} text tokens of max_subtitle: raise it, or "
+                "choose another on_overflow"
+            )
+        return tokens, frames, (Change("subtitles", f"kept {kept} of {total} subtitles"),)
 
     def _encode(self, record: Record, turns: Turns) -> Conversation:
         options = {"has_visual": record.media is not None, "visual_at_end": record.visual_at_end}
@@ -171,20 +202,20 @@ class SampleLoader:
 
     def _look(
         self, record: Record, conversation: Conversation, bucket: int, rng: np.random.Generator
-    ) -> tuple[Clip | None, Change | None]:
+    ) -> tuple[Clip | None, tuple[Change, ...]]:
         """The frames of a record, fewer where the budget wants it; nothing is decoded in vain."""
         length, least = len(conversation.tokens), int(record.media is not None)
         needed = conversation.ends[0] if self._may_drop else length
         if needed > self.budget.text_room(least, bucket):
             raise self.budget.overflow(length, least, bucket)
         if record.media is None:
-            return None, None
+            return None, ()
         if self.budget.on_overflow != "fewer_frames":
-            return self.media.read(record, self.budget.buckets[bucket][0], rng), None
+            return self.media.read(record, self.budget.buckets[bucket][0], rng), ()
         limit, most = self.budget.frame_room(length, bucket), self.budget.max_frames
         clip = self.media.read(record, limit, rng)
         if len(clip.frames) < limit or limit == most or record.modality == "image":
-            return clip, None
+            return clip, ()
         full = self.media.count(self.media.info(record.media), record, most)
         change = Change("frames", f"read {len(clip.frames)} of {full} frames")
-        return clip, change if full > len(clip.frames) else None
+        return clip, (change,) if full > len(clip.frames) else ()

@@ -105,11 +105,11 @@ class Shortened:
         """What is listed."""
         return self._listing.records
 
-    def note(self, record: Record, what: str, action: str) -> None:
-        """Counts one sample; what: "turns" or "frames"; action: a few words, with numbers."""
+    def note(self, record: Record, changes: Iterable[tuple[str, str]]) -> None:
+        """Counts one sample; changes: "turns", "frames" or "subtitles", and a few words with numbers."""
         with self._lock:
-            self.counts[what] += 1
-            self._listing.add({**_name(record), "action": action})
+            self.counts.update(what for what, _ in changes)
+            self._listing.add({**_name(record), "action": ", ".join(action for _, action in changes)})
 
 
 def _name(record: Record) -> dict:

@@ -1,14 +1,15 @@
-"""Subtitles of a video: SubRip (.srt) and WebVTT (.vtt) files, and which frame each belongs to."""
+"""Subtitles of a video: SubRip (.srt) and WebVTT (.vtt) files, which frame each belongs to, their tokens."""
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from dynfocus_jax.data.images import MediaError, check_exists
+from dynfocus_jax.data.sampling import sample_indices
 
 _TIME = r"(?:(\d+):)?(\d{1,2}):(\d{1,2})[.,](\d{1,3})"
 _TIMING = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}(?:\s.*)?$")
@@ -97,6 +98,35 @@ def between(
             frame -= 1
         assigned[max(frame, 0)].append(subtitle)
     return assigned
+
+
+def interleave(
+    assigned: Sequence[Sequence[Subtitle]], encode: Callable[[str], list[int]], room: int
+) -> tuple[list[int], list[int], int]:
+    """The subtitles of frames as text tokens, at most `room` of them.
+
+    Those of a frame are one text, joined by spaces. When all are too many tokens some are left out whole,
+    evenly over time.
+
+    assigned: the subtitles of each frame, as `between` gives them; encode: text to ids.
+
+    Returns:
+      the tokens; the frame of each; how many subtitles they are.
+    """
+    flat = [(frame, each.text) for frame, some in enumerate(assigned) for each in some]
+    count = len(flat)
+    while True:
+        texts: dict[int, list[str]] = {}
+        for frame, text in (flat[i] for i in sample_indices(len(flat), count)):
+            texts.setdefault(frame, []).append(text)
+        tokens, frames = [], []
+        for frame, some in texts.items():
+            ids = encode(" ".join(some))
+            tokens += ids
+            frames += [frame] * len(ids)
+        if len(tokens) <= room:
+            return tokens, frames, count
+        count = min(count - 1, count * room // len(tokens))
 
 
 def _decode(content: bytes) -> str:

@@ -27,7 +27,8 @@ class Problem(NamedTuple):
     """Why an entry or record cannot be used."""
 
     id: str
-    fault: str  # of `sources.Refused`, or "missing" | "words" | "conversation" | "too long" | "unreadable"
+    # of `sources.Refused`, or "missing" | "words" | "conversation" | "too long" | "unreadable" | "subtitles"
+    fault: str
     reason: str
     media: str | None = None
 
@@ -119,7 +120,7 @@ class Surveyor:
             texts.shortened,
             texts.values,
             read.values,
-            len(read.problems) / len(some) if some else 0.0,
+            sum(problem.fault == "unreadable" for _, problem in read.problems) / len(some) if some else 0.0,
         )
 
     def _find_files(self, numbers: Sequence[int], pool: ThreadPoolExecutor) -> _Found:
@@ -136,7 +137,8 @@ class Surveyor:
 
     def _files_of(self, record: Record) -> list[Path]:
         """What is read of a record: not the file of its frames where features stand in for them."""
-        read = (record.media if self.media.features is None else None, record.subtitles)
+        frames = record.media if self.media.features is None else None
+        read = (frames, record.subtitles if self.budget.max_subtitle else None)
         return [path for path in read if path is not None]
 
     def _measure_texts(self, numbers: Sequence[int], missing: set[int], pool: ThreadPoolExecutor) -> _Found:
@@ -179,21 +181,27 @@ class Surveyor:
         return sorted(candidates[i] for i in order)
 
     def _decode(self, numbers: Sequence[int], pool: ThreadPoolExecutor) -> _Found:
-        """Numbers of frames."""
+        """Numbers of frames, and what keeps a file or its subtitles from being used."""
 
-        def read(number: int) -> int | str:
-            rng = np.random.default_rng(self.seed)
+        def read(number: int) -> tuple[int | None, tuple[str, str] | None]:
+            record, rng = self.mixture.records[number], np.random.default_rng(self.seed)
             try:
-                return len(self.media.read(self.mixture.records[number], self.budget.max_frames, rng).frames)
+                clip = self.media.read(record, self.budget.max_frames, rng)
             except MediaError as error:
-                return str(error)
+                return None, ("unreadable", str(error))
+            try:
+                if self.loader is not None:
+                    self.loader.subtitles(record, clip.times)
+            except (MediaError, SampleError, UserError) as error:
+                return len(clip.frames), ("subtitles", str(error))
+            return len(clip.frames), None
 
         values, problems = [], []
-        for i, found in zip(numbers, _work(pool, read, numbers, "reading files"), strict=True):
-            if isinstance(found, str):
-                problems.append((i, _problem(self.mixture.records[i], "unreadable", found)))
-            else:
-                values.append(found)
+        for i, (frames, problem) in zip(numbers, _work(pool, read, numbers, "reading files"), strict=True):
+            if frames is not None:
+                values.append(frames)
+            if problem is not None:
+                problems.append((i, _problem(self.mixture.records[i], *problem)))
         return _Found(values, problems)
 
 

@@ -43,7 +43,7 @@ def evaluate_run(
         tokenizer,
         TEMPLATES[config.data.template],
         media,
-        Budget.of([(evaluation.media_frames, evaluation.max_text)]),
+        Budget.of([(evaluation.media_frames, evaluation.max_text)], max_subtitle=evaluation.max_subtitle),
         max_query=config.data.max_query,
         guidance=config.data.text_guidance,
         prompt_only=True,

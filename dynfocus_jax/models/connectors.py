@@ -15,7 +15,7 @@ KINDS = ("dynfocus", "pooled")
 
 
 class VisualTokens(NamedTuple):
-    """Visual tokens of a batch, packed to the left.
+    """Visual tokens of a batch, packed to the left; the text between them (subtitles) counts as such.
 
     tokens: `[B, L, D]`, zeros on padding; mask: bool `[B, L]`; count: int32 `[B]` valid tokens;
     selection: DPE's decisions (None for connectors that select nothing).
@@ -48,7 +48,10 @@ class DynFocusConnector(nn.Module):
         self.projector = Projector(self.projector_kind, self.width, self.dtype, self.param_dtype)
 
     def length(self, frames: int) -> int:
-        """Static number of visual tokens of a bucket of `frames` frames: the most that it can need."""
+        """Static number of visual tokens of a bucket of `frames` frames: the most that it can need.
+
+        Without the text between them.
+        """
         pooled, patches = self.pool[0] * self.pool[1], self.grid[0] * self.grid[1]
         cone, rod = self.cce.cone_tokens(patches, pooled), self.cce.rod_tokens()
         kept = self.dpe.kept(frames)
@@ -77,12 +80,14 @@ class DynFocusConnector(nn.Module):
         initial: jax.Array | None = None,
         noise: jax.Array | None = None,
         share: tuple[jax.Array, int] | None = None,
+        text: tuple[jax.Array, jax.Array] | None = None,
     ) -> VisualTokens:
         """Encode a batch of videos.
 
         Args:
           features: `[B, T, N, C]`; frame_mask: bool `[B, T]`, valid frames first.
           text_queries: `[B, T, Q, C]`, needed when the rods hold "context".
+          text: subtitles, `[B, S, D]` and their frames `[B, S]`, see `pack_frames`.
           The rest goes to `EventPrototypes.__call__`.
         """
         selection = self.dpe(
@@ -96,7 +101,7 @@ class DynFocusConnector(nn.Module):
             noise=noise,
             share=share,
         )
-        return self.encode(features, frame_mask, self.cce.spatial(features), selection, text_queries)
+        return self.encode(features, frame_mask, self.cce.spatial(features), selection, text_queries, text)
 
     def encode(
         self,
@@ -105,6 +110,7 @@ class DynFocusConnector(nn.Module):
         grains: list[jax.Array],
         selection: Selection,
         text_queries: jax.Array | None,
+        text: tuple[jax.Array, jax.Array] | None = None,
     ) -> VisualTokens:
         """Tokens of the selected and the other frames, given the features' levels of spatial prototypes."""
         rods, cones = self.cce.encode(features, grains, selection, text_queries, self.projector)
@@ -115,10 +121,9 @@ class DynFocusConnector(nn.Module):
         if self.cce.released:  # every frame important: rods stand before the cones
             every = (important == frame_mask).all(axis=1, keepdims=True)
             rod_mask |= frame_mask & every
-        tokens, mask, count = pack_frames(
-            rods, cones, selection.frames, rod_mask, cone_mask, self.length(features.shape[1])
-        )
-        return VisualTokens(tokens, mask, count, None if self.cce.cones == "none" else selection)
+        length = self.length(features.shape[1]) + _tokens(text)
+        packed = pack_frames(rods, cones, selection.frames, rod_mask, cone_mask, length, text)
+        return VisualTokens(*packed, selection=None if self.cce.cones == "none" else selection)
 
 
 class PooledConnector(nn.Module):
@@ -137,19 +142,24 @@ class PooledConnector(nn.Module):
         self.projector = Projector(self.projector_kind, self.width, self.dtype, self.param_dtype)
 
     def length(self, frames: int) -> int:
-        """Static number of visual tokens of a bucket of `frames` frames."""
+        """Static number of visual tokens of a bucket of `frames` frames, without the text between them."""
         return frames * self.pool[0] * self.pool[1]
 
     def __call__(
-        self, features: jax.Array, frame_mask: jax.Array, text_queries=None, **_selection_arguments
+        self, features: jax.Array, frame_mask: jax.Array, text_queries=None, *, text=None, **_selection
     ) -> VisualTokens:
-        """`features [B, T, N, C]`, frame_mask `[B, T]` -> P tokens a valid frame."""
+        """`features [B, T, N, C]`, frame_mask `[B, T]` -> P tokens a valid frame, and its text."""
         tokens = self.projector(pool_grid(features, self.grid, self.pool))  # [B, T, P, D]
         batch, time, _, width = tokens.shape
         no_cones = jnp.zeros((batch, 0, 0, width), tokens.dtype)
         no_slots = jnp.zeros((batch, 0), jnp.int32)
-        packed = pack_frames(tokens, no_cones, no_slots, frame_mask, no_slots.astype(bool), self.length(time))
+        length, no_mask = self.length(time) + _tokens(text), no_slots.astype(bool)
+        packed = pack_frames(tokens, no_cones, no_slots, frame_mask, no_mask, length, text)
         return VisualTokens(*packed, selection=None)
+
+
+def _tokens(text: tuple[jax.Array, jax.Array] | None) -> int:
+    return 0 if text is None else text[1].shape[1]
 
 
 def build_connector(config) -> nn.Module:

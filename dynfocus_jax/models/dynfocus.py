@@ -67,6 +67,7 @@ class DynFocus(nn.Module):
     ) -> VisualTokens:
         """Frames (and the question) to packed visual tokens; `selection` goes to the connector.
 
+        Subtitles stand between them, behind the tokens of their frames; the connector does not read them.
         Where the frames are features the vision tower is not run.
         """
         features = shard(self._features(batch.frames), "batch", None, None, None)  # [B, T, (1+)N, C]
@@ -75,6 +76,9 @@ class DynFocus(nn.Module):
             queries = self.text_encoder(batch.query_tokens, batch.query_length, features)
         if self.config.dpe.question_conditioned and self.config.connector.kind == "dynfocus":
             question = (self.text_encoder.embed_words(batch.query_tokens), batch.query_length)
+        subtitles = None
+        if batch.subtitles.shape[1]:
+            subtitles = self.language.embed(batch.subtitles), batch.subtitle_frames
         patches = features[:, :, 1:] if self.config.vision.cls_token else features
         return self.connector(
             patches,
@@ -84,6 +88,7 @@ class DynFocus(nn.Module):
             random_selection=random_selection,
             question=question,
             oracle=batch.oracle_frames,
+            text=subtitles,
             **selection,
         )
 

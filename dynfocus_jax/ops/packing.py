@@ -14,10 +14,12 @@ def pack_frames(
     rod_mask: jax.Array,
     cone_mask: jax.Array,
     length: int,
+    text: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Interleaves rod and cone tokens in time order, packed left: paper Sec. 3.2.
 
-    A frame gives its R rod tokens where `rod_mask` is True, then M cone tokens where a valid cone names it.
+    A frame gives its R rod tokens where `rod_mask` is True, then M cone tokens where a valid cone names it,
+    then its text.
     The caller computes `length`; `count` is what there was to pack: `count > length` means that tokens were
     lost.
 
@@ -28,6 +30,7 @@ def pack_frames(
       rod_mask: [B, T] bool.
       cone_mask: [B, J] bool.
       length: L, static.
+      text: tokens [B, S, D] and the frame of each, [B, S] int32: ascending, then -1 for none.
 
     Returns:
       tokens [B, L, D], zero beyond the last token; mask [B, L] bool; count [B] int32.
@@ -37,6 +40,10 @@ def pack_frames(
     named = jnp.where(cone_mask, cone_frames, frames)  # [B, J], `frames` for none
     has_cone = (named[:, :, None] == jnp.arange(frames)).any(1)
     sizes = per_rod * rod_mask + per_cone * has_cone  # [B, T]
+    if text is not None:
+        words, word_frames = text
+        texts = (word_frames[:, :, None] == jnp.arange(frames)).sum(1)  # [B, T] text tokens of each frame
+        sizes += texts
     ends = jnp.cumsum(sizes, 1)
     starts = ends - sizes
     after_rods = jnp.take_along_axis(starts + per_rod * rod_mask, jnp.where(cone_mask, cone_frames, 0), 1)
@@ -45,13 +52,19 @@ def pack_frames(
     nowhere = jnp.iinfo(jnp.int32).max
     rod_to = jnp.where(rod_mask, starts, nowhere - per_rod)[:, :, None] + jnp.arange(per_rod)
     cone_to = jnp.where(cone_mask, after_rods, nowhere - per_cone)[:, :, None] + jnp.arange(per_cone)
-    target = jnp.concatenate([rod_to.reshape(batch, -1), cone_to.reshape(batch, -1)], 1).astype(jnp.int32)
+    targets = [rod_to.reshape(batch, -1), cone_to.reshape(batch, -1)]
+    parts = [rods.reshape(batch, -1, width), cones.reshape(batch, -1, width)]
+    if text is not None:
+        # Token s of all text: `ends - text so far` is what there is besides text up to the end of its frame.
+        behind = jnp.take_along_axis(ends - jnp.cumsum(texts, 1), jnp.maximum(word_frames, 0), 1)
+        targets.append(jnp.where(word_frames >= 0, behind + jnp.arange(words.shape[1]), nowhere))
+        parts.append(words)
+    target = jnp.concatenate(targets, 1).astype(jnp.int32)
 
     total = target.shape[1]
     source = jnp.full((batch, length), total, jnp.int32)
     row = jnp.arange(batch)[:, None]
     source = source.at[row, target].set(jnp.arange(total, dtype=jnp.int32), mode="drop")
-    parts = [rods.reshape(batch, -1, width), cones.reshape(batch, -1, width)]
     count = sizes.sum(1).astype(jnp.int32)
     return _gather(jnp.concatenate(parts, 1), source), jnp.arange(length) < count[:, None], count
 

@@ -53,7 +53,7 @@ def train_step(config: ConfigDict, index: int, mesh: Mesh) -> Step:
     stage = config.stages[index]
     state = abstract_state(config, index, mesh)
     num_frames, max_text = stage_budget(config, index).buckets[-1]
-    batch = _abstract_batch(mesh, config, stage.batch_size, num_frames, max_text)
+    batch = _abstract_batch(mesh, config, stage.batch_size, num_frames, max_text, stage.max_subtitle)
 
     def build(config, stage):
         return make_train_step(
@@ -71,7 +71,7 @@ def train_step(config: ConfigDict, index: int, mesh: Mesh) -> Step:
         "optimizer": (state.opt_state, state.step),
         "batch": batch,
     }
-    length = max_text + _visual_tokens(config, index, num_frames)
+    length = max_text + _visual_tokens(config, index, num_frames) + stage.max_subtitle
     return Step(
         "train",
         f"config.stages[{index}]",
@@ -94,8 +94,9 @@ def serving_steps(config: ConfigDict, mesh: Mesh) -> tuple[Step, Step]:
     rows = -(-evaluation.batch_size // shares) * shares
     programs = make_programs(build_model(config, config.stages[index].connector), mesh, (0,), 0)
     params = trees.unflatten(serving_layout(config, mesh))
-    batch = _abstract_batch(mesh, config, rows, evaluation.media_frames, evaluation.max_text)
-    length = evaluation.max_text + _visual_tokens(config, index, evaluation.media_frames)
+    frames, text = evaluation.media_frames, evaluation.max_text
+    batch = _abstract_batch(mesh, config, rows, frames, text, evaluation.max_subtitle)
+    length = text + _visual_tokens(config, index, frames) + evaluation.max_subtitle
     held = {"parameters": params, "batch": batch}
 
     state = programs.empty.eval_shape(rows, length + evaluation.max_new_tokens)
@@ -107,9 +108,11 @@ def serving_steps(config: ConfigDict, mesh: Mesh) -> tuple[Step, Step]:
     )
 
 
-def _abstract_batch(mesh: Mesh, config: ConfigDict, rows: int, frames: int, text: int) -> Batch:
+def _abstract_batch(
+    mesh: Mesh, config: ConfigDict, rows: int, frames: int, text: int, subtitle: int
+) -> Batch:
     size, blank = config.model.vision.image_size, blank_frame(config)
-    sample = padding_sample(frames, size, text, config.data.max_query, blank=blank)
+    sample = padding_sample(*(frames, size, text, config.data.max_query), max_subtitle=subtitle, blank=blank)
     sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((rows, *np.shape(x)), np.asarray(x).dtype, sharding=sharding), sample

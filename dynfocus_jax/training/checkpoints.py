@@ -171,6 +171,11 @@ class StageCheckpoints:
 
 
 class _Manager(ocp.CheckpointManager):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        # Its thread would complain, behind the sentence of a run that is refused and ends at once.
+        self._maybe_await_cleanup_tmp_directory()
+
     def reached_preemption(self, step: int) -> bool:
         """No: `training.preemption` asks, and the service behind it takes one count of steps only."""
         return False

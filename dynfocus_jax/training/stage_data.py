@@ -34,7 +34,9 @@ def stage_budget(config: ConfigDict, index: int) -> Budget:
     """The shapes of a stage's batches and the lengths of its samples, by its connector."""
     stage = config.stages[index]
     connector = build_connector(build_model(config, stage.connector).config)
-    return Budget.of(stage_buckets(stage), connector.length, stage.max_length, stage.on_overflow)
+    return Budget.of(
+        *(stage_buckets(stage), connector.length, stage.max_length, stage.on_overflow, stage.max_subtitle)
+    )
 
 
 def make_loader(

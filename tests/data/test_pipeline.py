@@ -125,7 +125,7 @@ def test_what_a_mixed_batch_holds(media):
     assert batch.index.tolist() == [0, 1, 2]
     assert [array.dtype.name for array in batch] == [
         *("uint8", "bool", "int32", "int32", "int32"),
-        *("int32", "int32", "bool", "bool", "int32"),
+        *("int32", "int32", "bool", "bool", "int32", "int32", "int32"),
     ]
 
 

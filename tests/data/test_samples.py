@@ -1,5 +1,6 @@
 """Samples that are too long, and samples of single turns: what is left of them, and what is said about it."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,8 @@ def video(tmp_path_factory):
     return path
 
 
-def loader(records, buckets=((8, 14),), max_length=None, on_overflow="error", **options):
-    budget = Budget.of(buckets, lambda frames: 2 * frames, max_length, on_overflow)
+def loader(records, buckets=((8, 14),), max_length=None, on_overflow="error", max_subtitle=0, **options):
+    budget = Budget.of(buckets, lambda frames: 2 * frames, max_length, on_overflow, max_subtitle)
     options = {"max_query": 12} | options
     return SampleLoader(records, TOKENIZER, TEMPLATES["plain"], MediaReader(8), budget, **options)
 
@@ -53,10 +54,10 @@ def test_the_lengths_of_a_text():
 
 def test_max_length_counts_visual_tokens(video):
     record = Record("v", video, THREE)
-    sample, change = loader([record], max_length=30)(0, RNG)  # 14 + 2 * 8
-    assert (int(sample.length), int(sample.frame_mask.sum()), change) == (14, 8, None)
+    sample, changes = loader([record], max_length=30)(0, RNG)  # 14 + 2 * 8
+    assert (int(sample.length), int(sample.frame_mask.sum()), changes) == (14, 8, ())
     assert "14 text tokens and up to 16 visual ones of 8 frames" in refused(loader([record], max_length=29))
-    assert loader([Record("t", None, THREE)], max_length=14)(0, RNG)[1] is None
+    assert loader([Record("t", None, THREE)], max_length=14)(0, RNG)[1] == ()
     assert "over the max_length of 13" in refused(loader([Record("t", None, THREE)], max_length=13))
 
 
@@ -72,8 +73,8 @@ def test_what_is_too_long_without_any_frame_is_not_decoded():
 def test_last_turns_are_dropped(video, max_length, kept):
     """With the frames' 16 tokens; what is left is the record with fewer turns."""
     record = Record("v", video, THREE, needle_frames=((1,), (4,), (10,)))
-    sample, change = loader([record], max_length=max_length, on_overflow="drop_turns")(0, RNG)
-    assert change == ("turns", f"dropped {3 - kept} of 3 turns")
+    sample, changes = loader([record], max_length=max_length, on_overflow="drop_turns")(0, RNG)
+    assert changes == (("turns", f"dropped {3 - kept} of 3 turns"),)
     expected, _ = loader([Record("v", video, THREE[:kept], needle_frames=record.needle_frames[:kept])])(
         0, RNG
     )
@@ -83,7 +84,7 @@ def test_last_turns_are_dropped(video, max_length, kept):
 
 def test_turns_of_a_text_are_dropped():
     record = Record("t", None, THREE)
-    sample, change = loader([record], buckets=((1, 9),), on_overflow="drop_turns")(0, RNG)
+    sample, (change,) = loader([record], buckets=((1, 9),), on_overflow="drop_turns")(0, RNG)
     assert (int(sample.length), change.action) == (9, "dropped 1 of 3 turns")
     assert "over the limit of 4" in refused(loader([record], buckets=((1, 4),), on_overflow="drop_turns"))
 
@@ -96,8 +97,8 @@ def test_a_first_turn_that_does_not_fit_is_a_reason(video):
 @pytest.mark.parametrize(("max_length", "read"), [(29, 7), (28, 7), (16, 1)])
 def test_fewer_frames_are_read(video, max_length, read):
     record = Record("v", video, THREE)
-    sample, change = loader([record], max_length=max_length, on_overflow="fewer_frames")(0, RNG)
-    assert change == ("frames", f"read {read} of 8 frames")
+    sample, changes = loader([record], max_length=max_length, on_overflow="fewer_frames")(0, RNG)
+    assert changes == (("frames", f"read {read} of 8 frames"),)
     assert sample.frame_mask.astype(int).tolist() == [1] * read + [0] * (8 - read)
     middles = [20 * (((2 * i + 1) * 12) // (2 * read)) for i in range(read)]
     np.testing.assert_allclose(sample.frames[:read].mean((1, 2, 3)), middles, atol=2)
@@ -120,8 +121,8 @@ def test_nothing_is_said_of_a_video_that_has_no_more_frames(video, tmp_path):
     ]
     load = loader(records, max_length=20, on_overflow="fewer_frames")  # room for three frames
     assert [(int(load(i, RNG)[0].frame_mask.sum()), load(i, RNG)[1]) for i in (0, 1)] == [
-        (3, None),
-        (1, None),
+        (3, ()),
+        (1, ()),
     ]
 
 
@@ -130,7 +131,7 @@ def test_a_bucket_of_few_frames(video):
     load = loader([Record("v", video, THREE)], buckets=((8, 6), (2, 14)), on_overflow="fewer_frames")
     bucket = load.budget.choose(load.text_ends(0), 8)
     assert load.budget.buckets[bucket] == (2, 14)
-    sample, change = load(0, RNG, bucket)
+    sample, (change,) = load(0, RNG, bucket)
     assert sample.frames.shape[0] == 2
     assert change.action == "read 2 of 8 frames"
 
@@ -175,6 +176,89 @@ def test_questions_are_asked_as_they_are_learned():
     assert first.query_tokens[: first.query_length].tolist() == TOKENIZER.encode("what ?")
 
 
+# --- Subtitles ----------------------------------------------------------------------------------------
+
+
+def srt(path, *lines):
+    """Each line shown for a tenth of a second; (seconds, words)."""
+    cues = (
+        f"{i}\n00:00:{start:06.3f} --> 00:00:{start + 0.1:06.3f}\n{words}\n".replace(".", ",")
+        for i, (start, words) in enumerate(lines)
+    )
+    path.write_text("\n".join(cues))
+    return path
+
+
+@pytest.fixture
+def spoken(video, tmp_path):
+    """A record whose frames 1, 4, 7 and 10 of 12, at four frames a second, are read; four subtitles."""
+    path = srt(tmp_path / "v.srt", (0.0, "red disc"), (1.7, "why ?"), (1.9, "because"), (2.5, "disc"))
+    return Record("v", video, THREE, subtitles=path)
+
+
+def words(sample):
+    """The subtitles of each frame."""
+    return {
+        int(frame): [TOKENIZER.decode([token]) for token in sample.subtitles[sample.subtitle_frames == frame]]
+        for frame in np.unique(sample.subtitle_frames)
+        if frame >= 0
+    }
+
+
+def test_subtitles_belong_to_the_frames_that_are_read(spoken):
+    load = loader([spoken], buckets=((4, 14),), max_subtitle=8)
+    sample, changes = load(0, RNG)
+    assert words(sample) == {0: ["red", "disc"], 2: ["why", "?", "because"], 3: ["disc"]}
+    assert sample.subtitle_frames.tolist() == [0, 0, 2, 2, 2, 3, -1, -1]
+    assert sample.subtitles[6:].tolist() == [TOKENIZER.pad_id] * 2
+    assert changes == ()
+    without, _ = loader([spoken], buckets=((4, 14),))(0, RNG)
+    assert without.subtitles.shape == without.subtitle_frames.shape == (0,)
+    for name in set(sample._fields) - {"subtitles", "subtitle_frames"}:
+        np.testing.assert_array_equal(getattr(sample, name), getattr(without, name), err_msg=name)
+
+
+def test_subtitles_count_as_visual_tokens(spoken):
+    """14 text tokens, 2 of each of the four frames, and 8 that the subtitles may have."""
+    fits = loader([spoken], ((4, 14),), max_length=30, max_subtitle=8)
+    assert fits.load(0, RNG).reason is None
+    reason = refused(loader([spoken], ((4, 14),), max_length=29, max_subtitle=8))
+    assert "up to 16 visual ones of 4 frames" in reason
+    text = loader([Record("t", None, THREE)], ((4, 14),), max_length=14, max_subtitle=8)
+    assert text.load(0, RNG).reason is None  # there is no video
+
+
+def test_subtitles_that_are_too_long(spoken):
+    assert "the 4 subtitles have more than the 5 text tokens of max_subtitle" in refused(
+        loader([spoken], ((4, 14),), max_subtitle=5)
+    )
+    load = loader([spoken], ((4, 9),), max_subtitle=5, on_overflow="drop_turns")
+    loaded = load.load(0, RNG)
+    assert loaded.changes == (
+        ("turns", "dropped 1 of 3 turns"),
+        ("subtitles", "kept 3 of 4 subtitles"),
+    )
+    assert sum(map(len, words(loaded.sample).values())) <= 5
+
+
+def test_subtitles_that_cannot_be_used(spoken, tmp_path):
+    load = loader([spoken], ((4, 14),), max_subtitle=8)
+    srt(spoken.subtitles, (0.0, "red <eos>"))  # reads as the end of an answer, and is no tag
+    spoken.subtitles.write_text(spoken.subtitles.read_text().replace("<eos>", "&lt;eos&gt;"))
+    assert "the subtitles hold a special token" in refused(load)
+    spoken.subtitles.write_text("red disc")
+    assert "has no timing" in load.load(0, RNG).reason
+    spoken.subtitles.unlink()
+    assert f"{spoken.subtitles}: no such file" in load.load(0, RNG).reason
+    assert loader([spoken], ((4, 14),)).load(0, RNG).reason is None  # they are not read
+
+
+def test_subtitles_of_a_span(spoken):
+    record = dataclasses.replace(spoken, span=(1.0, 2.0))
+    sample, _ = loader([record], ((4, 14),), max_subtitle=8)(0, RNG)
+    assert words(sample) == {3: ["why", "?", "because"]}  # 1.75 s, the last of the four frames
+
+
 # --- What is written down -----------------------------------------------------------------------------
 
 
@@ -182,15 +266,16 @@ def test_shortened_samples_are_counted_and_listed_once(tmp_path):
     record, path = Record("a", None, THREE, source="s"), tmp_path / "overflow.jsonl"
     shortened = Shortened(path)
     for _ in range(2):
-        shortened.note(record, "turns", "dropped 1 of 3 turns")
-    shortened.note(Record("a", None, THREE, source="other"), "frames", "read 1 of 2 frames")
-    assert shortened.counts == {"turns": 2, "frames": 1}
+        shortened.note(record, [("turns", "dropped 1 of 3 turns")])
+    both = [("frames", "read 1 of 2 frames"), ("subtitles", "kept 1 of 2 subtitles")]
+    shortened.note(Record("a", None, THREE, source="other"), both)
+    assert shortened.counts == {"turns": 2, "frames": 1, "subtitles": 1}
     assert shortened.records == [
         {"id": "a", "source": "s", "action": "dropped 1 of 3 turns"},
-        {"id": "a", "source": "other", "action": "read 1 of 2 frames"},
+        {"id": "a", "source": "other", "action": "read 1 of 2 frames, kept 1 of 2 subtitles"},
     ]
     again = Shortened(path)
-    again.note(record, "turns", "dropped 1 of 3 turns")
+    again.note(record, [("turns", "dropped 1 of 3 turns")])
     assert again.records == shortened.records
     assert len(path.read_text().splitlines()) == 2
 

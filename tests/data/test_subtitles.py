@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynfocus_jax.data.images import MediaError
-from dynfocus_jax.data.subtitles import Subtitle, between, read_subtitles
+from dynfocus_jax.data.subtitles import Subtitle, between, interleave, read_subtitles
 
 SRT = """1
 00:00:01,000 --> 00:00:02,500
@@ -150,6 +150,31 @@ def test_only_those_of_the_span():
     frames = between(subtitles, [3.5, 5.5], span=(3.0, 6.5))
     assert [[each.text for each in frame] for frame in frames] == [["3", "4"], ["5", "6"]]
     assert between(subtitles, []) == []
+
+
+def encode(text):
+    """A token a letter; a space is a letter."""
+    return list(map(ord, text))
+
+
+def test_the_words_of_a_frame_are_one_text():
+    frames = [[Subtitle(0, 1, "ab"), Subtitle(1, 2, "c")], [], [Subtitle(5, 6, "de")]]
+    tokens, places, kept = interleave(frames, encode, 6)
+    assert ("".join(map(chr, tokens)), places, kept) == ("ab cde", [0, 0, 0, 0, 2, 2], 3)
+    assert interleave([[], []], encode, 0) == ([], [], 0)
+    assert interleave([], encode, 3) == ([], [], 0)
+
+
+def test_what_is_too_much_is_left_out_whole_and_evenly():
+    frames = [[Subtitle(i, i + 1, chr(97 + i) * 2)] for i in range(9)]
+    for room in range(18, -1, -1):
+        tokens, places, kept = interleave(frames, encode, room)
+        assert kept == room // 2  # two letters each
+        chosen = places[::2]
+        assert "".join(map(chr, tokens)) == "".join(chr(97 + i) * 2 for i in chosen)
+        gaps = np.diff([-1, *chosen, 9])
+        assert kept == 0 or gaps.max() <= -(-9 // kept) + 1  # nowhere much more than elsewhere
+    assert interleave([[Subtitle(0, 1, "long")]], encode, 3) == ([], [], 0)
 
 
 @settings(deadline=None, derandomize=True)

@@ -60,7 +60,7 @@ def root(tmp_path_factory):
 
 def look(root, *names, budget=None, tokens=True, guidance="joined", features=None, **options):
     mixture = Mixture(stage(sources=tuple(source(name=n, annotations=f"{n}.json") for n in names)), root, 0)
-    budget = budget or Budget.of([(4, 16)])
+    budget = budget or Budget.of([(4, 16)], max_subtitle=3)
     media = MediaReader(16, features=features)
     loader = SampleLoader(
         mixture.records,
@@ -128,6 +128,25 @@ def test_features_stand_in_for_files(root):
     """The files that they were made of need not be there any more."""
     (survey,) = look(root, "bad", features=object(), samples=0)
     assert [problem.id for problem in survey.problems if problem.fault == "missing"] == ["no subtitles"]
+
+
+def test_subtitles_of_the_files_that_are_decoded(root):
+    said = {"fine": "why ?", "long": "so so so so", "special": "&lt;eos&gt;", "strange": "unknown"}
+    for name, words in said.items():
+        (root / f"{name}.srt").write_text(f"00:00:00,000 --> 00:00:01,000\n{words}\n")
+    (root / "broken.srt").write_text("why ?")
+    names = [*said, "broken"]
+    entries = [entry(name, f"{i}.png", subtitles=f"{name}.srt") for i, name in enumerate(names)]
+    (root / "said.json").write_text(json.dumps(entries))
+    (survey,) = look(root, "said")
+    assert faults(survey) == dict.fromkeys(names[1:], "subtitles")
+    reasons = {problem.id: problem.reason for problem in survey.problems}
+    assert "more than the 3 text tokens of max_subtitle" in reasons["long"]
+    assert "'unknown' is not in the vocabulary" in reasons["strange"]
+    assert survey.frames == [1] * 5
+    assert (survey.unreadable, survey.unusable) == (0.0, 4)
+    (survey,) = look(root, "said", budget=Budget.of([(4, 16)]))  # subtitles are left out
+    assert survey.problems == []
 
 
 def test_how_many_files_are_decoded(root):

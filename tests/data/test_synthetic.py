@@ -8,7 +8,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import COUNTS
 
 from dynfocus_jax.data import synthetic
 from dynfocus_jax.data.synthetic import (
@@ -22,6 +21,7 @@ from dynfocus_jax.data.synthetic import (
 )
 from dynfocus_jax.data.tokenizer import WordTokenizer
 from dynfocus_jax.data.video import read_media, read_video
+from tests.data.conftest import COUNTS
 
 VIDEO_SPLITS = ("train", "validation", "heldout")
 FRAMES = {"train": 16, "validation": 16, "heldout": 16, "images": 1, "sequences": 3}

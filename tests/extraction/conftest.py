@@ -93,9 +93,9 @@ def extracted(folder, initial, tmp_path_factory):
 def movie():
     """`movie(path, frames, seed=0)` writes movie features as LLaMA-VID's would be for the tiny tower."""
 
-    def write(path, frames, seed=0, tokens=(SIZE // 4) ** 2, width=16):
+    def write(path, frames, seed=0, tokens=(SIZE // 4) ** 2, width=16, said=None):
         values = np.random.default_rng(seed).standard_normal((frames, tokens, width)).astype(np.float16)
-        said = "".join(f"<image>word {i}" if i % 2 else "<image>..." for i in range(frames))
+        said = said or "".join(f"<image>word {i}" if i % 2 else "<image>..." for i in range(frames))
         path.write_bytes(pickle.dumps({"feats": values, "inputs": said}))
         return values
 

@@ -17,7 +17,7 @@ from dynfocus_jax.data.features import Key, key_of, read_index
 from dynfocus_jax.data.images import MediaError
 from dynfocus_jax.data.mixture import Mixture
 from dynfocus_jax.data.prepare import make_media_reader, make_tokenizer
-from dynfocus_jax.data.sources import Record
+from dynfocus_jax.data.sources import Record, read_records
 from dynfocus_jax.evaluation.run import check_features, evaluate_run
 from dynfocus_jax.extract import extract_features
 from dynfocus_jax.models.dynfocus import DynFocus, build_model
@@ -25,7 +25,7 @@ from dynfocus_jax.parallel.sharding import place
 from dynfocus_jax.planning.steps import train_step
 from dynfocus_jax.training.checkpoints import read_params, save_params
 from dynfocus_jax.training.loop import StageRun
-from dynfocus_jax.training.stage_data import stage_budget
+from dynfocus_jax.training.stage_data import make_loader, stage_budget
 from dynfocus_jax.training.state import abstract_params, init_params
 from dynfocus_jax.validation import validate
 from tests.extraction.conftest import entry
@@ -407,6 +407,32 @@ def test_movies_beside_videos_train(config, folder, tmp_path, movie):
     lines, _ = run_stages(config, folder, tmp_path / "run", count=1)
     assert [line["step"] for line in lines] == [1, 2]
     assert not (tmp_path / "run" / "skipped.jsonl").exists()
+
+
+def test_subtitles_of_movies_reach_the_batch(config, folder, tmp_path, movie):
+    """Those that came with the features, and a file of the record's own instead."""
+    movie(folder / "said.pkl", 12, said="<image>red" + "<image>" * 7 + "<image>square disc" + "<image>" * 3)
+    (folder / "own.srt").write_text("00:00:05,000 --> 00:00:06,000\nblue\n")
+    entries = [entry("m", "said.pkl"), entry("o", "said.pkl", subtitles="own.srt")]
+    (folder / "said.json").write_text(json.dumps(entries))
+    config.stages = config.stages[1:]
+    config.stages[0].update(
+        {"annotations": "said.json", "batch_size": 2, "steps": 2, "num_frames": 4, "max_subtitle": 5}
+    )
+    extract_features(config, tmp_path / "f", batch_size=CALL)
+    config.data.features = str(tmp_path / "f")
+    lines, _ = run_stages(config, folder, tmp_path / "run", count=1)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert not (tmp_path / "run" / "skipped.jsonl").exists()
+    tokenizer = make_tokenizer(config, folder / "vocabulary.json")
+    records = read_records(folder / "said.json", folder)
+    loader = make_loader(config, 0, records, tokenizer, folder)
+    found = [loader(number, RNG)[0] for number in range(2)]
+    assert found[0].subtitles[:3].tolist() == tokenizer.encode("red square disc")
+    # Frames 1, 4, 7 and 10 of 12: the words of second 8 stand behind that of second 7.
+    assert found[0].subtitle_frames.tolist() == [0, 2, 2, -1, -1]
+    assert found[1].subtitles[:1].tolist() == tokenizer.encode("blue")
+    assert found[1].subtitle_frames.tolist() == [1, -1, -1, -1, -1]
 
 
 def test_movies_of_another_tower(config, folder, tmp_path, movie):

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dynfocus_jax.models.vit import VisionTransformer
+from dynfocus_jax.training.losses import answer_loss
 from tests.tiny import change, forward, make_sample, model_of, pad, random_params, shaken, stack, tiny_config
 
 
@@ -56,6 +58,68 @@ def test_class_token_does_not_reach_the_connector_but_the_text_encoder():
     rng = np.random.default_rng(1)
     batch = stack([pad(make_sample(rng, 3, 6, 3), 3, 6)])
     params = random_params(model, batch)
-    visual = model.apply({"params": params}, batch, method="visual_tokens")
+    visual = jax.jit(lambda: model.apply({"params": params}, batch, method="visual_tokens"))()
     assert visual.count[0] == 2 * 1 + 2 * (4 + 6)  # as without class token: P = 4, M = 4 + 2, J = 2
     assert params["vision"]["position"].shape == (17, 16)
+
+
+@pytest.mark.parametrize("connector", ["dynfocus", "pooled"])
+def test_subtitles_stand_behind_their_frames(connector):
+    """The visual tokens are those without subtitles; the words are embedded as any text."""
+    config = tiny_config()
+    config.stages[-1].connector = connector
+    model = model_of(config)
+    rng = np.random.default_rng(2)
+    places = [(0, 0, 2, 4, 4, 4), (5,), ()]  # of five, six and one frames
+    samples = [
+        make_sample(rng, frames, 6, 3, subtitle_frames=some)
+        for frames, some in zip((5, 6, 1), places, strict=True)
+    ]
+    silent = [each._replace(subtitles=np.zeros(0, int), subtitle_frames=np.zeros(0, int)) for each in samples]
+    batch, plain = (
+        stack([pad(each, 6, 7, subtitle=7) for each in samples]),
+        stack([pad(s, 6, 7) for s in silent]),
+    )
+    params = random_params(model, plain)
+    run = jax.jit(lambda batch: model.apply({"params": params}, batch, method="visual_tokens"))
+    heard, seen = run(batch), run(plain)
+    embedding = np.asarray(params["language"]["embedding"]["embedding"])
+    for row, sample in enumerate(samples):
+        tokens, expected = iter(seen.tokens[row, : seen.count[row]]), []
+        for frame in range(len(sample.frames)):
+            expected += [next(tokens) for _ in range(_tokens(config, seen.selection, row, frame))]
+            expected += list(embedding[sample.subtitles[sample.subtitle_frames == frame]])
+        assert not list(tokens)
+        assert heard.count[row] == len(expected) == seen.count[row] + len(places[row])
+        np.testing.assert_array_equal(heard.tokens[row, : heard.count[row]], np.array(expected))
+
+
+def _tokens(config, selection, row, frame):
+    """Visual tokens of a frame: P pooled ones, or M = 4 + 2 and P of a cone, or those of a rod."""
+    if selection is None:
+        return 4
+    chosen = np.asarray(selection.frames[row])[np.asarray(selection.valid[row])]
+    return 4 + 6 if frame in chosen else len(config.model.cce.rods)
+
+
+def test_subtitles_are_read_and_can_be_learned_from():
+    """They change what is answered, by words that are there alone; and what is known of them is trained."""
+    config = tiny_config()
+    config.stages[-1].connector = "pooled"  # whose program is small
+    model = model_of(config)
+    sample = make_sample(np.random.default_rng(5), 4, 8, 3, subtitle_frames=(1, 3))
+    batch = stack([pad(sample, 5, 9, subtitle=4)])
+    params = random_params(model, batch)
+
+    @jax.jit
+    def losses(params, batch):
+        return answer_loss(model.apply({"params": params}, batch).logits, batch)[0][0]
+
+    loss, gradient = jax.value_and_grad(losses)(params, batch)
+    other, padding = batch.subtitles.copy(), batch.subtitles.copy()
+    other[0, 1] = 4 + (other[0, 1] - 3) % 36
+    padding[0, 2:] = 9
+    assert abs(losses(params, batch._replace(subtitles=other)) - loss) > 1e-4
+    assert losses(params, batch._replace(subtitles=padding)) == loss
+    word = int(set(sample.subtitles.tolist()).difference(sample.tokens.tolist()).pop())
+    assert np.abs(gradient["language"]["embedding"]["embedding"][word]).max() > 0

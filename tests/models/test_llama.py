@@ -187,6 +187,7 @@ def test_cache_in_padded_chunks_equals_the_full_forward(changes):
 def test_logits_are_those_of_the_text_alone_without_frames():
     """A text-only sample in the whole model is the language model on its tokens."""
     config = tiny_config()
+    config.stages[-1].connector = "pooled"  # whose program is small
     model = model_of(config)
     rng = np.random.default_rng(6)
     batch = stack([pad(make_sample(rng, 0, 7, 3), 5, 9), pad(make_sample(rng, 5, 7, 3), 5, 9)])

@@ -53,10 +53,10 @@ def samples():
         "image": make_sample(rng, 1, 7, 3),
         "few_frames": make_sample(rng, K - 2, 9, 8, oracle=(0, 2)),
         "as_many_frames_as_events": make_sample(rng, K, 4, 1, oracle=(3,)),
-        "many_frames": make_sample(rng, LONG, 8, 5, oracle=(2, 5, 9)),
+        "many_frames": make_sample(rng, LONG, 8, 5, oracle=(2, 5, 9), subtitle_frames=(0, 0, 3, 10)),
         "many_frames_at_end": make_sample(rng, LONG - 1, 10, 5, at_end=True, oracle=(0,)),
         "still_image_repeated": make_sample(rng, np.repeat(still, LONG, 0), 6, 4, oracle=(5, 6)),
-        "still_image_few": make_sample(rng, np.repeat(still, K - 1, 0), 6, 4),
+        "still_image_few": make_sample(rng, np.repeat(still, K - 1, 0), 6, 4, subtitle_frames=(2,)),
         "text_only": make_sample(rng, 0, 10, 6),
     }
 
@@ -90,7 +90,7 @@ def test_model(mode, train):
     config = change(tiny_config(), **VARIANTS[mode])
     model = model_of(config)
     everyone = samples()
-    batch = stack([pad(sample, LONG + 6, 14) for sample in everyone.values()])
+    batch = stack([pad(sample, LONG + 6, 14, subtitle=6) for sample in everyone.values()])
     params = random_params(model, batch)
     run = forward(model, train)
     noise = perturbations(len(everyone))
@@ -98,7 +98,8 @@ def test_model(mode, train):
     alone, lonely_losses = [], []
     for row, sample in enumerate(everyone.values()):
         frames = K if len(sample.frames) <= K else LONG
-        visual, loss = jax.device_get(run(params, stack([pad(sample, frames, 10)]), noise[row : row + 1]))
+        single = stack([pad(sample, frames, 10, subtitle=4)])
+        visual, loss = jax.device_get(run(params, single, noise[row : row + 1]))
         alone.append(visual)
         lonely_losses.append(loss[0])
     assert not list(differences(together, alone, everyone))
@@ -108,7 +109,7 @@ def test_model(mode, train):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_connector(variant):
-    """Every variant, in evaluation and training: frame features to visual tokens."""
+    """Every variant, in evaluation and training: frame features to visual tokens; in other company."""
     config = change(tiny_config(), **VARIANTS[variant])
     connector = build_connector(config.model)
     rng = np.random.default_rng(4)
@@ -155,7 +156,10 @@ def test_connector(variant):
                 )
             )
 
-        together = run(everyone, LONG + 6)
-        alone = [run([row], K if len(clip) <= K else LONG) for row, clip in enumerate(clips.values())]
-        failures += [f"train={train}, {text}" for text in differences(together, alone, clips)]
+        together, apart = run(everyone, LONG + 6), {}
+        short = [row for row, clip in enumerate(clips.values()) if len(clip) <= K]
+        for rows, frames in ((short[::-1], K), (sorted({*everyone} - {*short})[::-1], LONG)):
+            out = run(rows, frames)
+            apart |= {row: jax.tree.map(lambda x, i=i: x[i : i + 1], out) for i, row in enumerate(rows)}
+        failures += [f"train={train}, {text}" for text in differences(together, apart, clips)]
     assert not failures, "\n".join(failures)

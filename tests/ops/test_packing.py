@@ -20,7 +20,7 @@ def numbered(*shape, start):
     return (np.arange(np.prod(shape)) + start).reshape(shape).astype(np.float32)
 
 
-def slow_pack(rods, cones, cone_frames, rod_mask, cone_mask):
+def slow_pack(rods, cones, cone_frames, rod_mask, cone_mask, words=(), word_frames=()):
     """The tokens of one video, a list in order."""
     tokens = []
     for frame in range(len(rods)):
@@ -29,6 +29,7 @@ def slow_pack(rods, cones, cone_frames, rod_mask, cone_mask):
         for slot in range(len(cones)):
             if cone_mask[slot] and cone_frames[slot] == frame:
                 tokens.extend(cones[slot])
+        tokens.extend(word for word, place in zip(words, word_frames, strict=True) if place == frame)
     return tokens
 
 
@@ -52,6 +53,32 @@ def test_pack_frames(data):
         np.testing.assert_array_equal(mask[b], np.arange(length) < len(expected))
         np.testing.assert_array_equal(tokens[b, : len(expected)], np.array(expected).reshape(-1, 3))
         assert not np.asarray(tokens[b, len(expected) :]).any()
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.data())
+def test_text_stands_behind_its_frame(data):
+    """Also behind frames that have no other token, and several words, or none, behind one frame."""
+    frames, room = data.draw(st.sampled_from([(5, 6), (1, 4), (3, 0)]))
+    rods, cones = numbered(2, frames, 2, 3, start=1), numbered(2, 1, 3, 3, start=1000)
+    words = numbered(2, room, 3, start=5000)
+    cone_frames = data.draw(hnp.arrays(np.int32, (2, 1), elements=st.integers(0, frames - 1)))
+    rod_mask, cone_mask = (data.draw(hnp.arrays(np.bool_, (2, n))) for n in (frames, 1))
+    word_frames = np.full((2, room), -1, np.int32)
+    for row in word_frames:
+        places = sorted(data.draw(st.lists(st.integers(0, frames - 1), max_size=room)))
+        row[: len(places)] = places
+    parts = rods, cones, cone_frames, rod_mask, cone_mask
+    length = 2 * frames + 3 + room
+    tokens, mask, count = pack(*parts, length, (words, word_frames))
+    for b in range(2):
+        expected = slow_pack(*(part[b] for part in (*parts, words, word_frames)))
+        assert count[b] == len(expected)
+        np.testing.assert_array_equal(mask[b], np.arange(length) < len(expected))
+        np.testing.assert_array_equal(tokens[b, : len(expected)], np.array(expected).reshape(-1, 3))
+        assert not np.asarray(tokens[b, len(expected) :]).any()
+    if room == 0:
+        np.testing.assert_array_equal(tokens, pack(*parts, length)[0])
 
 
 def test_pack_frames_without_any_token():

@@ -166,6 +166,7 @@ def test_what_a_killed_save_left_is_no_checkpoint(tmp_path):
     names = {path.name for path in stage.iterdir()}
     (stage / "2").rename(stage / "3.orbax-checkpoint-tmp")  # as Orbax calls it before it is whole
     again = open_checkpoints(tmp_path, keep=3)
+    assert not (stage / "3.orbax-checkpoint-tmp").exists()  # at once: no thread outlives a refused run
     assert again.latest_step() == 1
     state, _ = again.restore(abstract(make_state()))
     assert int(state.step) == 1
