@@ -60,7 +60,7 @@ def make_train_step(
         layout = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
 
         def parts(x):
-            x = jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
+            x = jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
             return jax.lax.with_sharding_constraint(x, layout)
 
         def add(sums, part):
