@@ -82,6 +82,7 @@ def test_two_processes_have_the_losses_of_one(one, two):
     assert_same_curve(two[0], one)
 
 
+@pytest.mark.slow
 def test_four_processes_have_the_losses_of_one(one, four):
     assert_same_curve(four, one)
 
@@ -107,6 +108,7 @@ def test_the_first_process_alone_reports_and_writes(one, two):
     assert {path.name for path in workdir.iterdir()} == {path.name for path in one.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_what_four_processes_saved_goes_on_in_fewer(data_root, folder, one, four, processes):
     workdir = shutil.copytree(four, folder / f"four_to_{processes}")

@@ -16,7 +16,7 @@ def plan(tmp_path_factory):
     file.write_text("from tests.tiny import tiny_config as get_config\n")
 
     # What the tests say of platforms and caches is for them: a plan sees to its own.
-    environment = {name: None for name in os.environ if name.startswith("JAX_")}
+    environment = {name: None for name in os.environ if name.startswith(("JAX_", "XLA_"))}
     environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), PLAN_SITE or ""])
     return lambda *arguments: command("plan", f"--config={file}", *arguments, **environment)
 

@@ -66,7 +66,7 @@ class Run:
             "PYTHONPATH": str(REPOSITORY),
             "RECORDED": str(self.recorded),
             "KILL": json.dumps(kill or {}),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_NUM_CPU_DEVICES": str(devices),
         }
         arguments = [f"--config={self._config}", f"--config.data.root={self._data_root}", *flags]
         return subprocess.Popen(

@@ -115,13 +115,13 @@ def test_two_epochs_in_three_shapes(mixed, consumed, steps, tmp_path, capsys):
     assert all(0 <= entry["wait"] <= 1 for entry in entries(tmp_path / "metrics.jsonl"))
 
 
-@pytest.mark.parametrize("processes", [0, 2])
-def test_resume_in_the_middle_of_an_epoch(mixed, consumed, tmp_path, processes):
+def test_resume_in_the_middle_of_an_epoch(mixed, consumed, tmp_path):
+    """Also when other processes read the samples from there on."""
     mixed(tmp_path / "whole").run(None)
     whole, consumed[:] = list(consumed), []
     expected = jax.device_get(mixed(tmp_path / "whole").checkpoints.restore_params())
     mixed(tmp_path / "parts").run(None, stop_at=3)
-    params, _ = mixed(tmp_path / "parts", data={"processes": processes}).run(None)
+    params, _ = mixed(tmp_path / "parts", data={"processes": 2}).run(None)
     assert consumed == whole
     for path, leaf in trees.flatten(jax.device_get(params)).items():
         np.testing.assert_array_equal(leaf, trees.flatten(expected)[path], err_msg=path)
