@@ -195,4 +195,6 @@ def test_told_to_stop_and_continued_on_other_devices(whole, tmp_path):
     assert [entry["step"] for entry in run.records()] == list(range(whole.steps)), "a step was done twice"
     state = run.state()
     for path, expected in whole.state().items():
-        np.testing.assert_allclose(state[path], expected, rtol=1e-4, atol=1e-5, err_msg=path)
+        # A key's bias shifts all logits of a query: its gradient is rounding, of which Adam makes steps.
+        atol = 1e-4 if "['key']['bias']" in path else 1e-5
+        np.testing.assert_allclose(state[path], expected, rtol=1e-4, atol=atol, err_msg=path)
