@@ -14,7 +14,10 @@ from dynfocus_jax.config import RunError, UserError, suggest
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command: parse the flags, turn `UserError` into one sentence on stderr and exit code 2."""
+    """Run a command: parse the flags, turn errors into one sentence on stderr.
+
+    Exit code 2 for `UserError`, 1 for `RunError` and, with its whole trace, for what nobody foresaw.
+    """
     from dynfocus_jax.parallel.start import leave
 
     def guarded(_argv: list[str]) -> None:

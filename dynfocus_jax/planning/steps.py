@@ -52,7 +52,8 @@ def train_step(config: ConfigDict, index: int, mesh: Mesh) -> Step:
         config = with_steps(config, index, 1)  # how many is not known before the data; no size depends on it
     stage = config.stages[index]
     state = abstract_state(config, index, mesh)
-    num_frames, max_text = stage_budget(config, index).buckets[-1]
+    budget = stage_budget(config, index)
+    num_frames, max_text = budget.buckets[-1]
     batch = _abstract_batch(mesh, config, stage.batch_size, num_frames, max_text, stage.max_subtitle)
 
     def build(config, stage):
@@ -71,7 +72,7 @@ def train_step(config: ConfigDict, index: int, mesh: Mesh) -> Step:
         "optimizer": (state.opt_state, state.step),
         "batch": batch,
     }
-    length = max_text + _visual_tokens(config, index, num_frames) + stage.max_subtitle
+    length = max_text + budget.visual[num_frames]
     return Step(
         "train",
         f"config.stages[{index}]",
