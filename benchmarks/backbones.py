@@ -39,7 +39,8 @@ from ml_collections import ConfigDict, FrozenConfigDict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script: that folder holds both packages
 
 from benchmarks.connector import peak_memory, processor, seconds
-from dynfocus_jax.config import RunError, UserError, default_config
+from dynfocus_jax.config import default_config
+from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.weights.files import Source
 
 # Part -> family of its published names, and how many frames or texts are its batch
@@ -331,7 +332,7 @@ def end_to_end(options: argparse.Namespace) -> dict:
     import jax.numpy as jnp
 
     from dynfocus_jax.batch import padding_sample
-    from dynfocus_jax.models.dynfocus import DynFocus
+    from dynfocus_jax.video_language_model import DynFocus
 
     section = model_section(options)
     model, rng = DynFocus(FrozenConfigDict(section)), np.random.default_rng(0)

@@ -31,7 +31,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script: that folder holds both packages
 
 from benchmarks.video_features import video_features
-from dynfocus_jax.config import UserError
+from dynfocus_jax.errors import UserError
 
 WIDTH, LANGUAGE_WIDTH = 1408, 4096  # C, D
 GRID, QUERIES = 16, 32  # N = 16 x 16 patches, Q
@@ -122,8 +122,8 @@ def ours(options: argparse.Namespace, frames: int, mode: str) -> Program:
 
     from benchmarks.published_weights import our_params, random_published
     from dynfocus_jax.config import default_config
-    from dynfocus_jax.models.connectors import build_connector
-    from dynfocus_jax.models.event_prototype import ScoreNet, min_max
+    from dynfocus_jax.connectors.connectors_old import build_connector
+    from dynfocus_jax.connectors.dynfocus.event_prototypes import ScoreNet, min_max
     from dynfocus_jax.ops.kmeans import kmeans
     from dynfocus_jax.ops.perturbed_topk import hard_topk
     from dynfocus_jax.ops.pooling import pool_grid

@@ -30,7 +30,7 @@ from dynfocus_jax import trees
 from dynfocus_jax.weights import merge
 from dynfocus_jax.weights.export import write_safetensors
 from dynfocus_jax.weights.files import open_weights
-from dynfocus_jax.weights.model import abstract_params
+from dynfocus_jax.weights.parts import abstract_params
 
 CONFIG = "configs/align_7b.py"
 

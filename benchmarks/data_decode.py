@@ -40,9 +40,9 @@ Decode = Callable[[str, int], list[np.ndarray]]  # path, n: pictures uint8 [H, W
 
 
 def ours() -> Decode:
-    from dynfocus_jax.data.decoding import Deadline, fetch, open_video, scan
-    from dynfocus_jax.data.rgb import ToRgb
-    from dynfocus_jax.data.sampling import sample_indices
+    from dynfocus_jax.media.decoding import Deadline, fetch, open_video, scan
+    from dynfocus_jax.media.frame_sampling import sample_indices
+    from dynfocus_jax.media.rgb import ToRgb
 
     def decode(path: str, count: int) -> list[np.ndarray]:
         to_rgb = ToRgb()
@@ -57,7 +57,7 @@ def ours() -> Decode:
 def decord() -> Decode:
     import decord
 
-    from dynfocus_jax.data.sampling import sample_indices
+    from dynfocus_jax.media.frame_sampling import sample_indices
 
     def decode(path: str, count: int) -> list[np.ndarray]:
         reader = decord.VideoReader(path, num_threads=1)
@@ -70,7 +70,7 @@ def torchcodec() -> Decode:
     import torch
     from torchcodec.decoders import VideoDecoder
 
-    from dynfocus_jax.data.sampling import sample_indices
+    from dynfocus_jax.media.frame_sampling import sample_indices
 
     torch.set_num_threads(1)
 
@@ -86,7 +86,7 @@ def work(program: str, core: int, tasks, results) -> None:
     """A process: None ends it; a task is (path, n, stage); a result is (seconds, n, a picture)."""
     from PIL import Image
 
-    from dynfocus_jax.data.images import fit
+    from dynfocus_jax.media.images import fit
 
     os.sched_setaffinity(0, {core})
     try:

@@ -29,16 +29,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dynfocus_jax.data.budget import Budget
-from dynfocus_jax.data.conversation import TEMPLATES, encode_conversation
 from dynfocus_jax.data.lengths import Lengths
-from dynfocus_jax.data.media import MediaReader
+from dynfocus_jax.data.media_reader import MediaReader
 from dynfocus_jax.data.order import Order
 from dynfocus_jax.data.pipeline import make_dataset
 from dynfocus_jax.data.samples import SampleLoader
 from dynfocus_jax.data.skipped import Skipped
-from dynfocus_jax.data.sources import Record
 from dynfocus_jax.data.synthetic import write_video
-from dynfocus_jax.data.tokenizer import PublishedTokenizer
+from dynfocus_jax.records.records import Record
+from dynfocus_jax.text.conversation import TEMPLATES, encode_conversation
+from dynfocus_jax.text.tokenizers import PublishedTokenizer
 
 BATCH = 32
 

@@ -32,12 +32,12 @@ from transformers import AutoModelForCausalLM
 from benchmarks.connector import processor
 from dynfocus_jax import trees
 from dynfocus_jax.command import run_command
-from dynfocus_jax.data.conversation import TEMPLATES, encode_prompt
-from dynfocus_jax.data.tokenizer import PublishedTokenizer
-from dynfocus_jax.models.dynfocus import build_model, make_init
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.serving.engine import Engine
 from dynfocus_jax.serving.requests import Request
+from dynfocus_jax.text.conversation import TEMPLATES, encode_prompt
+from dynfocus_jax.text.tokenizers import PublishedTokenizer
+from dynfocus_jax.video_language_model import build_model, make_init
 from dynfocus_jax.weights.merge import load
 
 _BATCHES = flags.DEFINE_list("batches", ["1", "4", "16"], "Answers at a time.")

@@ -29,8 +29,7 @@ from benchmarks.connector import processor
 from dynfocus_jax import trees
 from dynfocus_jax.batch import padding_sample
 from dynfocus_jax.command import run_command
-from dynfocus_jax.config import RunError, UserError
-from dynfocus_jax.models.dynfocus import build_model
+from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.parallel.sharding import replicated, row_shares, to_devices
 from dynfocus_jax.planning.flops import count_flops
@@ -38,6 +37,7 @@ from dynfocus_jax.planning.machines import CHIPS
 from dynfocus_jax.planning.steps import train_step
 from dynfocus_jax.training.optimizer import make_optimizer
 from dynfocus_jax.training.state import TrainState, init_params, state_shardings
+from dynfocus_jax.video_language_model import build_model
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant=NAME where it has any.")
 _STAGE = flags.DEFINE_integer("stage", 0, "Number of the stage.")

@@ -18,7 +18,8 @@ With the last, name that folder as vision and as text_encoder, and set its Layer
 --config.weights.vision=DIR --config.weights.text_encoder=DIR --config.model.text_encoder.vision_eps=1e-6.
 """
 
-from dynfocus_jax.config import UserError, default_config, stage
+from dynfocus_jax.config import default_config, stage
+from dynfocus_jax.errors import UserError
 
 # f, W_k, W_v and W_q: all that the first stage trains, and all that the second takes over from it.
 PROJECTORS = ("connector/projector/.*", "connector/cce/context/.*", "text_encoder/query_projection/.*")

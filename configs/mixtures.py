@@ -21,7 +21,8 @@ older LLaVA-CC3M-Pretrain-595K has the same format: its chat.json can be named i
 "LLaVA-625K" of the table with 40 k conversations without an image.
 """
 
-from dynfocus_jax.config import UserError, source
+from dynfocus_jax.config import source
+from dynfocus_jax.errors import UserError
 
 # Table 13, from its first row of DynFocus to its last; the last is what the paper's other tables use.
 ROWS = ("video", "image", "scienceqa", "clevrer", "paper")

@@ -15,7 +15,8 @@ Options are joined by commas.
 import importlib.util
 from pathlib import Path
 
-from dynfocus_jax.config import UserError, default_config, stage
+from dynfocus_jax.config import default_config, stage
+from dynfocus_jax.errors import UserError
 
 VARIANTS = {}
 

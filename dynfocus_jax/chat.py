@@ -24,17 +24,16 @@ import numpy as np
 from absl import flags
 
 from dynfocus_jax.command import run_command
-from dynfocus_jax.config import UserError
-from dynfocus_jax.data.images import MediaError
-from dynfocus_jax.data.media import MediaReader
+from dynfocus_jax.data.media_reader import MediaReader
 from dynfocus_jax.data.prepare import make_media_reader
-from dynfocus_jax.data.sources import Record
-from dynfocus_jax.data.video import Clip
+from dynfocus_jax.errors import MediaError, UserError
+from dynfocus_jax.media.video import Clip
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
+from dynfocus_jax.records.records import Record
 from dynfocus_jax.serving.engine import Engine
 from dynfocus_jax.serving.load import load_engine, load_run
 from dynfocus_jax.serving.requests import Completion, Request, Visual
-from dynfocus_jax.serving.sampling import SamplingParams, check_sampling
+from dynfocus_jax.serving.token_sampling import SamplingParams, check_sampling
 from dynfocus_jax.visualize.focus import Strip, draw_focus
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or WORKDIR/checkpoints/STAGE/STEP.")

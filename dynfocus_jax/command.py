@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections.config_dict import ConfigDict
 
-from dynfocus_jax.config import RunError, UserError, suggest
+from dynfocus_jax.errors import RunError, UserError, suggest
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -5,17 +5,9 @@ stages with `stage(...)`. Commands take it as `--config FILE[:variant]` and sing
 `--config.model.dpe.ratio=0.5` or `--config.stages[2].steps=100`.
 """
 
-import difflib
-
 from ml_collections.config_dict import ConfigDict, placeholder
 
-
-class UserError(Exception):
-    """A mistake of the user's, in one sentence: what, where, what was expected, what to do. Exit code 2."""
-
-
-class RunError(Exception):
-    """A run that cannot go on, in one or two sentences. Exit code 1."""
+from dynfocus_jax.errors import UserError, suggest
 
 
 def default_config() -> ConfigDict:
@@ -133,7 +125,7 @@ def default_config() -> ConfigDict:
             "vocabulary": "vocabulary.json",  # words of the tokenizer, relative to the root
             "tokenizer": placeholder(str),  # folder of a Hugging Face tokenizer instead of those words
             "query_tokenizer": placeholder(str),  # folder or vocab.txt of the text encoder's; None: the same
-            "template": "plain",  # conversation form, see data/conversation.py
+            "template": "plain",  # conversation form, see text/conversation.py
             "max_query": 32,  # text tokens for the text encoder
             # What the text encoder reads of several questions: all "joined" | the "first_turn"'s only |
             # "each_turn"'s own: a record of n turns is n samples then, the turns before are its history
@@ -287,7 +279,7 @@ def source(**fields) -> ConfigDict:
         {
             "name": placeholder(str),
             "annotations": placeholder(str),  # a file, relative to data.root, or absolute
-            "format": "llava",  # of the file, see data/formats.py
+            "format": "llava",  # of the file, see records/formats.py
             "media": placeholder(str),  # folder of its media; None: data.root
             "modality": "auto",  # as each record says | "image" | "video" | "text"
             "select": "all",  # | "first:N" | "first:N%" | "random:N" | "random:N%" of the records
@@ -320,12 +312,6 @@ def with_steps(config: ConfigDict, index: int, steps: int) -> ConfigDict:
     stages[index].update({"steps": steps, "epochs": None})
     config.stages = tuple(stages)
     return config
-
-
-def suggest(key: str, known) -> str:
-    """The end of a sentence about an unknown field: the one that was meant, or all there are."""
-    close = difflib.get_close_matches(key, list(known), n=1)
-    return f"; did you mean {close[0]!r}" if close else f"; fields there: {', '.join(sorted(known))}"
 
 
 def to_dict(config: ConfigDict) -> dict:

@@ -23,11 +23,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from dynfocus_jax.command import run_command
-from dynfocus_jax.config import UserError, to_dict
+from dynfocus_jax.config import to_dict
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.training.checkpoints import read_params, save_params
 from dynfocus_jax.validation import validate_model
 from dynfocus_jax.weights.export import new_folder
-from dynfocus_jax.weights.model import export_model, read_model
+from dynfocus_jax.weights.parts import export_model, read_model
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant=NAME where it has any.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to make for the converted checkpoint.")

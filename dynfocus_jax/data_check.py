@@ -17,11 +17,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from dynfocus_jax.command import run_command
-from dynfocus_jax.config import RunError, UserError
-from dynfocus_jax.data.mixture import Mixture
 from dynfocus_jax.data.prepare import make_media_reader, make_tokenizer, prepare
-from dynfocus_jax.data.sources import MODALITIES
 from dynfocus_jax.data.survey import SourceSurvey, Surveyor, distribution
+from dynfocus_jax.errors import RunError, UserError
+from dynfocus_jax.records.mixture import Mixture
+from dynfocus_jax.records.records import MODALITIES
 from dynfocus_jax.training.stage_data import make_loader, stage_budget, stage_seed
 from dynfocus_jax.validation import validate
 

@@ -35,16 +35,17 @@ from ml_collections import ConfigDict, config_flags
 
 from dynfocus_jax import trees
 from dynfocus_jax.command import run_command
-from dynfocus_jax.config import UserError, to_dict
+from dynfocus_jax.config import to_dict
 from dynfocus_jax.data.prepare import make_media_reader
-from dynfocus_jax.data.sampling import Sampling
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.evaluation.answering import Progress, share_of
 from dynfocus_jax.evaluation.benchmark_run import Share, begin, run
 from dynfocus_jax.evaluation.benchmarks import BENCHMARKS, find_benchmark, read_benchmark
 from dynfocus_jax.evaluation.judge import Judge
 from dynfocus_jax.evaluation.judge_endpoint import JudgeSettings
-from dynfocus_jax.evaluation.prompting import Clips
-from dynfocus_jax.evaluation.report import format_table
+from dynfocus_jax.evaluation.question_prompts import Clips
+from dynfocus_jax.evaluation.results import format_table
+from dynfocus_jax.media.frame_sampling import Sampling
 from dynfocus_jax.parallel.digest import digest
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.parallel.start import first_goes_ahead, is_first, own_name, say, start

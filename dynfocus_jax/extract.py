@@ -15,7 +15,7 @@ tower is needed for them. Records of the stages that name .pkl files are convert
 Started again, with other stages or data too, it adds what is missing: of a run that was killed whole shards
 are kept. Media that cannot be read are listed in FEATURES/skipped.jsonl.
 Several processes share the work when each is started with the same arguments and config.distributed says how
-they find each other, as for training. `data/features.py` says what the folder holds.
+they find each other, as for training. `features/store.py` says what the folder holds.
 """
 
 import itertools
@@ -32,17 +32,17 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
 from dynfocus_jax.command import run_command
-from dynfocus_jax.config import UserError
-from dynfocus_jax.data.feature_shards import ShardWriter, begin_folder, first_free_number
-from dynfocus_jax.data.features import check_storable, describe, feature_dtype, feature_shape, read_index
 from dynfocus_jax.data.prepare import check_weights, make_media_reader, prepare
 from dynfocus_jax.data.skipped import Skipped
-from dynfocus_jax.extraction.media import Looker, movies_of, remaining, wanted_media
-from dynfocus_jax.extraction.run import Done, extract
-from dynfocus_jax.extraction.tower import Tower, frames_mesh
+from dynfocus_jax.errors import UserError
+from dynfocus_jax.features.compatibility import check_frozen
+from dynfocus_jax.features.extraction import Done, extract
+from dynfocus_jax.features.media_list import Looker, movies_of, remaining, wanted_media
+from dynfocus_jax.features.shards import ShardWriter, begin_folder, first_free_number
+from dynfocus_jax.features.store import check_storable, describe, feature_dtype, feature_shape, read_index
+from dynfocus_jax.features.tower import Tower, frames_mesh
 from dynfocus_jax.parallel.start import first_goes_ahead, is_first, own_name, say, start
 from dynfocus_jax.training.state import param_shapes, trained_paths
-from dynfocus_jax.training.tower import check_frozen
 from dynfocus_jax.validation import validate
 from dynfocus_jax.version import code_version
 

@@ -2,7 +2,7 @@
 
 from ml_collections.config_dict import ConfigDict
 
-from dynfocus_jax.config import UserError
+from dynfocus_jax.errors import UserError
 
 
 def require(condition: bool, sentence: str) -> None:
@@ -27,9 +27,9 @@ def positive(section: ConfigDict, where: str, *keys: str) -> None:
 
 def validate_section(model: ConfigDict) -> None:
     """The section `config.model`, whose fields exist and have their types."""
-    from dynfocus_jax.models.connectors import KINDS
-    from dynfocus_jax.models.cooperative import CONES, PROJECTORS, RODS
-    from dynfocus_jax.models.event_prototype import SELECTIONS
+    from dynfocus_jax.connectors.connectors_old import KINDS
+    from dynfocus_jax.connectors.dynfocus.cooperative import CONES, PROJECTORS, RODS
+    from dynfocus_jax.connectors.dynfocus.event_prototypes import SELECTIONS
     from dynfocus_jax.models.layers import ACTIVATIONS, REMAT_POLICIES
     from dynfocus_jax.ops.clustering import METHODS
 

@@ -25,7 +25,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dynfocus_jax.command import run_command
-from dynfocus_jax.config import RunError, UserError
+from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.planning.quiet import quiet
 
 with quiet():
@@ -34,9 +34,9 @@ with quiet():
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.parallel.sharding import row_shares
 from dynfocus_jax.planning.machines import devices, parse_machine
-from dynfocus_jax.planning.report import plan_step
+from dynfocus_jax.planning.report_table import format_step, misfit
+from dynfocus_jax.planning.step_report import plan_step
 from dynfocus_jax.planning.steps import serving_steps, train_step
-from dynfocus_jax.planning.table import format_step, misfit
 from dynfocus_jax.validation import validate
 
 STEPS = ("train", "prefill", "decode")

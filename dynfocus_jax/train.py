@@ -23,9 +23,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from dynfocus_jax.command import run_command
-from dynfocus_jax.config import UserError, to_dict
+from dynfocus_jax.config import to_dict
 from dynfocus_jax.data.prepare import check_weights, make_tokenizer, prepare
-from dynfocus_jax.evaluation.run import check_features, evaluate_run, format_table
+from dynfocus_jax.errors import UserError
+from dynfocus_jax.evaluation.held_out import check_features, evaluate_run, format_table
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.parallel.sharding import row_shares
 from dynfocus_jax.parallel.start import first_goes_ahead, is_first, say, start

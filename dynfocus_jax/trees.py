@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dynfocus_jax.config import UserError
+from dynfocus_jax.errors import UserError
 
 
 def flatten(tree: dict) -> dict[str, jax.Array]:

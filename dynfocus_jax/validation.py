@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ml_collections.config_dict import ConfigDict
 
-from dynfocus_jax.config import UserError, default_config, source, stage, suggest
+from dynfocus_jax.config import default_config, source, stage
+from dynfocus_jax.errors import UserError, suggest
 from dynfocus_jax.model_validation import one_of, positive, require, validate_section
 
 
@@ -53,7 +54,7 @@ def _regular_expressions(where: str, patterns) -> None:
 
 
 def _validate_source(source_config: ConfigDict, where: str) -> None:
-    from dynfocus_jax.data.formats import FORMATS
+    from dynfocus_jax.records.formats import FORMATS
 
     for key in ("name", "annotations"):
         require(bool(source_config[key]), f"{where}.{key} is not set; it has no default.")
@@ -80,8 +81,8 @@ def _validate_mixture(sources: tuple[ConfigDict, ...], where: str) -> None:
 
 
 def _validate_stage(stage_config: ConfigDict, where: str, devices: int) -> None:
+    from dynfocus_jax.connectors.connectors_old import KINDS
     from dynfocus_jax.data.budget import ON_OVERFLOW
-    from dynfocus_jax.models.connectors import KINDS
 
     require(stage_config.name is not None, f"{where}.name is not set; it has no default.")
     require(
@@ -133,8 +134,8 @@ def _validate_stage(stage_config: ConfigDict, where: str, devices: int) -> None:
 
 
 def _validate_data(data: ConfigDict, text_encoder_text: int) -> None:
-    from dynfocus_jax.data.conversation import GUIDANCE, TEMPLATES
-    from dynfocus_jax.data.images import LAYOUTS
+    from dynfocus_jax.media.images import LAYOUTS
+    from dynfocus_jax.text.conversation import GUIDANCE, TEMPLATES
 
     where = "config.data"
     require(data.root is not None, f"{where}.root is not set; name the folder of the data.")
@@ -237,7 +238,7 @@ def validate_model(config: ConfigDict) -> None:
 
 
 def _validate_generation(generation: ConfigDict) -> None:
-    from dynfocus_jax.serving.sampling import SamplingParams, check_sampling
+    from dynfocus_jax.serving.token_sampling import SamplingParams, check_sampling
 
     where = "config.generation"
     positive(generation, where, "max_new_tokens", "cache", "read")
@@ -266,7 +267,7 @@ def validate(config: ConfigDict, devices: int = 1) -> None:
     Raises:
       UserError: one sentence that names the field, its value and the remedy.
     """
-    from dynfocus_jax.data.features import check_storable
+    from dynfocus_jax.features.store import check_storable
 
     validate_model(config)
     require(len(config.stages) > 0, "config.stages is empty, expected at least one stage(...).")

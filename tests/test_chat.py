@@ -9,13 +9,12 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from dynfocus_jax.chat import Chat, main
-from dynfocus_jax.config import UserError
-from dynfocus_jax.data.images import MediaError
 from dynfocus_jax.data.prepare import make_media_reader
-from dynfocus_jax.data.tokenizer import WordTokenizer
-from dynfocus_jax.data.video import Clip
+from dynfocus_jax.errors import MediaError, UserError
+from dynfocus_jax.media.video import Clip
 from dynfocus_jax.serving.engine import Engine
 from dynfocus_jax.serving.requests import Request
+from dynfocus_jax.text.tokenizers import WordTokenizer
 from tests.tiny import (
     SIZE,
     VOCABULARY,

@@ -5,15 +5,8 @@ import json
 import pytest
 
 from dynfocus_jax import command as command_lib
-from dynfocus_jax.config import (
-    UserError,
-    from_dict,
-    source,
-    stage,
-    stage_buckets,
-    to_dict,
-    with_steps,
-)
+from dynfocus_jax.config import from_dict, source, stage, stage_buckets, to_dict, with_steps
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.validation import validate
 from tests.commands import command
 from tests.tiny import tiny_config

@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dynfocus_jax.config import UserError
-from dynfocus_jax.data.conversation import SampleError
-from dynfocus_jax.data.media import MediaReader
+from dynfocus_jax.data.media_reader import MediaReader
 from dynfocus_jax.data.prepare import prepare
+from dynfocus_jax.errors import SampleError, UserError
 from dynfocus_jax.evaluation.lmms_requests import Answerer, sampling_of, split, stop_strings
 from dynfocus_jax.serving.engine import Completion
-from dynfocus_jax.serving.sampling import GREEDY, SamplingParams
+from dynfocus_jax.serving.token_sampling import GREEDY, SamplingParams
 from tests.commands import REPOSITORY, command
 from tests.tiny import tiny_config
 

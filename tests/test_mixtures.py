@@ -6,8 +6,9 @@ import json
 import pytest
 
 from configs import mixtures
-from dynfocus_jax.config import UserError, stage
-from dynfocus_jax.data.mixture import Mixture
+from dynfocus_jax.config import stage
+from dynfocus_jax.errors import UserError
+from dynfocus_jax.records.mixture import Mixture
 from dynfocus_jax.validation import validate
 from tests.test_published_configs import load_config
 

@@ -11,12 +11,13 @@ import pytest
 from configs import common
 from dynfocus_jax import trees
 from dynfocus_jax.batch import padding_sample
-from dynfocus_jax.config import UserError, default_config, to_dict
+from dynfocus_jax.config import default_config, to_dict
 from dynfocus_jax.data.prepare import check_weights, make_tokenizer, prepare
-from dynfocus_jax.models.dynfocus import build_model
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.validation import validate
+from dynfocus_jax.video_language_model import build_model
 from tests.commands import REPOSITORY, command
-from tests.data.published_tokenizers import bert_folder, llama_folder, qwen_folder
+from tests.text.published_tokenizers import bert_folder, llama_folder, qwen_folder
 
 EVERY = (
     *(("align_7b", ""), ("instruct_7b", "")),

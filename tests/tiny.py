@@ -9,9 +9,9 @@ import numpy as np
 
 from dynfocus_jax import trees
 from dynfocus_jax.batch import Batch, padding_sample
-from dynfocus_jax.models.dynfocus import build_model
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.training.losses import answer_loss
+from dynfocus_jax.video_language_model import build_model
 
 TOY = Path(__file__).resolve().parents[1] / "configs" / "toy.py"
 SIZE, MAX_QUERY, VOCABULARY = 16, 8, 40

@@ -1,1 +1,1 @@
-"""From files to batches: media, sources, conversations, tokens, the input pipeline, synthetic benchmarks."""
+"""Records to batches: order, buckets, length budget, samples, the input pipeline, synthetic benchmarks."""

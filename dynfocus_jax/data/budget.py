@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dynfocus_jax.data.conversation import SampleError
+from dynfocus_jax.errors import SampleError
 
 ON_OVERFLOW = ("error", "drop_turns", "fewer_frames")
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import tqdm
 
-from dynfocus_jax.data.conversation import SampleError
 from dynfocus_jax.data.samples import SampleLoader
-from dynfocus_jax.data.sources import Record
-from dynfocus_jax.data.video import MediaError, MediaInfo
+from dynfocus_jax.errors import MediaError, SampleError
 from dynfocus_jax.json_lines import read_json_lines
+from dynfocus_jax.media.video import MediaInfo
+from dynfocus_jax.records.records import Record
 
 _CHUNK = 1000  # measurements that are written together
 

@@ -11,10 +11,10 @@ import numpy as np
 from absl import flags
 
 from dynfocus_jax.batch import Batch
-from dynfocus_jax.config import UserError
 from dynfocus_jax.data.order import Order
 from dynfocus_jax.data.samples import Loaded, SampleLoader
 from dynfocus_jax.data.skipped import Shortened, Skipped
+from dynfocus_jax.errors import UserError
 
 
 def make_dataset(

@@ -6,13 +6,13 @@ from pathlib import Path
 import tqdm
 from ml_collections import ConfigDict
 
-from dynfocus_jax.config import UserError
 from dynfocus_jax.data import synthetic
-from dynfocus_jax.data.conversation import check_template
-from dynfocus_jax.data.features import blank_frame, open_features
-from dynfocus_jax.data.media import MediaReader
-from dynfocus_jax.data.sampling import Sampling
-from dynfocus_jax.data.tokenizer import BertTokenizer, PublishedTokenizer, WithQueries, WordTokenizer
+from dynfocus_jax.data.media_reader import MediaReader
+from dynfocus_jax.errors import UserError
+from dynfocus_jax.features.store import blank_frame, open_features
+from dynfocus_jax.media.frame_sampling import Sampling
+from dynfocus_jax.text.conversation import check_template
+from dynfocus_jax.text.tokenizers import BertTokenizer, PublishedTokenizer, WithQueries, WordTokenizer
 
 
 def prepare(data: ConfigDict) -> Path:

@@ -7,19 +7,19 @@ import numpy as np
 
 from dynfocus_jax.batch import Batch, padding_sample
 from dynfocus_jax.data.budget import Budget
-from dynfocus_jax.data.conversation import (
+from dynfocus_jax.data.media_reader import MediaReader
+from dynfocus_jax.errors import MediaError, SampleError
+from dynfocus_jax.media.subtitles import between, interleave
+from dynfocus_jax.media.video import Clip
+from dynfocus_jax.records.records import Record
+from dynfocus_jax.text.conversation import (
     Conversation,
-    SampleError,
     Template,
     Tokenizer,
     encode_conversation,
     encode_prompt,
     query_text,
 )
-from dynfocus_jax.data.media import MediaReader
-from dynfocus_jax.data.sources import Record
-from dynfocus_jax.data.subtitles import between, interleave
-from dynfocus_jax.data.video import Clip, MediaError
 
 Turns = Sequence[tuple[str, str]]
 

@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from dynfocus_jax.config import UserError
-from dynfocus_jax.data.sources import Record, Refused
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.json_lines import append_json_line, read_json_lines
+from dynfocus_jax.records.records import Record, Refused
 
 
 class Listing:

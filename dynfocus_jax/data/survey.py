@@ -11,14 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
-from dynfocus_jax.config import UserError
 from dynfocus_jax.data.budget import Budget
-from dynfocus_jax.data.conversation import SampleError
-from dynfocus_jax.data.images import MediaError
-from dynfocus_jax.data.media import MediaReader
-from dynfocus_jax.data.mixture import Mixture
+from dynfocus_jax.data.media_reader import MediaReader
 from dynfocus_jax.data.samples import SampleLoader
-from dynfocus_jax.data.sources import Record
+from dynfocus_jax.errors import MediaError, SampleError, UserError
+from dynfocus_jax.records.mixture import Mixture
+from dynfocus_jax.records.records import Record
 
 _CHUNK = 1000  # tasks that are handed to the threads together
 

@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
-from dynfocus_jax.data.conversation import SampleError
-from dynfocus_jax.data.images import MediaError
-from dynfocus_jax.data.video import Clip
+from dynfocus_jax.errors import MediaError, SampleError
 from dynfocus_jax.evaluation.grading import grade_one
 from dynfocus_jax.evaluation.predictions import Predictions
-from dynfocus_jax.evaluation.prompting import Clips, guidance_of, prompt_of
+from dynfocus_jax.evaluation.question_prompts import Clips, guidance_of, prompt_of
 from dynfocus_jax.evaluation.questions import Question
+from dynfocus_jax.media.video import Clip
 from dynfocus_jax.serving.engine import Completion, Request
 
 

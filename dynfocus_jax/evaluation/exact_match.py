@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dynfocus_jax.data.sources import Record
+from dynfocus_jax.records.records import Record
 from dynfocus_jax.serving.engine import BatchAnswers
 
 

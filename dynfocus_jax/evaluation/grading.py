@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from dynfocus_jax.config import RunError
+from dynfocus_jax.errors import RunError
 from dynfocus_jax.evaluation import parsing
 from dynfocus_jax.evaluation.questions import Question
 

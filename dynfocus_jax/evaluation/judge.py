@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from dynfocus_jax.config import RunError, UserError
+from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.evaluation.judge_endpoint import Endpoint, JudgeSettings, NoReply, Reply
 from dynfocus_jax.evaluation.judge_prompts import Rubric, rubric_named
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import httpx2
 
-from dynfocus_jax.config import UserError
-from dynfocus_jax.data.deadline import TimedOut, within
+from dynfocus_jax.errors import UserError
+from dynfocus_jax.media.deadline import TimedOut, within
 
 
 class JudgeSettings(NamedTuple):

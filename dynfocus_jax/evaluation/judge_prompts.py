@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
-from dynfocus_jax.config import UserError, suggest
+from dynfocus_jax.errors import UserError, suggest
 
 
 class Marks(NamedTuple):

@@ -11,7 +11,7 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
-from dynfocus_jax.config import UserError
+from dynfocus_jax.errors import UserError
 
 if TYPE_CHECKING:
     from dynfocus_jax.evaluation.lmms_requests import Chat

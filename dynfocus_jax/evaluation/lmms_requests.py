@@ -8,17 +8,16 @@ import jax
 import numpy as np
 from PIL import Image
 
-from dynfocus_jax.config import UserError
-from dynfocus_jax.data.conversation import SampleError
-from dynfocus_jax.data.images import MediaError, fit
-from dynfocus_jax.data.media import MediaReader
+from dynfocus_jax.data.media_reader import MediaReader
 from dynfocus_jax.data.prepare import make_media_reader
-from dynfocus_jax.data.sources import Record
-from dynfocus_jax.data.video import Clip
+from dynfocus_jax.errors import MediaError, SampleError, UserError
+from dynfocus_jax.media.images import fit
+from dynfocus_jax.media.video import Clip
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
+from dynfocus_jax.records.records import Record
 from dynfocus_jax.serving.engine import Completion, Engine, Request
 from dynfocus_jax.serving.load import load_engine, load_run
-from dynfocus_jax.serving.sampling import GREEDY, SamplingParams
+from dynfocus_jax.serving.token_sampling import GREEDY, SamplingParams
 from dynfocus_jax.validation import validate
 
 Chat = tuple[str, Sequence[Mapping], Mapping, int]  # id, messages, generation settings, seed

@@ -6,7 +6,7 @@ No answer is ever guessed: what names several options, or none, is not understoo
 import re
 from collections.abc import Sequence
 
-from dynfocus_jax.data.prompts import LETTERS
+from dynfocus_jax.records.prompts import LETTERS
 
 _LEAD = (
     r"^\W*(?:the\s+)?(?:best\s+|correct\s+|right\s+|final\s+)?(?:answer|option|choice)(?:\s+is)?\s*[:\-]?\s*"

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dynfocus_jax.config import UserError
-from dynfocus_jax.data.entries import Invalid, line_entries, list_entries
-from dynfocus_jax.data.fields import kind_of, path_of, require, text_of
-from dynfocus_jax.data.media_paths import MediaFolder
-from dynfocus_jax.data.prompts import LETTERS
+from dynfocus_jax.errors import UserError
+from dynfocus_jax.media.folder import MediaFolder
+from dynfocus_jax.records.entries import Invalid, line_entries, list_entries
+from dynfocus_jax.records.fields import kind_of, path_of, require, text_of
+from dynfocus_jax.records.prompts import LETTERS
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 

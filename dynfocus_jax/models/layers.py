@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from dynfocus_jax.config import UserError
+from dynfocus_jax.errors import UserError
 
 Dtype = str | jnp.dtype
 

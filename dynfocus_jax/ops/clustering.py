@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dynfocus_jax.config import UserError
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.ops.dpc_knn import Clusters, clean, density_peaks, dpc_knn
 from dynfocus_jax.ops.kmeans import kmeans
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynfocus_jax.config import UserError
+from dynfocus_jax.errors import UserError
 
 
 class Clusters(NamedTuple):

@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from dynfocus_jax.config import UserError
+from dynfocus_jax.errors import UserError
 
 
 def hard_topk(

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from dynfocus_jax.config import UserError
+from dynfocus_jax.errors import UserError
 
 
 def pool_grid(features: jax.Array, grid: tuple[int, int], output: tuple[int, int]) -> jax.Array:

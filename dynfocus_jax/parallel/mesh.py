@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from jax.sharding import AxisType, Mesh
 
-from dynfocus_jax.config import UserError
+from dynfocus_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "context")
 

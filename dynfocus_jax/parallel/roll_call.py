@@ -11,7 +11,7 @@ import json
 import socket
 import time
 
-from dynfocus_jax.config import RunError, UserError
+from dynfocus_jax.errors import RunError, UserError
 
 _PAUSE = 0.2  # seconds between two attempts to connect
 _PATIENCE = 2.0  # seconds that somebody who connects may take to say who it is

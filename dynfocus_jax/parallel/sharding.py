@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dynfocus_jax.config import UserError
+from dynfocus_jax.errors import UserError
 
 # Parameter path (in full) -> layout of its last dimensions; those before them (the axis of stacked layers)
 # are never split, nor is what has no layout. Exactly one rule matches a path.

@@ -11,7 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dynfocus_jax.config import UserError
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.parallel.roll_call import roll_call
 from dynfocus_jax.validation import validate_distributed
 

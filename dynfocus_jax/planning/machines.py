@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jax
 from jax.experimental import topologies
 
-from dynfocus_jax.config import RunError, UserError
+from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.planning.quiet import quiet
 
 _INSTALL = "pip install -r requirements-plan.txt, or start the command by bash launch/local.sh --plan"

@@ -14,15 +14,15 @@ from ml_collections import ConfigDict
 from dynfocus_jax import trees
 from dynfocus_jax.batch import Batch, padding_sample
 from dynfocus_jax.config import with_steps
-from dynfocus_jax.data.features import blank_frame
-from dynfocus_jax.models.connectors import build_connector
-from dynfocus_jax.models.dynfocus import build_model
+from dynfocus_jax.connectors.connectors_old import build_connector
+from dynfocus_jax.features.store import blank_frame
 from dynfocus_jax.parallel.sharding import batch_sharding, row_shares
 from dynfocus_jax.serving.programs import make_programs, serving_layout
 from dynfocus_jax.training.optimizer import make_optimizer, schedule
 from dynfocus_jax.training.stage_data import stage_budget
 from dynfocus_jax.training.state import abstract_state, state_shardings
 from dynfocus_jax.training.step import make_train_step
+from dynfocus_jax.video_language_model import build_model
 
 
 class Step(NamedTuple):

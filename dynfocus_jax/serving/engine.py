@@ -18,15 +18,15 @@ from ml_collections import ConfigDict
 
 from dynfocus_jax import trees
 from dynfocus_jax.batch import Batch, padding_sample
-from dynfocus_jax.config import UserError
-from dynfocus_jax.data.conversation import TEMPLATES, Conversation, SampleError, encode_prompt, query_text
-from dynfocus_jax.data.video import Clip
-from dynfocus_jax.models.dynfocus import Prompts, build_model
+from dynfocus_jax.errors import SampleError, UserError
+from dynfocus_jax.media.video import Clip
 from dynfocus_jax.parallel.sharding import batch_sharding, place, replicated, row_shares
+from dynfocus_jax.serving.answer_text import AnswerText
 from dynfocus_jax.serving.programs import Look, State, make_programs, serving_layout
 from dynfocus_jax.serving.requests import Completion, Messages, Request, Visual, turns_of
-from dynfocus_jax.serving.sampling import GREEDY, as_rows, check_sampling
-from dynfocus_jax.serving.text import AnswerText
+from dynfocus_jax.serving.token_sampling import GREEDY, as_rows, check_sampling
+from dynfocus_jax.text.conversation import TEMPLATES, Conversation, encode_prompt, query_text
+from dynfocus_jax.video_language_model import Prompts, build_model
 
 _AHEAD = 2  # tokens that are computed before the first of them is read: the device never waits for the host
 

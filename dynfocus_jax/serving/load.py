@@ -7,8 +7,9 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dynfocus_jax.config import UserError, from_dict
+from dynfocus_jax.config import from_dict
 from dynfocus_jax.data.prepare import make_tokenizer
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.serving.engine import Engine, serving_layout
 from dynfocus_jax.training.checkpoints import read_params
 from dynfocus_jax.validation import validate

@@ -16,12 +16,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dynfocus_jax.batch import Batch
-from dynfocus_jax.models.connectors import VisualTokens
-from dynfocus_jax.models.dynfocus import DynFocus, Prompts
+from dynfocus_jax.connectors.connectors_old import VisualTokens
 from dynfocus_jax.models.llama import Cache
 from dynfocus_jax.parallel.sharding import LOGICAL, batch_sharding, on_mesh, replicated, row_shares
-from dynfocus_jax.serving.sampling import Rows, choose
+from dynfocus_jax.serving.token_sampling import Rows, choose
 from dynfocus_jax.training.state import abstract_params
+from dynfocus_jax.video_language_model import DynFocus, Prompts
 
 _CAST = r"language/.*(kernel|embedding|bias|lora_[ab])"  # what the model casts to its dtype before using it
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from dynfocus_jax.data.conversation import SampleError
-from dynfocus_jax.data.video import Clip
-from dynfocus_jax.serving.sampling import GREEDY, SamplingParams
+from dynfocus_jax.errors import SampleError
+from dynfocus_jax.media.video import Clip
+from dynfocus_jax.serving.token_sampling import GREEDY, SamplingParams
 
 Messages = tuple[tuple[str, str], ...]
 

@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 from dynfocus_jax import trees
 from dynfocus_jax.batch import Batch
-from dynfocus_jax.config import RunError, UserError, to_dict
-from dynfocus_jax.models.dynfocus import build_model
+from dynfocus_jax.config import to_dict
+from dynfocus_jax.errors import RunError, UserError
+from dynfocus_jax.features.compatibility import check_frozen, check_tower
 from dynfocus_jax.parallel import sharding as sharding_lib
 from dynfocus_jax.parallel.start import say
 from dynfocus_jax.training import optimizer as optimizer_lib
@@ -23,9 +24,9 @@ from dynfocus_jax.training.preemption import Preemption
 from dynfocus_jax.training.stage_data import StageData
 from dynfocus_jax.training.state import TrainState
 from dynfocus_jax.training.step import make_train_step
-from dynfocus_jax.training.tower import check_frozen, check_tower
 from dynfocus_jax.version import code_version
-from dynfocus_jax.weights.model import belongs_to_connector, check_params
+from dynfocus_jax.video_language_model import build_model
+from dynfocus_jax.weights.parts import belongs_to_connector, check_params
 
 
 class StageRun:

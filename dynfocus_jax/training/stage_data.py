@@ -9,20 +9,20 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dynfocus_jax.config import stage_buckets, with_steps
+from dynfocus_jax.connectors.connectors_old import build_connector
 from dynfocus_jax.data.budget import Budget
-from dynfocus_jax.data.conversation import TEMPLATES
 from dynfocus_jax.data.lengths import Lengths
-from dynfocus_jax.data.mixture import Mixture
 from dynfocus_jax.data.order import Order
 from dynfocus_jax.data.pipeline import make_dataset
 from dynfocus_jax.data.prepare import make_media_reader
 from dynfocus_jax.data.samples import SampleLoader
 from dynfocus_jax.data.skipped import Shortened, Skipped
-from dynfocus_jax.data.sources import Record
-from dynfocus_jax.models.connectors import build_connector
-from dynfocus_jax.models.dynfocus import build_model
 from dynfocus_jax.parallel.start import first_goes_ahead, is_first, own_name
+from dynfocus_jax.records.mixture import Mixture
+from dynfocus_jax.records.records import Record
+from dynfocus_jax.text.conversation import TEMPLATES
 from dynfocus_jax.training.feed import DeviceFeed
+from dynfocus_jax.video_language_model import build_model
 
 
 def stage_seed(config: ConfigDict, index: int) -> int:

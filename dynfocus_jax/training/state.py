@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dynfocus_jax import trees
-from dynfocus_jax.models.dynfocus import DynFocus, build_model, make_init
 from dynfocus_jax.parallel.sharding import param_shardings, replicated
 from dynfocus_jax.training.optimizer import make_optimizer
+from dynfocus_jax.video_language_model import DynFocus, build_model, make_init
 
 
 class TrainState(NamedTuple):

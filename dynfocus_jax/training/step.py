@@ -10,10 +10,10 @@ from ml_collections import ConfigDict
 
 from dynfocus_jax import trees
 from dynfocus_jax.batch import Batch
-from dynfocus_jax.models.dynfocus import DynFocus
 from dynfocus_jax.parallel.sharding import batch_sharding, on_mesh, replicated
 from dynfocus_jax.training.losses import chunked_answer_loss
 from dynfocus_jax.training.state import TrainState
+from dynfocus_jax.video_language_model import DynFocus
 
 
 def make_train_step(

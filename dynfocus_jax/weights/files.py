@@ -11,7 +11,7 @@ import einops
 import ml_dtypes
 import numpy as np
 
-from dynfocus_jax.config import UserError
+from dynfocus_jax.errors import UserError
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 _STEMS = ("model.safetensors", "pytorch_model.bin")  # names in a Hugging Face folder, the first preferred

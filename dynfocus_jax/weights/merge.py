@@ -9,11 +9,11 @@ import ml_dtypes
 import numpy as np
 
 from dynfocus_jax import trees
-from dynfocus_jax.config import UserError
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.models.vit import resize_positions
 from dynfocus_jax.weights.files import Source, open_weights
 from dynfocus_jax.weights.layout import to_ours, to_published
-from dynfocus_jax.weights.plan import (
+from dynfocus_jax.weights.matching import (
     Plan,
     Slot,
     collapse,

@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 
 from dynfocus_jax.data.budget import Budget
-from dynfocus_jax.data.conversation import TEMPLATES
 from dynfocus_jax.data.lengths import Lengths
-from dynfocus_jax.data.media import MediaReader
+from dynfocus_jax.data.media_reader import MediaReader
 from dynfocus_jax.data.samples import SampleLoader
-from dynfocus_jax.data.sources import Record
 from dynfocus_jax.data.synthetic import write_video
-from dynfocus_jax.data.tokenizer import WordTokenizer
+from dynfocus_jax.records.records import Record
+from dynfocus_jax.text.conversation import TEMPLATES
+from dynfocus_jax.text.tokenizers import WordTokenizer
 
 TOKENIZER = WordTokenizer(["what", "?", "red", "because"])
 BUCKETS = ((1, 8), (4, 8), (4, 20), (9, 20))

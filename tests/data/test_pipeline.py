@@ -11,20 +11,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dynfocus_jax.config import UserError
-from dynfocus_jax.data import media as media_lib
+from dynfocus_jax.data import media_reader as media_lib
 from dynfocus_jax.data import pipeline
 from dynfocus_jax.data.budget import Budget
-from dynfocus_jax.data.conversation import TEMPLATES
 from dynfocus_jax.data.lengths import Lengths
-from dynfocus_jax.data.media import MediaReader
+from dynfocus_jax.data.media_reader import MediaReader
 from dynfocus_jax.data.order import Order
 from dynfocus_jax.data.samples import SampleLoader
 from dynfocus_jax.data.skipped import Skipped
-from dynfocus_jax.data.sources import Record, read_records
 from dynfocus_jax.data.synthetic import write_video
-from dynfocus_jax.data.tokenizer import WordTokenizer
-from dynfocus_jax.data.video import MediaError
+from dynfocus_jax.errors import MediaError, UserError
+from dynfocus_jax.records.records import Record, read_records
+from dynfocus_jax.text.conversation import TEMPLATES
+from dynfocus_jax.text.tokenizers import WordTokenizer
 
 TOKENIZER = WordTokenizer(["what", "?", "red", "disc", "why", "because"])  # ids 4 to 9
 

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dynfocus_jax.config import UserError
 from dynfocus_jax.data.budget import Budget
-from dynfocus_jax.data.conversation import TEMPLATES, SampleError
-from dynfocus_jax.data.media import MediaReader
+from dynfocus_jax.data.media_reader import MediaReader
 from dynfocus_jax.data.samples import SampleLoader
 from dynfocus_jax.data.skipped import Shortened, Skipped
-from dynfocus_jax.data.sources import Record, Refused
 from dynfocus_jax.data.synthetic import write_video
-from dynfocus_jax.data.tokenizer import WordTokenizer
+from dynfocus_jax.errors import SampleError, UserError
+from dynfocus_jax.records.records import Record, Refused
+from dynfocus_jax.text.conversation import TEMPLATES
+from dynfocus_jax.text.tokenizers import WordTokenizer
 
 TOKENIZER = WordTokenizer(["what", "?", "red", "disc", "why", "because"])  # ids 4 to 9
 THREE = (("what ?", "red"), ("why ?", "because"), ("what why ?", "disc"))  # 5, 9 and 14 tokens with <bos>

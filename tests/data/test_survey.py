@@ -9,12 +9,12 @@ from PIL import Image
 
 from dynfocus_jax.config import source, stage
 from dynfocus_jax.data.budget import Budget
-from dynfocus_jax.data.conversation import TEMPLATES
-from dynfocus_jax.data.media import MediaReader
-from dynfocus_jax.data.mixture import Mixture
+from dynfocus_jax.data.media_reader import MediaReader
 from dynfocus_jax.data.samples import SampleLoader
 from dynfocus_jax.data.survey import Surveyor, distribution
-from dynfocus_jax.data.tokenizer import WordTokenizer
+from dynfocus_jax.records.mixture import Mixture
+from dynfocus_jax.text.conversation import TEMPLATES
+from dynfocus_jax.text.tokenizers import WordTokenizer
 
 WORDS = ["why", "?", "so", "because"]
 

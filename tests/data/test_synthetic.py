@@ -19,8 +19,8 @@ from dynfocus_jax.data.synthetic import (
     shape_mask,
     write_video,
 )
-from dynfocus_jax.data.tokenizer import WordTokenizer
-from dynfocus_jax.data.video import read_media, read_video
+from dynfocus_jax.media.video import read_media, read_video
+from dynfocus_jax.text.tokenizers import WordTokenizer
 from tests.data.conftest import COUNTS
 
 VIDEO_SPLITS = ("train", "validation", "heldout")

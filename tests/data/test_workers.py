@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dynfocus_jax.config import UserError
 from dynfocus_jax.data.budget import Budget
-from dynfocus_jax.data.conversation import TEMPLATES
-from dynfocus_jax.data.media import MediaReader
+from dynfocus_jax.data.media_reader import MediaReader
 from dynfocus_jax.data.order import Order
 from dynfocus_jax.data.pipeline import make_dataset
 from dynfocus_jax.data.samples import SampleLoader
 from dynfocus_jax.data.skipped import Shortened, Skipped
-from dynfocus_jax.data.sources import Record
 from dynfocus_jax.data.synthetic import write_video
-from dynfocus_jax.data.tokenizer import WordTokenizer
+from dynfocus_jax.errors import UserError
+from dynfocus_jax.records.records import Record
+from dynfocus_jax.text.conversation import TEMPLATES
+from dynfocus_jax.text.tokenizers import WordTokenizer
 from tests.commands import REPOSITORY
 
 TOKENIZER = WordTokenizer(["what", "?", "red", "disc", "why", "because"])

@@ -6,13 +6,13 @@ import runpy
 import shutil
 from pathlib import Path
 
-from dynfocus_jax.data.media import MediaReader
-from dynfocus_jax.data.sampling import UNIFORM
+from dynfocus_jax.data.media_reader import MediaReader
 from dynfocus_jax.evaluation.benchmark_run import begin, run
 from dynfocus_jax.evaluation.benchmarks import read_benchmark
-from dynfocus_jax.evaluation.prompting import Clips
+from dynfocus_jax.evaluation.question_prompts import Clips
+from dynfocus_jax.media.frame_sampling import UNIFORM
 from dynfocus_jax.serving.engine import Completion
-from tests.data.videos import encode, numbered
+from tests.media.videos import encode, numbered
 
 FRAMES = 4
 COLOURS = ["A. Red.", "B. Blue.", "C. Green.", "D. Grey."]

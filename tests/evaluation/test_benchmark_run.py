@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dynfocus_jax.config import RunError, UserError
+from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.evaluation.answering import share_of
 from dynfocus_jax.evaluation.benchmark_run import Share, begin, report, run
 from dynfocus_jax.evaluation.benchmarks import read_benchmark

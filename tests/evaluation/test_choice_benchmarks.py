@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from dynfocus_jax.config import UserError
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.evaluation.benchmarks import BENCHMARKS, lvbench, read_benchmark
 from tests.evaluation.miniature import COLOURS, Scripted, evaluate, settings, videomme, videos, write_json
 

@@ -9,7 +9,7 @@ from email.utils import formatdate
 
 import pytest
 
-from dynfocus_jax.config import RunError, UserError
+from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.evaluation.judge import Item, Judge, Verdict, summarize
 from dynfocus_jax.evaluation.judge_endpoint import JudgeSettings
 from tests.evaluation.chat_server import chat_server, completion, drip, flood, reset, say, send

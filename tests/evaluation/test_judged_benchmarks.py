@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dynfocus_jax.config import RunError
+from dynfocus_jax.errors import RunError
 from dynfocus_jax.evaluation.judge import Judge
 from dynfocus_jax.evaluation.judge_endpoint import JudgeSettings
 from tests.evaluation.chat_server import chat_server, send

@@ -5,7 +5,7 @@ In each there are an answer that cannot be understood, a video that is missing, 
 
 import pytest
 
-from dynfocus_jax.config import UserError
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.evaluation.benchmarks import nextqa, read_benchmark
 from tests.evaluation.miniature import NEXTQA, Scripted, evaluate, videos, write_csv, write_json
 

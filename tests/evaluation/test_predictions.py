@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dynfocus_jax.config import RunError, UserError
+from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.evaluation.predictions import Predictions
 
 

@@ -19,7 +19,7 @@ from transformers import (
 from dynfocus_jax import trees
 from dynfocus_jax.batch import padding_sample
 from dynfocus_jax.config import default_config
-from dynfocus_jax.models.dynfocus import build_model
+from dynfocus_jax.video_language_model import build_model
 
 C, D = 1408, 4096
 FRAMES, WORDS, QUESTION = 200, 48, 256

@@ -10,14 +10,14 @@ from ml_collections import FrozenConfigDict
 from safetensors.numpy import load_file
 
 from dynfocus_jax import trees
-from dynfocus_jax.models.dynfocus import build_model
 from dynfocus_jax.models.llama import PROJECTIONS, Llama
 from dynfocus_jax.parallel.sharding import to_devices
 from dynfocus_jax.training.optimizer import make_optimizer, schedule
 from dynfocus_jax.training.state import TrainState, abstract_state, init_params, param_shapes, state_shardings
 from dynfocus_jax.training.step import make_train_step
+from dynfocus_jax.video_language_model import build_model
 from dynfocus_jax.weights.export import merge_lora
-from dynfocus_jax.weights.model import export_model
+from dynfocus_jax.weights.parts import export_model
 from tests.tiny import make_sample, mesh_of, pad, shaken, stack, tiny_config
 
 RANK, ALPHA = 3, 7.0

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dynfocus_jax.models.connectors import build_connector
+from dynfocus_jax.connectors.connectors_old import build_connector
 from tests.tiny import (
     SAMPLES,
     K,

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from dynfocus_jax.config import RunError, UserError
+from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.parallel.roll_call import roll_call
 from tests.multihost.processes import free_port
 

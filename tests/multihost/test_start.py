@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from dynfocus_jax.config import UserError, default_config
+from dynfocus_jax.config import default_config
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.parallel.start import start as start_processes
 from tests.multihost.processes import LAUNCHER, TRAIN, arguments, begin, end, explicit, free_port
 

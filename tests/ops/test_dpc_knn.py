@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dynfocus_jax.ops.dpc_knn as module
-from dynfocus_jax.config import UserError
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.ops.dpc_knn import dpc_knn, first_twin, square_distances
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "released"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynfocus_jax.config import UserError
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.ops.clustering import cluster, spread
 from dynfocus_jax.ops.dpc_knn import dpc_knn
 from dynfocus_jax.ops.kmeans import kmeans

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynfocus_jax.config import UserError
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.ops.perturbed_topk import distinct_argmax, hard_topk, perturbed_topk
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "released"

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynfocus_jax.config import UserError
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.ops.pooling import masked_mean, pool_grid
 
 

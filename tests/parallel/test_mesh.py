@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from dynfocus_jax.config import UserError, default_config
+from dynfocus_jax.config import default_config
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.parallel.mesh import AXES, make_mesh, mesh_shape
 from dynfocus_jax.parallel.sharding import batch_sharding, local_rows, row_shares, to_devices
 from tests.tiny import mesh_of

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from configs import instruct_7b, released_7b
 from dynfocus_jax import trees
-from dynfocus_jax.config import UserError
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.parallel.sharding import (
     LOGICAL,
     RULES,

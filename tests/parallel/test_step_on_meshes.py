@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from dynfocus_jax import trees
-from dynfocus_jax.models.dynfocus import build_model
 from dynfocus_jax.parallel.sharding import place, to_devices
 from dynfocus_jax.training.optimizer import make_optimizer, schedule
 from dynfocus_jax.training.state import TrainState, abstract_state, init_params, param_shapes, state_shardings
 from dynfocus_jax.training.step import make_train_step
+from dynfocus_jax.video_language_model import build_model
 from tests.tiny import make_sample, mesh_of, pad, shaken, stack, tiny_config
 
 FRAMES, TEXT, ROWS = 7, 13, 16  # more frames than prototypes; text and sequence that 4 devices do not divide

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from dynfocus_jax.models.cooperative import TextContext
+from dynfocus_jax.connectors.dynfocus.cooperative import TextContext
 from dynfocus_jax.models.llama import Llama, rope_frequencies
 from dynfocus_jax.models.qformer import QFormer
 from dynfocus_jax.models.vit import VisionTransformer

@@ -7,9 +7,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from configs import align_7b, siglip2_qwen3
-from dynfocus_jax.data.images import fit, read_image
 from dynfocus_jax.data.synthetic import write_video
-from dynfocus_jax.data.video import read_media
+from dynfocus_jax.media.images import fit, read_image
+from dynfocus_jax.media.video import read_media
 
 ODD_SIZES = [
     *[(224, 224), (225, 224), (224, 225), (640, 427), (427, 640), (333, 500), (500, 333), (1000, 999)],

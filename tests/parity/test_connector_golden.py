@@ -12,10 +12,10 @@ from benchmarks.torch_published import PublishedConnector
 from benchmarks.torch_published import Selection as PublishedSelection
 from dynfocus_jax import trees
 from dynfocus_jax.config import default_config
-from dynfocus_jax.models import event_prototype
-from dynfocus_jax.models.connectors import build_connector
-from dynfocus_jax.models.cooperative import CooperativeEncoding, SpatialPrototypes, TextContext
-from dynfocus_jax.models.event_prototype import EventPrototypes, ScoreNet
+from dynfocus_jax.connectors.connectors_old import build_connector
+from dynfocus_jax.connectors.dynfocus import event_prototypes as event_prototype
+from dynfocus_jax.connectors.dynfocus.cooperative import CooperativeEncoding, SpatialPrototypes, TextContext
+from dynfocus_jax.connectors.dynfocus.event_prototypes import EventPrototypes, ScoreNet
 from dynfocus_jax.ops import perturbed_topk, pooling
 from tests.parity.published import MODULES, our_params
 

@@ -15,11 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dynfocus_jax import trees
-from dynfocus_jax.data.conversation import TEMPLATES, encode_prompt
-from dynfocus_jax.data.tokenizer import PublishedTokenizer
-from dynfocus_jax.models.dynfocus import build_model, make_init
 from dynfocus_jax.serving.engine import Engine
 from dynfocus_jax.serving.requests import Request
+from dynfocus_jax.text.conversation import TEMPLATES, encode_prompt
+from dynfocus_jax.text.tokenizers import PublishedTokenizer
+from dynfocus_jax.video_language_model import build_model, make_init
 from dynfocus_jax.weights.merge import load
 from tests.commands import command
 from tests.tiny import mesh_of

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dynfocus_jax.config import RunError, UserError
+from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.planning import machines
 from dynfocus_jax.planning.machines import CHIPS, devices, parse_machine
 

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from dynfocus_jax import trees
-from dynfocus_jax.data.tokenizer import WordTokenizer
 from dynfocus_jax.parallel.sharding import to_devices
 from dynfocus_jax.planning.flops import count_flops
-from dynfocus_jax.planning.report import device_bytes
+from dynfocus_jax.planning.step_report import device_bytes
 from dynfocus_jax.planning.steps import serving_steps, train_step
 from dynfocus_jax.serving.engine import Engine
+from dynfocus_jax.text.tokenizers import WordTokenizer
 from tests.tiny import make_sample, mesh_of, model_of, pad, random_params, stack, tiny_config
 
 MAX_TEXT, FRAMES, NEW = 24, 6, 4

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from dynfocus_jax.batch import padding_sample
-from dynfocus_jax.config import UserError
-from dynfocus_jax.data.conversation import TEMPLATES, encode_prompt
-from dynfocus_jax.data.tokenizer import WordTokenizer
-from dynfocus_jax.data.video import Clip
-from dynfocus_jax.models.dynfocus import DynFocus
+from dynfocus_jax.errors import UserError
+from dynfocus_jax.media.video import Clip
 from dynfocus_jax.parallel.sharding import to_devices
 from dynfocus_jax.serving.engine import Engine
 from dynfocus_jax.serving.requests import Request
-from dynfocus_jax.serving.sampling import SamplingParams
+from dynfocus_jax.serving.token_sampling import SamplingParams
+from dynfocus_jax.text.conversation import TEMPLATES, encode_prompt
+from dynfocus_jax.text.tokenizers import WordTokenizer
+from dynfocus_jax.video_language_model import DynFocus
 from tests.tiny import (
     MAX_QUERY,
     SIZE,

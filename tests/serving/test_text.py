@@ -4,7 +4,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from dynfocus_jax.serving.text import AnswerText
+from dynfocus_jax.serving.answer_text import AnswerText
 
 
 def decode(ids):

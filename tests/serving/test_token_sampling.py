@@ -12,8 +12,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from dynfocus_jax.config import UserError
-from dynfocus_jax.serving.sampling import SamplingParams, as_rows, check_sampling, choose, kept_logits
+from dynfocus_jax.errors import UserError
+from dynfocus_jax.serving.token_sampling import SamplingParams, as_rows, check_sampling, choose, kept_logits
 
 VOCAB = 50
 SETTINGS = [

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from dynfocus_jax.config import RunError, UserError
+from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.training.checkpoints import StageCheckpoints
 from dynfocus_jax.training.state import TrainState
 from dynfocus_jax.version import code_version

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dynfocus_jax import trees
-from dynfocus_jax.config import UserError, source
+from dynfocus_jax.config import source
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.training import loop
 
 STAGE = 1  # one that is compiled fast

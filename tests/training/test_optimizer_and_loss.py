@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dynfocus_jax.batch import padding_sample
-from dynfocus_jax.config import UserError, stage
+from dynfocus_jax.config import stage
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.training.losses import answer_loss, chunked_answer_loss
 from dynfocus_jax.training.optimizer import make_optimizer, schedule
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from dynfocus_jax import trees
-from dynfocus_jax.config import RunError, UserError
 from dynfocus_jax.data.prepare import prepare
+from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.training import loop
 from dynfocus_jax.training.checkpoints import restore_params
 from tests.tiny import tiny_config

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dynfocus_jax.weights.model import abstract_params
+from dynfocus_jax.weights.parts import abstract_params
 from tests.tiny import tiny_config
 from tests.weights.published import random_params
 

@@ -14,15 +14,15 @@ from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
 
 from dynfocus_jax import trees
-from dynfocus_jax.config import UserError
 from dynfocus_jax.data.prepare import make_tokenizer, prepare
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.models.llama import Llama
 from dynfocus_jax.training.checkpoints import read_params, save_params
 from dynfocus_jax.training.loop import StageRun, check_initial
 from dynfocus_jax.validation import validate
 from dynfocus_jax.weights.export import new_folder
 from dynfocus_jax.weights.merge import DTYPES
-from dynfocus_jax.weights.model import abstract_params, export_model, read_model
+from dynfocus_jax.weights.parts import abstract_params, export_model, read_model
 from tests.commands import command
 from tests.tiny import mesh_of
 from tests.weights import published

@@ -9,10 +9,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from dynfocus_jax import trees
-from dynfocus_jax.config import UserError
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.models.vit import resize_positions
 from dynfocus_jax.weights import merge
-from dynfocus_jax.weights.model import abstract_params
+from dynfocus_jax.weights.parts import abstract_params
 from dynfocus_jax.weights.tables import FAMILIES
 from tests.weights import published
 from tests.weights.conftest import small_config

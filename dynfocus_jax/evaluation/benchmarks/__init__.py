@@ -4,8 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dynfocus_jax.config import UserError
-from dynfocus_jax.data.media_paths import MediaFolder
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.evaluation.benchmarks import (
     lvbench,
     mlvu,
@@ -20,6 +19,7 @@ from dynfocus_jax.evaluation.benchmarks import (
 from dynfocus_jax.evaluation.grading import Graded
 from dynfocus_jax.evaluation.measures import Measure
 from dynfocus_jax.evaluation.questions import Question, with_unique_ids
+from dynfocus_jax.media.folder import MediaFolder
 
 
 class Benchmark(NamedTuple):

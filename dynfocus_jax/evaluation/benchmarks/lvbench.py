@@ -3,9 +3,6 @@
 import re
 from pathlib import Path
 
-from dynfocus_jax.data.fields import id_of, kind_of, require, text_of
-from dynfocus_jax.data.media_paths import MediaFolder
-from dynfocus_jax.data.prompts import LETTERS
 from dynfocus_jax.evaluation.measures import accuracy_by
 from dynfocus_jax.evaluation.questions import (
     Question,
@@ -15,6 +12,9 @@ from dynfocus_jax.evaluation.questions import (
     table_entries,
     with_suffixes,
 )
+from dynfocus_jax.media.folder import MediaFolder
+from dynfocus_jax.records.fields import id_of, kind_of, require, text_of
+from dynfocus_jax.records.prompts import LETTERS
 
 _OPTION = re.compile(r"^\s*\(?([A-Z])[).]\s*", re.MULTILINE)
 # As the paper abbreviates them.

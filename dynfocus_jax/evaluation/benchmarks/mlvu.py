@@ -3,9 +3,6 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dynfocus_jax.data.entries import list_entries
-from dynfocus_jax.data.fields import id_of, text_of
-from dynfocus_jax.data.media_paths import MediaFolder
 from dynfocus_jax.evaluation.grading import Graded
 from dynfocus_jax.evaluation.measures import Measured, mean, mean_over, tabulate
 from dynfocus_jax.evaluation.questions import (
@@ -17,6 +14,9 @@ from dynfocus_jax.evaluation.questions import (
     texts_of,
     word_of,
 )
+from dynfocus_jax.media.folder import MediaFolder
+from dynfocus_jax.records.entries import list_entries
+from dynfocus_jax.records.fields import id_of, text_of
 
 FILES = (
     "1_plotQA.json",

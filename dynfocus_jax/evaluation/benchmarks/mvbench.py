@@ -3,9 +3,6 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from dynfocus_jax.data.entries import list_entries
-from dynfocus_jax.data.fields import path_of, span_of, text_of
-from dynfocus_jax.data.media_paths import MediaFolder
 from dynfocus_jax.evaluation.measures import mean_over
 from dynfocus_jax.evaluation.questions import (
     Question,
@@ -15,6 +12,9 @@ from dynfocus_jax.evaluation.questions import (
     read_questions,
     texts_of,
 )
+from dynfocus_jax.media.folder import MediaFolder
+from dynfocus_jax.records.entries import list_entries
+from dynfocus_jax.records.fields import path_of, span_of, text_of
 
 
 class _Task(NamedTuple):

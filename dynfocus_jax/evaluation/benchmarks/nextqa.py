@@ -3,11 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dynfocus_jax.config import UserError
-from dynfocus_jax.data.entries import Invalid, csv_entries, read_json
-from dynfocus_jax.data.fields import id_of, kind_of, require, text_of
-from dynfocus_jax.data.media_paths import MediaFolder
-from dynfocus_jax.data.prompts import LETTERS
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.evaluation.grading import Graded
 from dynfocus_jax.evaluation.measures import Measured, accuracy, accuracy_by, mean, tabulate
 from dynfocus_jax.evaluation.questions import (
@@ -17,6 +13,10 @@ from dynfocus_jax.evaluation.questions import (
     read_questions,
     with_suffixes,
 )
+from dynfocus_jax.media.folder import MediaFolder
+from dynfocus_jax.records.entries import Invalid, csv_entries, read_json
+from dynfocus_jax.records.fields import id_of, kind_of, require, text_of
+from dynfocus_jax.records.prompts import LETTERS
 
 _OPTIONS = ("a0", "a1", "a2", "a3", "a4")
 _KINDS = {"C": "causal", "T": "temporal", "D": "descriptive"}

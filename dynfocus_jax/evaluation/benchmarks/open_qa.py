@@ -2,10 +2,7 @@
 
 from pathlib import Path
 
-from dynfocus_jax.config import UserError
-from dynfocus_jax.data.entries import Invalid
-from dynfocus_jax.data.fields import id_of, text_of
-from dynfocus_jax.data.media_paths import MediaFolder
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.evaluation.questions import (
     Question,
     media_file,
@@ -14,6 +11,9 @@ from dynfocus_jax.evaluation.questions import (
     with_suffixes,
     word_of,
 )
+from dynfocus_jax.media.folder import MediaFolder
+from dynfocus_jax.records.entries import Invalid
+from dynfocus_jax.records.fields import id_of, text_of
 
 RUBRICS = {"judge": "video_chatgpt_qa"}
 

@@ -3,9 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from dynfocus_jax.data.entries import list_entries
-from dynfocus_jax.data.fields import text_of
-from dynfocus_jax.data.media_paths import MediaFolder
 from dynfocus_jax.evaluation.questions import (
     Question,
     annotation_files,
@@ -13,6 +10,9 @@ from dynfocus_jax.evaluation.questions import (
     read_questions,
     with_suffixes,
 )
+from dynfocus_jax.media.folder import MediaFolder
+from dynfocus_jax.records.entries import list_entries
+from dynfocus_jax.records.fields import text_of
 
 FILES = ("generic_qa.json", "temporal_qa.json", "consistency_qa.json")
 # {dimension: what the judge is asked}, the dimensions as the papers abbreviate them.

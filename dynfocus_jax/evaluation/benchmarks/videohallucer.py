@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dynfocus_jax.data.entries import list_entries
-from dynfocus_jax.data.fields import kind_of, require, text_of
-from dynfocus_jax.data.media_paths import MediaFolder
 from dynfocus_jax.evaluation.grading import Graded
 from dynfocus_jax.evaluation.measures import Measured, accuracy, all_right, mean, of_all, tabulate
 from dynfocus_jax.evaluation.questions import Question, annotation_files, media_file, read_questions
+from dynfocus_jax.media.folder import MediaFolder
+from dynfocus_jax.records.entries import list_entries
+from dynfocus_jax.records.fields import kind_of, require, text_of
 
 SETS = ("object_relation", "temporal", "semantic_detail", "external_factual", "external_nonfactual")
 

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from dynfocus_jax.data.fields import id_of, kind_of, require, text_of
-from dynfocus_jax.data.media_paths import MediaFolder
 from dynfocus_jax.evaluation.measures import accuracy_by
 from dynfocus_jax.evaluation.questions import (
     Question,
@@ -17,6 +15,8 @@ from dynfocus_jax.evaluation.questions import (
     with_suffixes,
     word_of,
 )
+from dynfocus_jax.media.folder import MediaFolder
+from dynfocus_jax.records.fields import id_of, kind_of, require, text_of
 
 measure = accuracy_by("duration", "domain", "sub_category", "task_type")
 

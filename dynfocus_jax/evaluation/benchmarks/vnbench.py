@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from dynfocus_jax.config import UserError
-from dynfocus_jax.data.fields import require, text_of
-from dynfocus_jax.data.media_paths import MediaFolder
+from dynfocus_jax.errors import UserError
 from dynfocus_jax.evaluation.measures import all_right, mean_over
 from dynfocus_jax.evaluation.questions import (
     Question,
@@ -16,6 +14,8 @@ from dynfocus_jax.evaluation.questions import (
     texts_of,
     word_of,
 )
+from dynfocus_jax.media.folder import MediaFolder
+from dynfocus_jax.records.fields import require, text_of
 
 TRIES = 4
 _TASKS = {"ret": "retrieval", "ord": "ordering", "cnt": "counting"}

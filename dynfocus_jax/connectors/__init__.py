@@ -1,0 +1,1 @@
+"""Connectors: the methods that turn frame features into language tokens, one file each."""

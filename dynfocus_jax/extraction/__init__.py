@@ -1,1 +1,0 @@
-"""Features of the frozen vision tower: which media, through the tower, into shards."""

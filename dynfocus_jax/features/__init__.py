@@ -1,0 +1,1 @@
+"""Features of the frozen vision tower on disk: extraction, shards and readers."""

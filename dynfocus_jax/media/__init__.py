@@ -1,0 +1,1 @@
+"""Media files to frames: containers, decoding, frame sampling, images, subtitles."""

@@ -1,0 +1,1 @@
+"""Annotation files to records: entries, formats and mixtures."""

@@ -1,0 +1,456 @@
+"""Training from features is training from pixels: what is extracted, read, computed, and what is refused."""
+
+import itertools
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from dynfocus_jax import trees
+from dynfocus_jax.data.prepare import make_media_reader, make_tokenizer
+from dynfocus_jax.errors import MediaError, UserError
+from dynfocus_jax.evaluation.held_out import check_features, evaluate_run
+from dynfocus_jax.extract import extract_features
+from dynfocus_jax.features.store import Key, key_of, read_index
+from dynfocus_jax.parallel.sharding import place
+from dynfocus_jax.planning.steps import train_step
+from dynfocus_jax.records.mixture import Mixture
+from dynfocus_jax.records.records import Record, read_records
+from dynfocus_jax.training.checkpoints import read_params, save_params
+from dynfocus_jax.training.loop import StageRun
+from dynfocus_jax.training.stage_data import make_loader, stage_budget
+from dynfocus_jax.training.state import abstract_params, init_params
+from dynfocus_jax.validation import validate
+from dynfocus_jax.video_language_model import DynFocus, build_model
+from tests.features.conftest import entry
+from tests.features.small import CALL, FRAMES, make_config
+from tests.tiny import make_sample, mesh_of, pad, shaken, stack
+
+RNG = np.random.default_rng(0)
+# What only shifts all scores, or all logits of a query: Adam makes steps of a zero gradient's rounding.
+NO_GRADIENT = ("score_net/out_dense_2/bias", "attention/key/bias", "context/key/bias")
+MOVIES = [("a.pkl", 5), ("b.pkl", 40)]  # with their numbers of frames
+
+
+def records(config, folder, index):
+    found = Mixture(config.stages[index], folder, 0).records
+    return [record for record in found if record.media is not None]
+
+
+def shards(path):
+    return {file.name: file.read_bytes() for file in path.glob("features-*")}
+
+
+# --- What is extracted --------------------------------------------------------------------------------
+
+
+def test_every_medium_is_there_once(extracted, folder):
+    index = read_index(extracted["float32"])
+    expected = {
+        **{Key(name, "video", None): (2, 16) for name in FRAMES},
+        Key("long.mp4", "video", (1.0, 3.0)): (2, 16),
+        Key("0.png", "image", None): (1,),
+        Key("1.png", "image", None): (1,),
+    }
+    expected[Key("middle.mp4", "video", None)] = expected[Key("long.mp4", "video", None)] = (2, 8, 16)
+    assert {key: entry.limits for key, entry in index.items()} == expected
+    # Of 3 frames all are there, as of 2 frames two of them are; a picture that never changes is kept once.
+    assert index[Key("short.mp4", "video", None)].frames == 3
+    assert index[Key("still.mp4", "video", None)].frames == 1
+    assert index[Key("middle.mp4", "video", None)].frames == 11
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_clips_are_those_of_pixels_through_the_tower(extracted, folder, initial, dtype):
+    """For every record and bucket: times, numbers, and bit for bit what the tower makes of pixels."""
+    config = make_config(folder, initial, dtype)
+    config.data.features = str(extracted[dtype])
+    pixels, features = make_media_reader(config), make_media_reader(config, folder)
+    model = build_model(config, "dynfocus")
+    params = {"vision": jax.tree.map(lambda x: x.astype(dtype), read_params(initial)["vision"])}
+
+    @jax.jit
+    def tower(frames):
+        return model.apply({"params": params}, frames, method=lambda model, x: model.vision(x, keep_cls=True))
+
+    for index in range(2):
+        limits = [frames for frames, _ in stage_budget(config, index).buckets]
+        for record, limit in itertools.product(records(config, folder, index), limits):
+            there, here = pixels.read(record, limit, RNG), features.read(record, limit, RNG)
+            np.testing.assert_array_equal(here.times, there.times)
+            np.testing.assert_array_equal(here.indices, there.indices)
+            # As many frames as went through the tower at once: sums may be taken in another order otherwise.
+            padded = np.zeros((CALL, *there.frames.shape[1:]), np.uint8)
+            padded[: len(there.frames)] = there.frames
+            expected = np.asarray(tower(padded[None]))[0, : len(there.frames)]
+            assert here.frames.dtype == expected.dtype == {"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype)
+            np.testing.assert_array_equal(here.frames, expected)
+            assert np.ptp(here.frames.astype(np.float32)) > 0.1
+            assert features.info(record.media) == pixels.info(record.media)
+
+
+# --- What is computed ---------------------------------------------------------------------------------
+
+
+def run_stages(config, folder, workdir, count=2):
+    """Metrics of all steps, and the parameters at the end."""
+    config.log_every = 1
+    validate(config)
+    tokenizer = make_tokenizer(config, folder / "vocabulary.json")
+    params = read_params(Path(config.initial))
+    for index in range(count):
+        run = StageRun(config, index, workdir=workdir, data_root=folder, tokenizer=tokenizer, mesh=mesh_of())
+        params, _ = run.run(params)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return lines, trees.flatten(jax.device_get(params))
+
+
+def test_training_computes_the_same(config, folder, extracted, tmp_path):
+    """Same buckets and samples, same losses, same parameters; videos, images and text in two buckets."""
+    pixels, expected = run_stages(config, folder, tmp_path / "pixels", count=1)
+    config.data.features = str(extracted["float32"])
+    features, found = run_stages(config, folder, tmp_path / "features", count=1)
+    assert len(pixels) == 3
+    for one, other in zip(pixels, features, strict=True):
+        assert [one[key] for key in ("stage", "step")] == [other[key] for key in ("stage", "step")]
+        np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-5)
+        np.testing.assert_allclose(other["grad_norm"], one["grad_norm"], rtol=1e-4)
+    assert np.ptp([line["loss"] for line in pixels]) > 1e-3
+    assert found.keys() == expected.keys()  # the tower too, so that pixels can be read again
+    for path, leaf in found.items():
+        if path.endswith(NO_GRADIENT):
+            continue
+        np.testing.assert_allclose(leaf, expected[path], atol=1e-4, err_msg=path)
+        assert path.startswith("vision/") <= np.array_equal(leaf, expected[path])
+    assert not (tmp_path / "features" / "skipped.jsonl").exists()
+
+
+def test_features_are_not_a_setting_that_matters(config, folder, extracted, tmp_path):
+    """A run that began with pixels goes on with features."""
+    tokenizer = make_tokenizer(config, folder / "vocabulary.json")
+
+    def stage_run():
+        return StageRun(config, 1, workdir=tmp_path, data_root=folder, tokenizer=tokenizer, mesh=mesh_of())
+
+    stage_run().run(read_params(Path(config.initial)), stop_at=1)
+    config.data.features = str(extracted["float32"])
+    assert stage_run().checkpoints.latest_step() == 1
+
+
+def test_evaluation_gives_the_same_answers(config, folder, extracted, tmp_path):
+    for each in config.stages:
+        each.connector = "pooled"
+    config.evaluation.update({"annotations": "align.json", "media_frames": 16, "batch_size": 4})
+    params = init_like(config)
+    tokenizer = make_tokenizer(config, folder / "vocabulary.json")
+    found = {}
+    for name in (None, str(extracted["float32"])):
+        config.data.features = name
+        check_features(config, folder)
+        workdir = tmp_path / str(name is None)
+        workdir.mkdir()
+        inputs = {"data_root": folder, "tokenizer": tokenizer, "workdir": workdir, "mesh": mesh_of()}
+        evaluate_run(config, params, **inputs)
+        found[name] = (workdir / "predictions.jsonl").read_text()
+        assert not (workdir / "skipped.jsonl").exists()
+    one, other = found.values()
+    assert one == other
+    assert len({json.loads(line)["prediction"] for line in one.splitlines()}) > 1
+    config.evaluation.media_frames = 7
+    with pytest.raises(UserError, match="not for 7; run extract again"):
+        check_features(config, folder)
+
+
+def init_like(config):
+    """The parameters of the model: those of the checkpoint, and a connector."""
+    model = build_model(config, config.stages[-1].connector)
+    shapes = abstract_params(config, len(config.stages) - 1, mesh_of())
+    held = trees.flatten(read_params(Path(config.initial)))
+    fresh = {path: leaf for path, leaf in shapes.items() if path not in held}
+    fresh = jax.device_get(shaken(trees.unflatten(init_params(model, jax.random.key(0), fresh))))
+    params = held | trees.flatten(fresh)
+    return trees.unflatten({path: place(params[path], shape) for path, shape in shapes.items()})
+
+
+def test_a_batch_of_features_is_not_run_through_the_tower(config, extracted):
+    """The planned step has the features as its argument, and no program for the tower."""
+    config.data.features = str(extracted["float32"])
+    mesh = mesh_of()
+    step = train_step(config, 1, mesh)
+    _, batch = step.arguments
+    assert batch.frames.shape == (4, 8, 16, 16)
+    assert batch.frames.dtype == np.float32
+    with_features = step.function.lower(*step.arguments).as_text()
+    config.data.features = None
+    step = train_step(config, 1, mesh)
+    assert step.arguments[1].frames.shape == (4, 8, 16, 16, 3)
+    without = step.function.lower(*step.arguments).as_text()
+    assert "tensor<4x8x16x16x3xui8>" in without
+    assert "ui8" not in with_features
+    assert with_features.count("dot_general") < without.count("dot_general")
+
+
+def test_padding_does_not_matter(config, initial):
+    """A sample of features gives the same visual tokens in a bucket of more frames."""
+    model = build_model(config, "pooled")
+    frames = np.random.default_rng(0).standard_normal((1, 3, 16, 16)).astype(np.float32)
+    mask = np.array([[True, True, True]])
+
+    def tokens(frames, mask):
+        batch = _batch(frames, mask)
+        params = model.init(jax.random.key(0), batch)
+        return model.apply(params, batch, method=DynFocus.visual_tokens)
+
+    alone = tokens(frames, mask)
+    padded = tokens(np.pad(frames, ((0, 0), (0, 2), (0, 0), (0, 0))), np.pad(mask, ((0, 0), (0, 2))))
+    count = int(alone.count[0])
+    assert int(padded.count[0]) == count == 3 * 4
+    np.testing.assert_allclose(padded.tokens[:, :count], alone.tokens[:, :count], atol=1e-6)
+
+
+def _batch(frames, mask):
+    sample = stack([pad(make_sample(np.random.default_rng(0), 1, 6, 4), 1, 8)])
+    return sample._replace(frames=frames, frame_mask=mask, oracle_frames=np.zeros_like(mask))
+
+
+# --- Going on -----------------------------------------------------------------------------------------
+
+
+def test_only_what_is_missing_is_extracted(config, folder, tmp_path):
+    out = tmp_path / "f"
+    first = extract_features(config, out, stage="instruct", batch_size=CALL)
+    assert (first.media, first.skipped) == (3, 0)
+    before = shards(out)
+    assert extract_features(config, out, stage="instruct", batch_size=CALL).media == 0
+    assert shards(out) == before
+    # Of those that both stages have, other frames were missing: they are extracted again, for all limits.
+    second = extract_features(config, out, batch_size=CALL)
+    assert second.media == 6
+    assert before.items() <= shards(out).items()
+    index = read_index(out)
+    assert index[Key("long.mp4", "video", None)].limits == (2, 8, 16)
+    assert len(index) == 7
+    config.data.features = str(out)
+    reader, pixels = make_media_reader(config, folder), make_media_reader(config)
+    record = Record("a", folder / "long.mp4", ())
+    for limit in (2, 8, 16):
+        assert (
+            reader.read(record, limit, RNG).times.tolist() == pixels.read(record, limit, RNG).times.tolist()
+        )
+
+
+def test_bad_media_are_listed_and_do_not_stop_it(config, folder, tmp_path, extracted):
+    (folder / "text.mp4").write_text("no video")
+    good = json.loads((folder / "align.json").read_text())
+    bad = [entry("none", "gone.mp4"), entry("text", "text.mp4")]
+    (folder / "bad.json").write_text(json.dumps([bad[0], *good, bad[1]]))
+    config.stages[0].annotations = "bad.json"
+    done = extract_features(config, tmp_path, batch_size=CALL)
+    assert (done.media, done.skipped) == (7, 2)
+    listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [(each["id"], each["source"]) for each in listed] == [("none", "bad"), ("text", "bad")]
+    assert "no such file" in listed[0]["reason"]
+    assert "not a readable video" in listed[1]["reason"]
+    # What is there is what it was without them, and they are tried again.
+    for key, there in read_index(extracted["float32"]).items():
+        assert read_index(tmp_path)[key].checksum == there.checksum
+    assert extract_features(config, tmp_path, batch_size=CALL) == (0, 0, 2)
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 2
+    # In training they are skipped for that reason.
+    config.data.features = str(tmp_path)
+    with pytest.raises(MediaError, match=r"gone\.mp4: .*no features of it, see its skipped\.jsonl"):
+        make_media_reader(config, folder).read(Record("none", folder / "gone.mp4", ()), 2, RNG)
+
+
+def test_too_many_bad_media_stop_it(config, folder, tmp_path):
+    many = [entry(f"n{i}", f"gone{i}.mp4") for i in range(31)]
+    (folder / "many.json").write_text(json.dumps(many))
+    config.stages[0].annotations = "many.json"
+    with pytest.raises(UserError, match="31 of 31 samples could not be used"):
+        extract_features(config, tmp_path, batch_size=CALL)
+
+
+def test_evaluation_is_extracted_too(config, folder, tmp_path):
+    config.evaluation.update({"annotations": "instruct.json", "media_frames": 5})
+    assert extract_features(config, tmp_path, stage="evaluation", batch_size=CALL).media == 3
+    index = read_index(tmp_path)
+    assert index[key_of(Record("a", folder / "long.mp4", ()), folder)].limits == (5,)
+
+
+# --- What is refused ----------------------------------------------------------------------------------
+
+
+def test_a_stage_that_trains_the_tower(config, folder, extracted, tmp_path):
+    config.stages[1].trainable = ("vision/.*", "language/.*")
+    sentence = "stage 'instruct' trains the vision tower"
+    with pytest.raises(UserError, match=sentence):
+        extract_features(config, tmp_path / "f", stage="align")
+    config.data.features = str(extracted["float32"])
+    with pytest.raises(UserError, match=sentence):
+        run_stages(config, folder, tmp_path / "run")
+
+
+def test_features_of_another_tower(config, folder, initial, extracted, tmp_path):
+    """One bit of one weight."""
+    params = read_params(initial)
+    params["vision"]["position"] = params["vision"]["position"].copy()
+    params["vision"]["position"].view(np.uint32)[3, 5] ^= 1
+    save_params(tmp_path / "other", params)
+    config.initial = str(tmp_path / "other")
+    config.data.features = str(extracted["float32"])
+    with pytest.raises(UserError, match=r"were computed by another vision tower .*set config\.initial"):
+        run_stages(config, folder, tmp_path / "run", count=1)
+    config.data.features = None
+    with pytest.raises(UserError, match=r"weights: there .*, here"):
+        extract_features(config, extracted["float32"], batch_size=CALL)
+
+
+def test_features_of_other_buckets(config, folder, extracted, tmp_path):
+    """At the start of the run, not after hours of it."""
+    config.data.features = str(extracted["float32"])
+    config.stages[1].num_frames = 9
+    with pytest.raises(UserError, match=r"2 of 3 records have no features.* not for 9; run extract again"):
+        run_stages(config, folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            lambda c: c.data.sampling.update({"kind": "segments", "pick": "random"}),
+            "sampling.pick is 'random'",
+        ),
+        (lambda c: c.stages[0].update({"on_overflow": "fewer_frames"}), "on_overflow is 'fewer_frames'"),
+    ],
+)
+def test_frames_that_are_not_known_before(config, extracted, tmp_path, change, named):
+    change(config)
+    with pytest.raises(UserError, match=named):
+        extract_features(config, tmp_path)
+    validate(config)
+    config.data.features = str(extracted["float32"])
+    with pytest.raises(UserError, match=named):
+        validate(config)
+
+
+def test_no_tower(config, initial, tmp_path):
+    config.initial = None
+    with pytest.raises(UserError, match=r"config\.initial is not set; name the checkpoint"):
+        extract_features(config, tmp_path / "f")
+    save_params(tmp_path / "i", {"language": read_params(initial)["language"]})
+    config.initial = str(tmp_path / "i")
+    with pytest.raises(UserError, match=r"does not fit config\.model: it lacks vision"):
+        extract_features(config, tmp_path / "f")
+    assert not (tmp_path / "f").exists()
+
+
+def test_an_unknown_stage(config, tmp_path):
+    with pytest.raises(UserError, match="--stage is 'nothing', expected one of align, instruct"):
+        extract_features(config, tmp_path / "f", stage="nothing")
+
+
+def test_a_disk_that_is_too_small(config, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"--output .* GiB free, but the features will have about .* GiB"):
+        extract_features(config, tmp_path)
+
+
+# --- Movies -------------------------------------------------------------------------------------------
+
+
+def test_movies_are_converted_without_a_tower(config, folder, tmp_path, movie):
+    (folder / "movies").mkdir()
+    values = {name: movie(folder / "movies" / name, frames, seed=frames) for name, frames in MOVIES}
+    (folder / "movies" / "broken.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    config.initial = None
+    done = extract_features(config, tmp_path, movies=folder / "movies")
+    assert (done.media, done.skipped) == (2, 1)
+    (listed,) = map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines())
+    assert "broken.pkl: no movie features" in listed["reason"]
+    config.data.features = str(tmp_path)
+    reader = make_media_reader(config, folder)
+    for name, frames in MOVIES:
+        record = Record("a", folder / "movies" / name, ())
+        for limit in (2, 8, 16):
+            clip = reader.read(record, limit, RNG)
+            count = min(limit, frames)
+            chosen = ((2 * np.arange(count) + 1) * frames) // (2 * count)
+            assert clip.indices.tolist() == chosen.tolist()
+            assert clip.times.tolist() == chosen.tolist()  # a frame a second
+            np.testing.assert_array_equal(clip.frames, values[name][chosen].astype(np.float32))
+        assert reader.info(record.media).frames == frames
+        said = reader.features.subtitles(record)
+        assert [(each.start, each.end, each.text) for each in said] == [
+            (i, i + 1, f"word {i}") for i in range(1, frames, 2)
+        ]
+
+
+def test_movies_beside_videos_train(config, folder, tmp_path, movie):
+    """Records that name movie features are converted, those that name videos extracted, into one folder."""
+    movie(folder / "c.pkl", 12)
+    (folder / "both.json").write_text(
+        json.dumps([entry("m", "c.pkl"), entry("p", "c.pkl", start=2.5, end=6.0), entry("v", "short.mp4")])
+    )
+    config.stages = config.stages[1:]
+    config.stages[0].update({"annotations": "both.json", "batch_size": 3, "steps": 2})
+    assert extract_features(config, tmp_path / "f", batch_size=CALL).media == 3
+    config.data.features = str(tmp_path / "f")
+    record = Record("p", folder / "c.pkl", (), span=(2.5, 6.0))
+    assert make_media_reader(config, folder).read(record, 8, RNG).times.tolist() == [2.0, 3.0, 4.0, 5.0]
+    lines, _ = run_stages(config, folder, tmp_path / "run", count=1)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert not (tmp_path / "run" / "skipped.jsonl").exists()
+
+
+def test_subtitles_of_movies_reach_the_batch(config, folder, tmp_path, movie):
+    """Those that came with the features, and a file of the record's own instead."""
+    movie(folder / "said.pkl", 12, said="<image>red" + "<image>" * 7 + "<image>square disc" + "<image>" * 3)
+    (folder / "own.srt").write_text("00:00:05,000 --> 00:00:06,000\nblue\n")
+    entries = [entry("m", "said.pkl"), entry("o", "said.pkl", subtitles="own.srt")]
+    (folder / "said.json").write_text(json.dumps(entries))
+    config.stages = config.stages[1:]
+    config.stages[0].update(
+        {"annotations": "said.json", "batch_size": 2, "steps": 2, "num_frames": 4, "max_subtitle": 5}
+    )
+    extract_features(config, tmp_path / "f", batch_size=CALL)
+    config.data.features = str(tmp_path / "f")
+    lines, _ = run_stages(config, folder, tmp_path / "run", count=1)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert not (tmp_path / "run" / "skipped.jsonl").exists()
+    tokenizer = make_tokenizer(config, folder / "vocabulary.json")
+    records = read_records(folder / "said.json", folder)
+    loader = make_loader(config, 0, records, tokenizer, folder)
+    found = [loader(number, RNG)[0] for number in range(2)]
+    assert found[0].subtitles[:3].tolist() == tokenizer.encode("red square disc")
+    # Frames 1, 4, 7 and 10 of 12: the words of second 8 stand behind that of second 7.
+    assert found[0].subtitle_frames.tolist() == [0, 2, 2, -1, -1]
+    assert found[1].subtitles[:1].tolist() == tokenizer.encode("blue")
+    assert found[1].subtitle_frames.tolist() == [1, -1, -1, -1, -1]
+
+
+def test_movies_of_another_tower(config, folder, tmp_path, movie):
+    movie(tmp_path / "wide.pkl", 4, width=24)
+    extract_features(config, tmp_path / "f", movies=tmp_path)
+    assert (
+        "features have the shape (16, 24), but those of config.model.vision (16, 16)"
+        in (tmp_path / "f" / "skipped.jsonl").read_text()
+    )
+
+
+def test_movies_with_numbers_that_are_none(config, tmp_path, movie):
+    values = np.zeros((2, 16, 16), np.float16)
+    values[1, 3, 3] = np.inf
+    (tmp_path / "inf.pkl").write_bytes(pickle.dumps({"feats": values, "inputs": "<image><image>"}))
+    extract_features(config, tmp_path / "f", movies=tmp_path)
+    assert "not all finite" in (tmp_path / "f" / "skipped.jsonl").read_text()
+
+
+def test_no_movies(config, tmp_path):
+    with pytest.raises(UserError, match=r"--movie_features is .* no folder with \.pkl files"):
+        extract_features(config, tmp_path / "f", movies=tmp_path)

@@ -1,0 +1,209 @@
+"""Readers of annotation files against the standard library's, in pieces of every size."""
+
+import json
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from dynfocus_jax.errors import UserError
+from dynfocus_jax.records import entries
+from dynfocus_jax.records.entries import Invalid, csv_entries, line_entries, list_entries, read_json
+
+
+def write(tmp_path, content, name="a.json"):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def read(reader, path, *arguments):
+    """Values, and the reasons of those that are invalid."""
+    numbers, values = zip(*reader(path, *arguments), strict=True)
+    assert numbers == tuple(range(len(numbers)))
+    return [str(value) if isinstance(value, Invalid) else value for value in values]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("entries")
+
+
+@pytest.fixture(autouse=True)
+def _chunk():
+    """The size of the pieces that a file is read in, which tests change."""
+    chunk = entries._CHUNK
+    yield
+    entries._CHUNK = chunk
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(codec="utf-8"), max_size=8)
+    | st.sampled_from(['"', "\\", '\\"', "[", "},{", '"]', "\\u0041", "é", "\u2028"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None)
+@example([0.5, 1e300, -1.0], 1, None, True)
+@example([12, 345], 1, None, True)
+@given(st.lists(VALUES, max_size=5), st.integers(1, 40), st.sampled_from([None, 1]), st.booleans())
+def test_lists_are_read_as_json_reads_them(folder, values, chunk, indent, ascii_only):
+    entries._CHUNK = chunk
+    content = json.dumps(values, indent=indent, ensure_ascii=ascii_only)
+    path = folder / "list.json"
+    path.write_bytes(content.encode("utf-8", "surrogatepass"))
+    found = [value for _, value in list_entries(path)]
+    assert json.dumps(found) == json.dumps(json.loads(path.read_text("utf-8", "surrogateescape")))
+
+
+BROKEN = [
+    "{'id': 1}",
+    '{"id": }',
+    '{"a": [1, 2,]}',
+    "nonsense",
+    '{"a": tru, "b": "}, {"}',
+    "1" * 10_000,  # more digits than Python takes
+    '{"a": "\t"}',  # a bare control character
+]
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from([None, *BROKEN]), min_size=1, max_size=5), st.integers(1, 2000))
+def test_a_broken_value_of_a_list_costs_that_value_alone(folder, pattern, chunk):
+    entries._CHUNK = chunk
+    good = '{"id": "x", "text": "[}\\"{"}'
+    path = write(folder, "[" + ", ".join(good if each is None else each for each in pattern) + "]\n")
+    found = [value for _, value in list_entries(path)]
+    assert len(found) == len(pattern)
+    for value, each in zip(found, pattern, strict=True):
+        if each is None:
+            assert value == json.loads(good)
+        else:
+            assert isinstance(value, Invalid)
+            assert str(value).startswith("is not JSON (")
+            assert len(str(value)) < 150
+
+
+def test_a_value_of_a_list_that_is_nested_too_deeply(tmp_path):
+    deep = "[" * 100_000 + "]" * 100_000
+    assert read(list_entries, write(tmp_path, f"[1, {deep}, 2]")) == [1, "is nested too deeply", 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ("  \n", "is empty"),
+        ("{", r"starts with '\{': expected a JSON list"),
+        (
+            '{"a": 1}',
+            r"starts with '\{': expected a JSON list, '\[...\]', or with the suffix .jsonl a record a line",
+        ),
+        ("null", "starts with 'n'"),
+        ("[", "ends at record 0 before the list does"),
+        ('[{"a": 1}', "ends at record 0 before the list does: is the file complete, and that record JSON"),
+        ('[{"a": 1} ', "ends at record 0 before"),
+        ('[{"a": 1},', "ends at record 1 before"),
+        ('[{"a": 1}, {"b": "never closed}]', "ends at record 1 before"),
+        ('[{"a": 1} {"b": 2}]', r"'\{' follows record 0, expected ','"),
+        ("[1, 2] 3", "something follows the list"),
+    ],
+)
+def test_files_that_are_no_lists(tmp_path, content, message):
+    path = write(tmp_path, content)
+    with pytest.raises(UserError, match=message) as error:
+        list(list_entries(path))
+    assert str(path) in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    for reader in (list_entries, line_entries, lambda path: csv_entries(path, ())):
+        with pytest.raises(UserError, match="No such file"):
+            list(reader(tmp_path / "none.json"))
+        with pytest.raises(UserError, match="Is a directory"):
+            list(reader(tmp_path))
+
+
+def test_byte_order_mark_and_bytes_that_are_no_text(tmp_path):
+    assert read(list_entries, write(tmp_path, b'\xef\xbb\xbf["a"]')) == ["a"]
+    assert read(list_entries, write(tmp_path, b'["a\xff", "b"]')) == ["a\udcff", "b"]
+
+
+def test_lines(tmp_path):
+    content = '{"a":\r1}\n\n[2]\n{"a": }\r\n  \n' + "[" * 100_000 + '\n"end"'
+    assert read(line_entries, write(tmp_path, content, "a.jsonl")) == [
+        {"a": 1},
+        [2],
+        "is not JSON (Expecting value)",
+        "is nested too deeply",
+        "end",
+    ]
+
+
+def test_lines_that_are_too_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(entries, "_MAX_LINE", 20)
+    for length, valid in ((19, True), (20, False), (500, False)):
+        content = json.dumps("x" * (length - 2)) + "\n" + json.dumps("next") + "\n"
+        first, second = read(line_entries, write(tmp_path, content, "a.jsonl"))
+        assert first == ("x" * (length - 2) if valid else "is a line of more than 20 characters"), length
+        assert second == "next"
+
+
+COLUMNS = ("id", "name")
+
+
+def test_rows(tmp_path):
+    content = 'x,id,name\n1,a,"two\nlines, ""quoted"""\n\n2,b\n3,c,d,e\n4,"e"f,g\n5,h,é\n6,"a\rb",i\n'
+    assert read(csv_entries, write(tmp_path, content), COLUMNS) == [
+        {"x": "1", "id": "a", "name": 'two\nlines, "quoted"'},
+        "has 2 columns, expected 3 as in the header",
+        "has 4 columns, expected 3 as in the header",
+        "is not csv in lines 7 to 7 (',' expected after '\"')",
+        {"x": "5", "id": "h", "name": "é"},
+        {"x": "6", "id": "a\rb", "name": "i"},
+    ]
+
+
+def test_rows_that_swallow_others_say_which(tmp_path):
+    content = 'id,name\na,"open\n' + "b,b\n" * 50_000 + "c,c\n"
+    found = read(csv_entries, write(tmp_path, content), COLUMNS)
+    first = found[0]
+    assert first.startswith("is not csv in lines 2 to 32")
+    assert "field larger than field limit" in first
+    swallowed = int(first.split(" to ")[1].split()[0]) - 2
+    assert len(found) == 1 + 50_000 - swallowed + 1
+    assert found[-1] == {"id": "c", "name": "c"}
+
+
+def test_a_row_of_one_endless_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(entries, "_MAX_LINE", 1000)
+    content = "id,name\na," + "x," * 5000 + "\nb,c\n"
+    first, second = read(csv_entries, write(tmp_path, content), COLUMNS)
+    assert "columns, expected 2" in first
+    assert second == {"id": "b", "name": "c"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no column 'id'"),
+        ("id;name\na;b\n", "has no column 'id', only 'id;name': expected id, name"),
+        ('"id,name\n', "is not csv"),
+    ],
+)
+def test_headers(tmp_path, content, message):
+    with pytest.raises(UserError, match=message):
+        list(csv_entries(write(tmp_path, content), COLUMNS))
+
+
+def test_whole_files(tmp_path):
+    assert read_json(write(tmp_path, '{"a": 1}')) == {"a": 1}
+    for content in ("{", "[" * 100_000):
+        with pytest.raises(UserError, match="is not JSON"):
+            read_json(write(tmp_path, content))

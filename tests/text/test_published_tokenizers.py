@@ -1,0 +1,469 @@
+"""Published tokenizers from files: against SentencePiece, transformers and LLaVA's way of joining text."""
+
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import BertTokenizer as HuggingFaceBert
+from transformers import PreTrainedTokenizerFast
+
+from dynfocus_jax.data.budget import Budget
+from dynfocus_jax.data.media_reader import MediaReader
+from dynfocus_jax.data.prepare import make_tokenizer
+from dynfocus_jax.data.samples import SampleLoader
+from dynfocus_jax.errors import SampleError, UserError
+from dynfocus_jax.records.records import Record
+from dynfocus_jax.text.conversation import TEMPLATES, encode_conversation, encode_prompt
+from dynfocus_jax.text.tokenizers import BertTokenizer, PublishedTokenizer
+from tests.text.published_tokenizers import (
+    bert_folder,
+    byte_pairs,
+    gguf_file,
+    llama_folder,
+    qwen_folder,
+    write_json,
+)
+from tests.tiny import tiny_config
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TURNS = [("what shape is red?", "a red disc"), ("which came first,\nred or blue ?", "12 dogs; naïve ☃")]
+CHAT = TEMPLATES["vicuna_v1"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tokenizers")
+    llama_folder(root / "vicuna", legacy=False)
+    shutil.copytree(root / "vicuna", root / "vicuna_legacy")
+    write_json(root / "vicuna_legacy" / "tokenizer_config.json", {"legacy": True})
+    shutil.copytree(root / "vicuna", root / "vicuna_bare")
+    (root / "vicuna_bare" / "tokenizer_config.json").unlink()
+    qwen_folder(root / "qwen")
+    bert_folder(root / "bert")
+    return root
+
+
+def random_texts(count, letters="abcdehrstUSER:? \n\t12'é☃是▁"):
+    rng = random.Random(0)
+    return ["".join(rng.choices(letters, k=rng.randrange(25))) for _ in range(count)]
+
+
+def joined(parts):
+    return [i for part in parts for i in part]
+
+
+class Slow:
+    """Llama's original tokenizer, by the SentencePiece library alone; text behind </s> as `legacy` says."""
+
+    def __init__(self, folder, legacy):
+        content = (folder / "tokenizer.model").read_bytes()
+        self.start = sentencepiece.SentencePieceProcessor(model_proto=content)
+        model = sentencepiece_model_pb2.ModelProto.FromString(content)
+        model.normalizer_spec.add_dummy_prefix = False
+        bare = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+        self.inner = self.start if legacy else bare
+
+    def __call__(self, text):
+        first, *rest = text.split("</s>")
+        return [1, *self.start.encode(first), *(i for part in rest for i in (2, *self.inner.encode(part)))]
+
+
+@pytest.mark.parametrize("name", ["vicuna", "vicuna_legacy", "vicuna_bare"])
+def test_vicuna_against_sentencepiece(folders, name):
+    """A folder without tokenizer_config.json, or without the field `legacy` in it, is of the legacy kind."""
+    tokenizer, slow = PublishedTokenizer.from_path(folders / name), Slow(folders / "vicuna", name != "vicuna")
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.pad_id) == (1, 2, 0, 0)
+    assert tokenizer.vocab_size == slow.start.vocab_size()
+    assert tokenizer.special_ids == {1, 2}
+    texts = random_texts(400)
+    for one, two in zip(texts[::2], texts[1::2], strict=True):
+        assert tokenizer.encode(one) == slow(one)[1:]
+        assert tokenizer.decode(slow(one)) == slow.start.decode(slow(one)).strip()
+        if one:  # text, end token, text
+            parts = tokenizer.encode_parts([one[:7], one[7:], None, two])
+            assert [1, *joined(parts)] == slow(f"{one}</s>{two}")
+    assert tokenizer.encode_parts([""]) == [[]]
+
+
+def llava(slow, turns, *, at_end=False, image=True):
+    """LLaVA v1.5 on a conversation: ids with -200 for the image, and which are predicted (legacy kind).
+
+    Restated from its published description: the prompt is one string; the text before and that after <image>
+    are tokenized apart and lose their <s>; a round's length and its instruction's length are counted with the
+    same function, the latter less two for <s> and the space before the answer.
+    """
+
+    def image_tokens(text):
+        chunks = [slow(chunk) for chunk in text.split("<image>")]
+        ids = chunks[0]
+        for chunk in chunks[1:]:
+            ids = [*ids, -200, *chunk[1:]]
+        return ids
+
+    (question, answer), *rest = turns
+    if image:
+        question = f"{question}\n<image>" if at_end else f"<image>\n{question}"
+    rounds = [f"USER: {q} ASSISTANT: {a}" for q, a in [(question, answer), *rest]]
+    rounds[0] = CHAT.system + rounds[0]
+    ids = image_tokens("".join(f"{each}</s>" for each in rounds))
+    predicted, position = [False] * len(ids), 1
+    for each in rounds:
+        instruction = each[: each.index(" ASSISTANT: ") + len(" ASSISTANT: ")]
+        end = position + len(image_tokens(each))
+        start = position + len(image_tokens(instruction)) - 2
+        predicted[start:end] = [True] * (end - start)
+        position = end
+    assert position == len(ids)
+    return ids, predicted
+
+
+@pytest.mark.parametrize("turns", [TURNS[:1], TURNS[1:], TURNS, TURNS[::-1]])
+@pytest.mark.parametrize("options", [{}, {"at_end": True}, {"image": False}])
+def test_conversations_as_in_llava(folders, turns, options):
+    tokenizer = PublishedTokenizer.from_path(folders / "vicuna_legacy")
+    got = encode_conversation(
+        tokenizer,
+        turns,
+        CHAT,
+        max_length=999,
+        has_visual=options.get("image", True),
+        visual_at_end=options.get("at_end", False),
+    )
+    ids, predicted = llava(Slow(folders / "vicuna", legacy=True), turns, **options)
+    if -200 in ids:
+        position = ids.index(-200)
+        assert got.visual_position == position
+        assert not predicted.pop(position)
+        ids.pop(position)
+    assert got.tokens.tolist() == ids
+    assert got.loss_mask.tolist() == predicted
+
+
+def test_guided_captions_as_in_llava(folders):
+    """<s>, image, the caption as a text of its own; an end token where the published code has a newline."""
+    caption, slow = "12 dogs are on the grass", Slow(folders / "vicuna", legacy=True)
+    tokenizer = PublishedTokenizer.from_path(folders / "vicuna_legacy")
+    got = encode_conversation(tokenizer, [("describe", caption)], TEMPLATES["plain_guided"], max_length=99)
+    assert (got.tokens.tolist(), got.visual_position) == ([*slow(caption), 2], 1)
+    assert got.loss_mask.tolist() == [False] + [True] * (len(got.tokens) - 1)
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+def test_conversations_with_text_as_it_is_behind_the_end_token(folders, at_end):
+    """As present tokenizers of Vicuna v1.5 treat it (`legacy` false)."""
+    tokenizer = PublishedTokenizer.from_path(folders / "vicuna")
+    got = encode_conversation(tokenizer, TURNS, CHAT, max_length=999, visual_at_end=at_end)
+    ids, predicted = llava(Slow(folders / "vicuna", legacy=True), TURNS, at_end=at_end)
+    expected = llava(Slow(folders / "vicuna", legacy=False), TURNS[:1], at_end=at_end)[0]
+    rest = Slow(folders / "vicuna", legacy=False)("</s>USER: {} ASSISTANT: {}</s>".format(*TURNS[1]))[2:]
+    expected = [i for i in [*expected, *rest] if i != -200]
+    assert got.tokens.tolist() == expected
+    assert len(got.tokens) != len(ids) - 1, "the two kinds do not differ here"
+    assert got.loss_mask.sum() == sum(predicted)
+    answers = tokenizer.decode(got.tokens[got.loss_mask])
+    assert "".join(answers.split()) == "areddisc12dogs;naïve☃"
+
+
+@pytest.mark.parametrize("name", ["vicuna", "vicuna_legacy", "qwen"])
+@pytest.mark.parametrize("template", ["vicuna_v1", "plain"])
+@pytest.mark.parametrize("options", [{}, {"visual_at_end": True}, {"has_visual": False}])
+def test_a_prompt_is_the_start_of_its_conversation(folders, name, template, options):
+    tokenizer, template = PublishedTokenizer.from_path(folders / name), TEMPLATES[template]
+    whole = encode_conversation(tokenizer, TURNS, template, max_length=999, **options)
+    prompt = encode_prompt(tokenizer, TURNS[1][0], template, TURNS[:1], **options)
+    start = np.flatnonzero(np.diff(whole.loss_mask.astype(int)) == 1)[-1] + 1
+    assert prompt.tokens.tolist() == whole.tokens[:start].tolist()
+    assert prompt.visual_position == whole.visual_position
+
+
+def test_qwen_against_transformers(folders):
+    tokenizer = PublishedTokenizer.from_path(folders / "qwen")
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(folders / "qwen" / "tokenizer.json"))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id) == (None, 2, 0, None)
+    assert tokenizer.vocab_size == len(reference)
+    for text in random_texts(100):
+        ids = reference(text).input_ids
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode([*ids, 2, 0, 0, 999_999]) == text.strip()
+        assert joined(tokenizer.encode_parts([text[:5], text[5:], None, text])) == [*ids, 2, *ids]
+    assert tokenizer.encode_query("what shape is red ?", 3) == reference("what shape is red ?").input_ids[-3:]
+    got = encode_conversation(tokenizer, TURNS, CHAT, max_length=999)
+    (q1, a1), (q2, a2) = TURNS
+    before = reference(CHAT.system + "USER: ").input_ids
+    after = f"\n{q1} ASSISTANT: {a1}<|im_end|>USER: {q2} ASSISTANT: {a2}<|im_end|>"
+    assert got.visual_position == len(before)
+    assert got.tokens.tolist() == before + reference(after).input_ids
+    runs = np.split(got.tokens, np.flatnonzero(np.diff(got.loss_mask)) + 1)
+    assert [reference.decode(run) for run in runs[1::2]] == [f" {a1}<|im_end|>", f" {a2}<|im_end|>"]
+
+
+def test_without_a_start_token_the_first_token_is_predicted_after_visual_tokens_only(folders):
+    tokenizer = PublishedTokenizer.from_path(folders / "qwen")
+    caption, guided = tokenizer.encode(" a red disc"), TEMPLATES["plain_guided"]
+    options = {"template": guided, "max_length": 99}
+    got = encode_conversation(tokenizer, [("describe", " a red disc")], **options)
+    assert (got.tokens.tolist(), got.visual_position) == ([*caption, 2], 0)
+    assert got.loss_mask.all()
+    got = encode_conversation(tokenizer, [("describe", " a red disc")], has_visual=False, **options)
+    assert got.tokens.tolist() == [*caption, 2]
+    assert got.loss_mask.tolist() == [False] + [True] * len(caption)
+    assert encode_prompt(tokenizer, "describe", guided).tokens.tolist() == []
+    with pytest.raises(SampleError, match="neither text nor visual tokens"):
+        encode_prompt(tokenizer, "describe", guided, has_visual=False)
+
+
+@pytest.mark.parametrize(("name", "token"), [("vicuna", "</s>"), ("vicuna", "<s>"), ("qwen", "<|im_start|>")])
+def test_a_special_token_in_a_text_is_refused(folders, name, token):
+    tokenizer = PublishedTokenizer.from_path(folders / name)
+    for turn in ((f"what {token} is red", "disc"), ("what", f"{token}disc")):
+        with pytest.raises(SampleError, match=f"{token[:2]}.*holds a special token".replace("|", r"\|")):
+            encode_conversation(tokenizer, [turn], CHAT, max_length=999)
+    encode_conversation(tokenizer, [("what is <b> or s> or <unk> ?", "☃")], CHAT, max_length=999)
+
+
+def edited(folders, tmp_path, name="qwen", **settings):
+    shutil.copytree(folders / name, tmp_path / name)
+    if settings:
+        write_json(tmp_path / name / "tokenizer_config.json", settings)
+    return tmp_path / name
+
+
+def test_the_start_token_is_what_the_tokenizer_puts_first(folders, tmp_path):
+    """Llama 3 names it in tokenizer.json alone; `add_bos_token`, where it is given, decides."""
+    folder, names = edited(folders, tmp_path), {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}
+    write_json(folder / "tokenizer_config.json", names)
+    assert PublishedTokenizer.from_path(folder).bos_id is None
+    write_json(folder / "tokenizer_config.json", names | {"add_bos_token": True})
+    assert PublishedTokenizer.from_path(folder).bos_id == 1
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", names)
+    tokenizer = PublishedTokenizer.from_path(folder)
+    assert tokenizer.bos_id == 1
+    assert 1 not in tokenizer.encode("what")
+    write_json(folder / "tokenizer_config.json", names | {"add_bos_token": False})
+    assert PublishedTokenizer.from_path(folder).bos_id is None
+
+
+def test_padding_without_a_padding_token(folders, tmp_path):
+    folder = edited(folders, tmp_path, eos_token="<|im_end|>")
+    assert PublishedTokenizer.from_path(folder).pad_id == 2
+    write_json(folder / "tokenizer_config.json", {"eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"})
+    assert PublishedTokenizer.from_path(folder).pad_id == 0
+    names = {"eos_token": "<|im_end|>", "pad_token": "<pad> that was never added"}
+    write_json(folder / "tokenizer_config.json", names)
+    assert PublishedTokenizer.from_path(folder).pad_id == 2
+
+
+def test_truncation_and_padding_saved_in_the_file_are_not_used(folders, tmp_path):
+    folder = edited(folders, tmp_path)
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=9)
+    backend.save(str(folder / "tokenizer.json"))
+    plain = PublishedTokenizer.from_path(folders / "qwen")
+    for text in ("a", "which came first, red or blue ?"):
+        assert PublishedTokenizer.from_path(folder).encode(text) == plain.encode(text)
+
+
+# --- GGUF ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pre", "splits"), [("gpt-2", ()), ("smollm", (pre_tokenizers.Digits(individual_digits=True),))]
+)
+def test_gguf(tmp_path, pre, splits):
+    reference = byte_pairs(("<|endoftext|>", "<|im_start|>", "<|im_end|>"), *splits)
+    path = gguf_file(tmp_path / "m.gguf", reference, pre=pre, bos=1, eos=2, unknown=0, padding=2)
+    tokenizer = PublishedTokenizer.from_path(path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.pad_id) == (None, 2, 0, 2)
+    assert tokenizer.special_ids == {0, 1, 2}
+    assert tokenizer.vocab_size == reference.get_vocab_size()
+    for text in [*random_texts(100), "1234 12 dogs"]:
+        ids = reference.encode(text).ids
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids) == text.strip()
+
+
+def test_gguf_that_cannot_be_read(tmp_path):
+    path = gguf_file(tmp_path / "m.gguf", byte_pairs(("<|end|>",)), pre="llama-bpe", eos=0)
+    refuse(path, "gpt2/llama-bpe", "gpt2/smollm", "tokenizer.json")
+    content = path.read_bytes()
+    for wrong in (b"GGML" + content[4:], content[:2], content[: len(content) // 2]):
+        path.write_bytes(wrong)
+        refuse(path, "not a GGUF file")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    refuse(path, "None/None")
+
+
+def test_neither_torch_nor_transformers_is_needed(folders):
+    """Of what is installed for the tests, the package itself takes the light libraries only."""
+    program = (
+        "import sys; from dynfocus_jax.text.tokenizers import PublishedTokenizer, BertTokenizer; "
+        f"BertTokenizer({str(folders / 'bert')!r}); "
+        f"[PublishedTokenizer.from_path({str(folders)!r} + name) for name in ('/vicuna', '/qwen')]; "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'jax')))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY)
+
+
+# --- Files that cannot be used ------------------------------------------------------------------------
+
+
+def refuse(path, *parts):
+    with pytest.raises(UserError) as error:
+        PublishedTokenizer.from_path(path)
+    sentence = str(error.value)
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+    for part in (str(path), *parts):
+        assert part in sentence
+
+
+def test_no_tokenizer(folders, tmp_path):
+    for path in (tmp_path / "absent", tmp_path, folders / "bert", tmp_path / "absent.gguf"):
+        refuse(path, "tokenizer.json or tokenizer.model")
+
+
+def test_broken_files(folders, tmp_path):
+    folder = edited(folders, tmp_path)
+    for content in ("{", "{}", '{"model": 3}'):
+        (folder / "tokenizer.json").write_text(content)
+        refuse(folder, "tokenizer.json cannot be read")
+    folder = edited(folders, tmp_path, name="vicuna")
+    (folder / "tokenizer_config.json").write_text("[")
+    refuse(folder, "tokenizer_config.json is not JSON")
+    (folder / "tokenizer_config.json").unlink()
+    content = (folder / "tokenizer.model").read_bytes()
+    for wrong in (content[:1000], b"<html>not found</html>", b""):
+        (folder / "tokenizer.model").write_bytes(wrong)
+        refuse(folder, "is not a SentencePiece model")
+
+
+def test_sentencepiece_models_of_another_kind(folders, tmp_path):
+    folder = edited(folders, tmp_path, name="vicuna")
+    content = (folder / "tokenizer.model").read_bytes()
+    for section, field, value in [
+        ("trainer_spec", "model_type", sentencepiece_model_pb2.TrainerSpec.UNIGRAM),
+        ("normalizer_spec", "remove_extra_whitespaces", True),
+        ("normalizer_spec", "add_dummy_prefix", False),
+        ("normalizer_spec", "precompiled_charsmap", b"x"),
+    ]:
+        model = sentencepiece_model_pb2.ModelProto.FromString(content)
+        setattr(getattr(model, section), field, value)
+        (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+        refuse(folder, "not a SentencePiece model of Llama's kind", "save_pretrained")
+
+
+def test_special_tokens_that_are_not_named(folders, tmp_path):
+    folder = edited(folders, tmp_path, pad_token="<|endoftext|>")
+    refuse(folder, "does not name its eos_token", "tokenizer_config.json")
+    write_json(folder / "special_tokens_map.json", {"eos_token": {"content": "<|im_end|>"}})
+    assert PublishedTokenizer.from_path(folder).eos_id == 2
+    write_json(folder / "tokenizer_config.json", {"eos_token": "<|fin|>"})
+    refuse(folder, "eos_token '<|fin|>'", "vocabulary")
+
+
+# --- The text encoder's -------------------------------------------------------------------------------
+
+QUESTIONS = ("What SHAPE is the reds'?", "", "café 是 12", "red [SEP] [DEC] zzz", "the " * 40 + "disc!\n is;")
+
+
+@pytest.mark.parametrize("max_length", [3, 4, 9, 256])
+@pytest.mark.parametrize("lower", [None, True, False])
+def test_bert_against_transformers(folders, tmp_path, max_length, lower):
+    folder = edited(folders, tmp_path, name="bert")
+    if lower is not None:
+        write_json(folder / "tokenizer_config.json", {"do_lower_case": lower})
+    reference = HuggingFaceBert.from_pretrained(folder, truncation_side="left")
+    reference.add_special_tokens({"bos_token": "[DEC]"})
+    for path in (folder, folder / "vocab.txt"):
+        tokenizer = BertTokenizer(path)
+        assert tokenizer.vocab_size == len(reference)
+        for text in (*QUESTIONS, *random_texts(50, letters="redishapcWHATé ?!;,'12是☃\n")):
+            expected = reference(text, max_length=max_length, truncation=True).input_ids
+            assert tokenizer.encode(text, max_length) == expected, text
+
+
+def test_no_bert_vocabulary(folders, tmp_path):
+    for path in (tmp_path, tmp_path / "absent.txt"):
+        with pytest.raises(UserError, match=rf"{path} is no BERT vocabulary: expected vocab\.txt"):
+            BertTokenizer(path)
+    wrong = tmp_path / "words.txt"
+    for content in (b"red\nblue\n[SEP]\n", b"", b"\xff\xfe\x00"):
+        wrong.write_bytes(content)
+        with pytest.raises(UserError, match=r"words\.txt is no BERT vocabulary: it lacks \[UNK\]"):
+            BertTokenizer(wrong)
+
+
+def configured(folders, text="vicuna", query="bert"):
+    config = tiny_config()
+    config.data.tokenizer = None if text is None else str(folders / text)
+    config.data.query_tokenizer = None if query is None else str(folders / query)
+    config.model.language.vocab_size = 420
+    return config
+
+
+def test_questions_go_to_the_text_encoder_in_its_own_tokens(folders):
+    config = configured(folders)
+    tokenizer = make_tokenizer(config, folders / "no_vocabulary.json")
+    record = Record("t", None, (("What shape is the red disc ?", "a red disc"),))
+    loader = SampleLoader([record], tokenizer, CHAT, MediaReader(8), Budget.of([(1, 99)]), max_query=6)
+    sample, _ = loader(0, np.random.default_rng(0))
+    bert = HuggingFaceBert.from_pretrained(folders / "bert", truncation_side="left")
+    expected = bert("What shape is the red disc ?", max_length=6, truncation=True).input_ids
+    assert sample.query_tokens.tolist() == expected
+    assert sample.query_length == 6
+    conversation = encode_conversation(
+        PublishedTokenizer.from_path(folders / "vicuna"), record.turns, CHAT, max_length=99, has_visual=False
+    )
+    assert sample.tokens[: sample.length].tolist() == conversation.tokens.tolist()
+    assert (sample.tokens[sample.length :] == tokenizer.pad_id).all()
+
+
+def test_query_padding_is_an_id_of_every_vocabulary(folders):
+    """The padding id of the text may lie outside the text encoder's vocabulary."""
+    tokenizer = make_tokenizer(configured(folders, text="qwen"), folders)
+    record = Record("t", None, (("red ?", "disc"),))
+    loader = SampleLoader([record], tokenizer, CHAT, MediaReader(8), Budget.of([(1, 99)]), max_query=20)
+    sample, _ = loader(0, np.random.default_rng(0))
+    assert sample.query_tokens.tolist() == [3, 9, 10, 4] + [0] * 16
+    assert not loader.padding().sample.query_tokens.any()
+
+
+def test_make_tokenizer_refuses(folders):
+    def refused(config, *parts):
+        with pytest.raises(UserError) as error:
+            make_tokenizer(config, folders / "vocabulary.json")
+        assert str(error.value).endswith(".")
+        for part in parts:
+            assert part in str(error.value)
+
+    config = configured(folders)
+    config.model.language.vocab_size = 419
+    refused(config, "config.model.language.vocab_size is 419", "vicuna has 420 tokens; raise it")
+    config = configured(folders)
+    config.model.text_encoder.vocab_size = 25
+    refused(config, "config.model.text_encoder.vocab_size is 25", "bert has 27 tokens; raise it")
+    config = configured(folders, query=None)
+    refused(config, "text_encoder.vocab_size is 40", "vicuna has 420", "config.data.query_tokenizer")
+    config = configured(folders)
+    config.data.max_query = 2
+    refused(config, "config.data.max_query is 2, expected at least 3")
+    with pytest.raises(UserError, match=r"does not exist.*config\.data\.tokenizer"):
+        make_tokenizer(configured(folders, text=None), folders / "vocabulary.json")
