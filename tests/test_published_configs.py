@@ -201,7 +201,7 @@ def test_without_data_or_tokenizers(name, folder, tmp_path):
     config.data.root = str(tmp_path / "absent")
     with pytest.raises(UserError, match=r"config.data.root is '.*absent', which is not a folder"):
         prepare(config.data)
-    with pytest.raises(UserError, match=rf"{config.data.tokenizer} is no tokenizer: expected a folder"):
+    with pytest.raises(UserError, match=rf"{config.data.tokenizer} is not a tokenizer: expected a folder"):
         make_tokenizer(config, tmp_path / "vocabulary.json")
     config.data.tokenizer = str(folder(tmp_path / "published"))
     with pytest.raises(UserError, match=r"published/bert-base-uncased is no BERT vocabulary: .*vocab\.txt"):
