@@ -15,6 +15,7 @@ its `AutoTokenizer`, which is not used because it
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +26,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, pre_tokenizers
 
-from dynfocus_jax.errors import UserError
+from dynfocus_jax.errors import UserError, quoted
 from dynfocus_jax.text.tokenizers import PublishedTokenizer, QueryTokenizer, SpecialTokens
 
 
@@ -135,6 +136,12 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise UserError(f"{folder}/{file} is not a JSON object: copy it again from the published model.")
         settings |= {key: _token_text(value) for key, value in content.items() if value is not None}
+    for name in ("eos_token", "bos_token", "unk_token", "pad_token"):
+        if not isinstance(settings.get(name, ""), str):
+            raise UserError(
+                f"{folder}: {name} is {quoted(settings[name])}, expected text. Copy the files of the "
+                "tokenizer again from the published model."
+            )
     return settings
 
 
@@ -169,13 +176,12 @@ def _convert_sentencepiece(path: Path, *, legacy: bool) -> tokenizers.Tokenizer:
       path: tokenizer.model. Other files of its folder are not read.
       legacy: whether text after a special token gets a space before it, like the start of a text.
     """
-    content = path.read_bytes()
+    content, processor = path.read_bytes(), sentencepiece.SentencePieceProcessor()
+    broken = UserError(f"{path} is not a SentencePiece model: copy it again from the published model.")
     try:
         model = sentencepiece_model_pb2.ModelProto.FromString(content)  # pyright: ignore[reportAttributeAccessIssue]
     except DecodeError:
-        raise UserError(
-            f"{path} is not a SentencePiece model: copy it again from the published model."
-        ) from None
+        raise broken from None
     normalizer = model.normalizer_spec
     if (
         model.trainer_spec.model_type != model.trainer_spec.BPE
@@ -188,14 +194,15 @@ def _convert_sentencepiece(path: Path, *, legacy: bool) -> tokenizers.Tokenizer:
             "transformers, AutoTokenizer.from_pretrained(folder).save_pretrained(folder) makes a "
             "tokenizer.json that can be read."
         )
-    processor = sentencepiece.SentencePieceProcessor()
-    try:
-        processor.LoadFromSerializedProto(content)
-    except RuntimeError as error:
-        raise UserError(f"{path} cannot be read ({error}): copy it again from the published model.") from None
+    if not all(isinstance(piece.piece, str) for piece in model.pieces):  # bytes: invalid UTF-8
+        raise broken
     transformers = _import_transformers()
     reader = transformers.PreTrainedTokenizerFast
-    converted = reader(**reader.convert_to_native_format(vocab_file=str(path), legacy=legacy))
+    try:
+        processor.LoadFromSerializedProto(content)
+        converted = reader(**reader.convert_to_native_format(vocab_file=str(path), legacy=legacy))
+    except Exception:  # neither library raises anything more specific
+        raise broken from None
     backend = converted.backend_tokenizer
     # transformers 5.20 to 5.23 gave other ids for models of the legacy kind.
     probe = "A chat,  with 2 spaces\nand café ☃"
@@ -223,34 +230,47 @@ def _read_gguf(path: Path) -> tuple[tokenizers.Tokenizer, SpecialTokens]:
     except ImportError:
         raise UserError(f"{path}: the package gguf is missing. Install it with pip install gguf.") from None
     try:
-        fields = gguf.GGUFReader(path).fields
-    except (ValueError, LookupError) as error:
-        raise UserError(f"{path} is not a GGUF file ({error}): copy it again.") from None
+        fields = {
+            name.removeprefix("tokenizer.ggml."): field.contents()
+            for name, field in gguf.GGUFReader(path).fields.items()
+            if name.startswith("tokenizer.ggml.")
+        }
+        kind: tuple[Any, Any] = fields.get("model"), fields.get("pre")
+        if kind in _GGUF_SPLITS:
+            return _build_byte_level(fields, _GGUF_SPLITS[kind], gguf.TokenType.CONTROL)
+    except Exception as error:  # neither library raises anything more specific
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise UserError(f"{path} is not a GGUF file, or is damaged ({reason}): copy it again.") from None
+    raise UserError(
+        f"{path}: tokenizer of kind {'/'.join(map(str, kind))}, expected one of "
+        f"{', '.join('/'.join(known) for known in _GGUF_SPLITS)}. Use the folder with the model's "
+        "tokenizer.json instead."
+    )
 
-    def field(name: str) -> Any:
-        found = fields.get(f"tokenizer.ggml.{name}")
-        return None if found is None else found.contents()
 
-    kind = field("model"), field("pre")
-    if kind not in _GGUF_SPLITS:
-        raise UserError(
-            f"{path}: tokenizer of kind {'/'.join(map(str, kind))}, expected one of "
-            f"{', '.join('/'.join(known) for known in _GGUF_SPLITS)}. Use the folder with the model's "
-            "tokenizer.json instead."
-        )
-    tokens: list[str] = field("tokens")
-    merges = [tuple(line.split(" ")) for line in field("merges")]
+def _build_byte_level(
+    fields: dict[str, Any], splits: Sequence[pre_tokenizers.PreTokenizer], control: int
+) -> tuple[tokenizers.Tokenizer, SpecialTokens]:
+    """Build a byte-level tokenizer from the fields tokenizer.ggml.* of a GGUF file.
+
+    Args:
+      fields: their values, by name without the prefix.
+      splits: splits of a text before GPT-2's.
+      control: the token type of special tokens.
+    """
+    tokens: list[str] = fields["tokens"]
+    merges = [tuple(line.split(" ")) for line in fields["merges"]]
     backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [*_GGUF_SPLITS[kind], pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     backend.decoder = decoders.ByteLevel()
-    types = zip(tokens, field("token_type"), strict=True)
-    backend.add_special_tokens([token for token, kind in types if kind == gguf.TokenType.CONTROL])
+    types = zip(tokens, fields["token_type"], strict=True)
+    backend.add_special_tokens([token for token, token_type in types if token_type == control])
 
     def token(name: str) -> str | None:
-        number = field(f"{name}_token_id")
+        number = fields.get(f"{name}_token_id")
         return None if number is None else tokens[number]
 
     names = {"eos": token("eos"), "bos": token("bos"), "unk": token("unknown"), "pad": token("padding")}
-    return backend, SpecialTokens(**names, add_bos=bool(field("add_bos_token")))
+    return backend, SpecialTokens(**names, add_bos=bool(fields.get("add_bos_token")))

@@ -320,7 +320,10 @@ def test_unreadable_gguf(tmp_path):
     path = gguf_file(tmp_path / "m.gguf", byte_pairs(("<|end|>",)), pre="llama-bpe", eos=0)
     refuse(path, "gpt2/llama-bpe", "gpt2/smollm", "tokenizer.json")
     content = path.read_bytes()
-    for wrong in (b"GGML" + content[4:], content[:2], content[: len(content) // 2]):
+    gguf_file(path, byte_pairs(("<|end|>",)), pre="smollm", eos=0)
+    bad_merge = path.read_bytes().replace("Ġ a".encode(), "Ġ ".encode() + b"\xff")
+    assert bad_merge != path.read_bytes()
+    for wrong in (b"GGML" + content[4:], content[:2], content[: len(content) // 2], bad_merge):
         path.write_bytes(wrong)
         refuse(path, "not a GGUF file")
     writer = gguf.GGUFWriter(path, "llama")
@@ -397,8 +400,14 @@ def test_broken_files(folders, tmp_path):
         (folder / "tokenizer.json").write_text(content)
         refuse(folder, "tokenizer.json cannot be read")
     folder = edited(folders, tmp_path, name="vicuna")
-    (folder / "tokenizer_config.json").write_text("[")
-    refuse(folder, "tokenizer_config.json is not JSON")
+    for content, problem in [
+        ("[", "tokenizer_config.json is not JSON"),
+        ("[]", "tokenizer_config.json is not a JSON object"),
+        ('{"eos_token": 2}', "eos_token is 2, expected text"),
+        ('{"pad_token": {"id": 0}}', "pad_token is {'id': 0}, expected text"),
+    ]:
+        (folder / "tokenizer_config.json").write_text(content)
+        refuse(folder, problem)
     (folder / "tokenizer_config.json").unlink()
     content = (folder / "tokenizer.model").read_bytes()
     for wrong in (content[:1000], b"<html>not found</html>", b""):
