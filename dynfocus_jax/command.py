@@ -192,7 +192,7 @@ def _check_override(config: ConfigDict, path: str) -> None:
 
 
 def _change_connectors(config: ConfigDict, overrides: Sequence[tuple[str, str, str]]) -> None:
-    """Replace the section of every connector whose kind is overridden; fields of both kinds keep their values.
+    """Replace the section of each connector whose kind is overridden; fields of both kinds are kept.
 
     A stage without a connector of its own gets one that starts from the model's.
     """

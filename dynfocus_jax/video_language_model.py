@@ -99,7 +99,7 @@ class VideoLanguageModel(nn.Module):
     def visual_tokens(
         self, batch: Batch, *, train: bool = False, randomness: Randomness | None = None
     ) -> VisualTokens:
-        """Encode the frames (and the question) of a batch as packed visual tokens, with subtitles between them.
+        """Encode the frames (and question) of a batch as packed visual tokens, subtitles between them.
 
         Args:
           batch: its frames are pixels, or features, for which the vision tower is not run.

@@ -103,8 +103,8 @@ class Connector(nn.Module):
     """Settings of the method, with defaults, allowed values and meanings."""
 
     SHARDING: ClassVar[tuple[tuple[str, tuple[str | None, ...]], ...]] = ()
-    """(regular expression, mesh axes of the last dimensions) pairs; the expressions are over parameter paths below
-    "connector/". A parameter that none matches is replicated."""
+    """(regular expression, mesh axes of the last dimensions) pairs over parameter paths below "connector/".
+    A parameter that none matches is replicated."""
 
     TRAINABLE: ClassVar[tuple[str, ...]] = ("connector/.*",)
     """What a stage trains that does not say: regular expressions over parameter paths of the whole model."""

@@ -14,6 +14,7 @@ from benchmarks.torch_published import Selection as PublishedSelection
 from dynfocus_jax import trees
 from dynfocus_jax.config import default_config
 from dynfocus_jax.connectors.dynfocus import event_prototypes as event_prototype
+from dynfocus_jax.connectors.dynfocus import scores as scores_module
 from dynfocus_jax.connectors.dynfocus import selection as selecting
 from dynfocus_jax.connectors.dynfocus.cooperative import SpatialPrototypes, TextContext, mixed_prototypes
 from dynfocus_jax.connectors.dynfocus.event_prototypes import FIELDS, EventPrototypes
@@ -256,7 +257,7 @@ class _Double:
 
 def test_selection_gradients_in_float64(monkeypatch):
     """The formulas themselves, without the rounding that the golden scores amplify."""
-    for module in (event_prototype, selecting, perturbed_topk, pooling):
+    for module in (event_prototype, scores_module, selecting, perturbed_topk, pooling):
         monkeypatch.setattr(module, "jnp", _Double())
     golden = load("selection")
     with jax.enable_x64(True):
