@@ -332,10 +332,10 @@ def end_to_end(options: argparse.Namespace) -> dict:
     import jax.numpy as jnp
 
     from dynfocus_jax.batch import padding_sample
-    from dynfocus_jax.video_language_model import DynFocus
+    from dynfocus_jax.video_language_model import VideoLanguageModel
 
     section = model_section(options)
-    model, rng = DynFocus(FrozenConfigDict(section)), np.random.default_rng(0)
+    model, rng = VideoLanguageModel(FrozenConfigDict(section)), np.random.default_rng(0)
 
     def padding(frames):
         return padding_sample(frames, section.vision.image_size, QUESTION, QUESTION)

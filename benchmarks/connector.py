@@ -119,10 +119,10 @@ def ours(options: argparse.Namespace, frames: int, mode: str) -> Program:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # PyTorch shares the accelerator
     import jax
     import jax.numpy as jnp
+    from dynfocus_jax.connectors.connectors_old import build_connector
 
     from benchmarks.published_weights import our_params, random_published
     from dynfocus_jax.config import default_config
-    from dynfocus_jax.connectors.connectors_old import build_connector
     from dynfocus_jax.connectors.dynfocus.event_prototypes import ScoreNet, min_max
     from dynfocus_jax.ops.kmeans import kmeans
     from dynfocus_jax.ops.perturbed_topk import hard_topk

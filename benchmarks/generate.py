@@ -60,7 +60,7 @@ def questions(count: int) -> list[str]:
 def our_engine(config) -> Engine:
     """The language model as published; the rest, which text alone does not use, is zeros."""
     tokenizer = read_tokenizer(config.data.tokenizer)
-    shapes = jax.eval_shape(make_init(build_model(config, config.stages[-1].connector)), jax.random.key(0))
+    shapes = jax.eval_shape(make_init(build_model(config)), jax.random.key(0))
     zeros = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in shapes.items()}
     language = trees.unflatten({path: shapes[path] for path in shapes if path.startswith("language/")})
     loaded = load(Path(config.weights.language), target=language["language"])

@@ -32,11 +32,12 @@ from dynfocus_jax.command import run_command
 from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.parallel.sharding import replicated, row_shares, to_devices
+from dynfocus_jax.parameters import init_params
 from dynfocus_jax.planning.flops import count_flops
 from dynfocus_jax.planning.machines import CHIPS
 from dynfocus_jax.planning.steps import train_step
 from dynfocus_jax.training.optimizer import make_optimizer
-from dynfocus_jax.training.state import TrainState, init_params, state_shardings
+from dynfocus_jax.training.state import TrainState, state_shardings
 from dynfocus_jax.video_language_model import build_model
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant=NAME where it has any.")

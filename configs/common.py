@@ -29,8 +29,12 @@ def eva_vicuna_7b():
     """The paper's system: the model of `default_config`, with what the paper says of it written out."""
     config = default_config()
     model = config.model
-    model.dpe.update({"num_prototypes": 25, "ratio": 0.8, "samples": 500, "sigma": 0.1})  # J = 20 (B.7)
-    model.cce.update({"levels": ((16, 8), (8, 3)), "cones": "multi_grained"})  # 16 + 16 + 8 = 40 tokens
+    model.connector.dpe.update(
+        {"num_prototypes": 25, "ratio": 0.8, "samples": 500, "sigma": 0.1}
+    )  # J = 20 (B.7)
+    model.connector.cce.update(
+        {"levels": ((16, 8), (8, 3)), "cones": "multi_grained"}
+    )  # 16 + 16 + 8 = 40 tokens
     model.language.remat = "full"
     config.mesh.update({"data": 1, "fsdp": -1})  # parameters and moments split over all devices
     config.weights.update(

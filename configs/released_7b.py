@@ -12,8 +12,8 @@ def get_config(arg: str = ""):
     chosen = common.options(arg, "configs/released_7b.py", stage=("instruct", "align"))
     config = common.eva_vicuna_7b()
     model = config.model
-    model.mode = "released"
-    model.dpe.update(
+    model.connector.mode = "released"
+    model.connector.dpe.update(
         {
             "num_prototypes": 80,
             "ratio": 0.45,
@@ -23,7 +23,7 @@ def get_config(arg: str = ""):
         }
     )
     model.text_encoder.remat = "full"
-    model.cce.levels = ((16, 8), (6, 3))
+    model.connector.cce.levels = ((16, 8), (6, 3))
     config.evaluation.media_frames = 128
     if chosen["stage"] == "align":
         return common.align(config)

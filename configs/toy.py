@@ -15,7 +15,7 @@ Options are joined by commas.
 import importlib.util
 from pathlib import Path
 
-from dynfocus_jax.config import default_config, stage
+from dynfocus_jax.config import connector, default_config, stage
 from dynfocus_jax.errors import UserError
 
 VARIANTS = {}
@@ -71,13 +71,13 @@ def get_config(arg: str = ""):
         }
     )
     model.connector.update({"pool": (2, 2), "projector": "residual"})
-    model.dpe.update({"num_prototypes": 8, "neighbors": 4, "num_selected": 3, "samples": 100})
-    model.cce.levels = ((4, 5), (2, 2))
+    model.connector.dpe.update({"num_prototypes": 8, "neighbors": 4, "num_selected": 3, "samples": 100})
+    model.connector.cce.levels = ((4, 5), (2, 2))
 
     # Pretraining stands in for the published vision tower and language model. It ends in a plain linear
     # projector over a few pooled tokens a frame, from which f and W_v start.
     pretrain = {
-        "connector": "pooled",
+        "connector": connector("pooled", pool=(2, 2), projector="residual"),
         "trainable": ("vision/.*", "language/.*", "connector/projector/linear/.*"),
         "schedule": "linear_tail",
         "warmup": 0.15,
@@ -204,21 +204,21 @@ def _stages(config, *names):
 @variant
 def rods_only(config):
     """Two tokens for every frame."""
-    config.model.cce.cones = "none"
+    config.model.connector.cce.cones = "none"
 
 
 @variant
 def rods3(config):
     """Three tokens for every frame: the two coarse prototypes and the text context."""
-    config.model.cce.cones = "none"
-    config.model.cce.rods = ("coarse", "context")
+    config.model.connector.cce.cones = "none"
+    config.model.connector.cce.rods = ("coarse", "context")
 
 
 @variant
 def uniform(config):
     """Five uniformly sampled frames in detail and nothing else: 50 tokens."""
-    config.model.dpe.update({"selection": "uniform", "num_selected": 5})
-    config.model.cce.rods = ()
+    config.model.connector.dpe.update({"selection": "uniform", "num_selected": 5})
+    config.model.connector.cce.rods = ()
     align, instruct = _stages(config, "align", "instruct")
     align.update({"trainable": ("connector/projector/.*",), "copy": ()})
     instruct.trainable = ("language/.*", "connector/projector/.*")
@@ -242,7 +242,7 @@ def plain_j2(config):
 
     What matters then depends on the question: one a sample in training, and twice the steps.
     """
-    config.model.dpe.num_selected = 2
+    config.model.connector.dpe.num_selected = 2
     for each in _stages(config, "align", "instruct"):
         each.max_turns = 1
     (instruct,) = _stages(config, "instruct")
@@ -257,7 +257,7 @@ def question_conditioned(config):
     is there first, and min-max leaves the question no range.
     """
     plain_j2(config)
-    config.model.dpe.question_conditioned = True
+    config.model.connector.dpe.question_conditioned = True
     (instruct,) = _stages(config, "instruct")
     instruct.lr_scale = (("connector/dpe/score_net/.*", 0.3), ("connector/dpe/question_score/.*", 10.0))
 
@@ -265,20 +265,22 @@ def question_conditioned(config):
 @variant
 def kmeans(config):
     """k-means instead of DPC-KNN, over frames and over patches (Table 11)."""
-    config.model.dpe.clustering = "kmeans"
-    config.model.cce.clustering = "kmeans"
+    config.model.connector.dpe.clustering = "kmeans"
+    config.model.connector.cce.clustering = "kmeans"
 
 
 @variant
 def released(config):
     """What the authors' code computes: k-means events, random key frames, gated groups."""
-    config.model.mode = "released"
-    config.model.dpe.update({"clustering": "kmeans", "kmeans_init": "random", "jacobian": "diagonal"})
+    config.model.connector.mode = "released"
+    config.model.connector.dpe.update(
+        {"clustering": "kmeans", "kmeans_init": "random", "jacobian": "diagonal"}
+    )
 
 
 @variant
 def oracle(config):
     """The frames that a question needs are given: the ceiling."""
-    config.model.dpe.selection = "oracle"
+    config.model.connector.dpe.selection = "oracle"
     (instruct,) = _stages(config, "instruct")
     instruct.trainable = ("language/.*", "connector/(projector|cce)/.*", "text_encoder/.*")

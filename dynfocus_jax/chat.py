@@ -174,18 +174,21 @@ def _summary(
     text = f"{completion.prompt_tokens} text tokens"
     if visual is None:
         return f"[{text}; {speed}]"
-    return f"[{_frames_used(engine, visual, clip)}; {visual.count} visual and {text}; {speed}]"
+    return f"[{_frames_used(visual, clip)}; {visual.count} visual and {text}; {speed}]"
 
 
-def _frames_used(engine: Engine, visual: Visual, clip: Clip) -> str:
+def _frames_used(visual: Visual, clip: Clip) -> str:
     """Frames, and tokens of each kind of them."""
     frames = f"{visual.frames} frame{'' if visual.frames == 1 else 's'}"
     if visual.focus is None:
         return f"{frames} of {visual.count // visual.frames} tokens"
     chosen = visual.focus.nonzero()[0]
-    cones, rods = engine.tokens_of_frames(visual)
+    of_chosen, of_others = (
+        visual.frame_tokens[mask].max(initial=0) for mask in (visual.focus, ~visual.focus)
+    )
     named = ", ".join(f"{i} ({clip.times[i]:.2f} s, score {visual.scores[i]:.2f})" for i in chosen)
-    counts = f"{len(chosen)} cones of {cones} tokens, {visual.frames - len(chosen)} rods of {rods}"
+    others = visual.frames - len(chosen)
+    counts = f"{len(chosen)} in focus with {of_chosen} tokens, {others} others with {of_others}"
     return f"{frames}: {counts}; in focus: {named or 'none'}"
 
 

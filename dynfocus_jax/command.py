@@ -1,27 +1,62 @@
-"""How a command runs: its flags, its config file, and how it ends."""
+"""Running a command: its flags, its configuration, and how it ends."""
 
 import re
 import runpy
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 from ml_collections.config_dict import ConfigDict
 
+from dynfocus_jax.config import CONFIG, STAGE
+from dynfocus_jax.connectors.registry import change_kind, connector_fields
 from dynfocus_jax.errors import RunError, UserError, suggest
+from dynfocus_jax.parallel.start import leave
+from dynfocus_jax.records.sources import SOURCE
+from dynfocus_jax.sections import describe_section
+
+flags.DEFINE_string(
+    "config",
+    None,
+    "Config file, with options: FILE[:option=value,...]. Any field of it is set by --config.FIELD=VALUE.",
+)
+flags.DEFINE_string(
+    "fields",
+    None,
+    "Print the fields of the configuration whose names begin with this, such as config.data, and exit.",
+)
+
+
+class ConfigFlag:
+    """The flag --config FILE[:option=value,...] with its overrides --config.FIELD=VALUE.
+
+    value: the configuration once the flags are parsed, None if there is no --config.
+    """
+
+    value: ConfigDict | None = None
+
+    def require(self, example: str) -> ConfigDict:
+        """Return the configuration; raise UserError if --config is missing."""
+        if self.value is None:
+            raise UserError(f"--config is missing; name a config file such as {example}.")
+        return self.value
+
+
+CONFIG_FLAG = ConfigFlag()
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command: parse the flags, turn errors into one sentence on stderr.
+    """Run a command: parse its flags, and print an error as one sentence on stderr.
 
-    Exit code 2 for `UserError`, 1 for `RunError` and, with its whole trace, for what nobody foresaw.
+    Exit code 2 for `UserError`, 1 for `RunError` and, with its traceback, for an unexpected exception.
     """
-    from dynfocus_jax.parallel.start import leave
 
     def guarded(_argv: list[str]) -> None:
-        logging.set_verbosity(logging.ERROR)  # the libraries' chatter would bury the run's own lines
+        logging.set_verbosity(logging.ERROR)  # libraries log a lot at lower levels
         try:
             main()
         except UserError as error:
@@ -34,15 +69,21 @@ def run_command(main: Callable[[], None]) -> None:
             traceback.print_exc()
             leave(1)
 
+    for name in ("config", "fields"):  # listed by --help with the command's own flags
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     app.run(guarded, flags_parser=_parse_flags)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
-        _check_overrides(argv)
+        if not any(re.match(r"--?help", argument) for argument in argv):
+            argv = _take_config(argv)
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
-            raise UserError(f"argument {rest[1]!r} is not understood; arguments have the form --name=value.")
+            raise UserError(f"unexpected argument {rest[1]!r}; arguments have the form --name=value.")
+        if flags.FLAGS.fields is not None:
+            _print_fields(flags.FLAGS.fields)
+            sys.exit(0)
         return rest
     except SystemExit:  # absl prints --help and exits with 1
         sys.exit(0)
@@ -55,7 +96,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _one_sentence(error: Exception) -> str:
-    """What ml_collections or absl complained of, without the dump of the whole config."""
+    """Return the message of ml_collections or absl without the dump of the whole configuration."""
     text = " ".join(str(error).split()).strip("\"'")
     unknown = re.search(r'Key "(\w+)" does not exist', text)
     if unknown:
@@ -64,27 +105,119 @@ def _one_sentence(error: Exception) -> str:
     return text if text.endswith((".", "?")) else f"{text}."
 
 
-def _check_overrides(argv: list[str]) -> None:
-    """Whether the config file exists and holds every field that the command line overrides."""
-    named = [i for i, a in enumerate(argv) if re.match(r"--?config(=|$)", a)]
-    if not named:
-        return
-    argument = argv[named[-1]].partition("=")[2] or [*argv, ""][named[-1] + 1]
-    path, _, variant = argument.partition(":")
+# --- --config and its overrides -----------------------------------------------------------------------
+
+
+def _take_config(argv: Sequence[str]) -> list[str]:
+    """Load the file that --config names and define the flags of its overrides; return the other arguments."""
+    argument, rest = _split_config(argv)
+    if argument is None:
+        return rest
+    config = load_config(argument)
+    overrides = [flag.lstrip("-").partition("=") for flag in rest if re.match(r"--?config\.", flag)]
+    _change_connectors(config, overrides)
+    for path, _, _ in overrides:
+        _check_override(config, path)
+    if isinstance(config, ConfigDict):
+        CONFIG_FLAG.value = config
+        del flags.FLAGS.config  # the flag of --help, which only takes a file
+        config_flags.DEFINE_config_dict("config", config, "configuration", sys_argv=rest)
+    return rest
+
+
+def _split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the value of the last --config and the other arguments."""
+    value, rest, skip = None, [], False
+    for number, argument in enumerate(argv):
+        if skip:
+            skip = False
+        elif re.fullmatch(r"--?config", argument):
+            if number + 1 == len(argv):
+                raise UserError("--config has no value; name a config file such as configs/toy.py.")
+            value, skip = argv[number + 1], True
+        elif re.match(r"--?config=", argument):
+            value = argument.partition("=")[2]
+        else:
+            rest.append(argument)
+    return value, rest
+
+
+def load_config(argument: str) -> ConfigDict:
+    """Return the configuration of FILE[:option=value,...].
+
+    Raises:
+      UserError: there is no such file, or it defines no `get_config`.
+    """
+    path, _, options = argument.partition(":")
     if not Path(path).is_file():
         raise UserError(f"--config names {path!r}, which is not a file; try configs/toy.py.")
-    config = runpy.run_path(path)["get_config"](*([variant] if variant else []))
-    for flag in argv:
-        if not re.match(r"--?config\.", flag):
+    get_config = runpy.run_path(path).get("get_config")
+    if get_config is None:
+        raise UserError(f"--config names {path!r}, which defines no get_config(); see configs/toy.py.")
+    return get_config(*([options] if options else []))
+
+
+class _Node(NamedTuple):
+    """A value inside of a configuration and its full name."""
+
+    value: object
+    where: str
+
+
+def _walk(config: ConfigDict, path: str) -> Iterator[_Node]:
+    """Yield the values along a dotted path such as "config.stages[2].steps", the configuration first.
+
+    Raises:
+      UserError: there is no such field or entry.
+    """
+    node, where = config, "config"
+    yield _Node(node, where)
+    for part in path.split(".")[1:]:
+        name, *indices = re.findall(r"\w+", part)
+        if not isinstance(node, ConfigDict) or name not in node:
+            known = node if isinstance(node, ConfigDict) else ()
+            raise UserError(f"{where}.{name} is not a field of the configuration{suggest(name, known)}.")
+        node, where = node[name], f"{where}.{name}"
+        for index in map(int, indices):
+            if index >= len(node):
+                raise UserError(f"{where} has {len(node)} entries, so there is no {where}[{index}].")
+            node, where = node[index], f"{where}[{index}]"
+        yield _Node(node, where)
+
+
+def _check_override(config: ConfigDict, path: str) -> None:
+    """Check that an overridden field exists; raise UserError with the closest one if not."""
+    for _ in _walk(config, path):
+        pass
+
+
+def _change_connectors(config: ConfigDict, overrides: Sequence[tuple[str, str, str]]) -> None:
+    """Replace the section of each connector whose kind is overridden; fields of both kinds are kept.
+
+    A stage without a connector of its own gets one that starts from the model's.
+    """
+    for path, _, kind in overrides:
+        found = re.fullmatch(r"(config(?:\.\w+(?:\[\d+\])?)*)\.connector\.kind", path)
+        if not found:
             continue
-        node, where = config, "config"
-        for part in flag.lstrip("-").partition("=")[0].split(".")[1:]:
-            name, *indices = re.findall(r"\w+", part)
-            if not isinstance(node, ConfigDict) or name not in node:
-                known = node if isinstance(node, ConfigDict) else ()
-                raise UserError(f"{where}.{name} is not a field of the configuration{suggest(name, known)}.")
-            node, where = node[name], f"{where}.{name}"
-            for index in map(int, indices):
-                if index >= len(node):
-                    raise UserError(f"{where} has {len(node)} entries, so there is no {where}[{index}].")
-                node, where = node[index], f"{where}[{index}]"
+        *_, (parent, where) = _walk(config, found[1])
+        if not isinstance(parent, ConfigDict) or "connector" not in parent:
+            continue  # the check of the override names the wrong field
+        old = parent.connector if parent.connector is not None else config.model.connector
+        with parent.unlocked(), parent.ignore_type():
+            parent.connector = change_kind(old, kind, f"{where}.connector")
+
+
+def _print_fields(prefix: str) -> None:
+    """Print the declared fields whose names begin with a prefix, one per line."""
+    kind = CONFIG_FLAG.value.model.connector.kind if CONFIG_FLAG.value is not None else "dynfocus"
+    sections = {
+        "config": {name: field for name, field in CONFIG.items() if name != "stages"},
+        "config.model.connector": connector_fields(kind),
+        "config.stages[i]": STAGE,
+        "config.stages[i].sources[j]": SOURCE,
+    }
+    for where, fields in sections.items():
+        for line in describe_section(fields, where):
+            if line.startswith(prefix) or line.startswith(f"config.{prefix}"):
+                print(line)

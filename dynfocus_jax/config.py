@@ -1,362 +1,374 @@
-"""Configuration: every field with its default. `dynfocus_jax.validation` checks it.
+"""The configuration: every field with its default, allowed values and meaning.
 
 A config file defines `get_config(arg="")` that starts from `default_config()`, changes fields and lists its
 stages with `stage(...)`. Commands take it as `--config FILE[:variant]` and single fields as
-`--config.model.dpe.ratio=0.5` or `--config.stages[2].steps=100`.
+`--config.model.connector.dpe.ratio=0.5` or `--config.stages[2].steps=100`; `--fields` lists all of them. The
+fields of a connector are declared in its own file (`connectors/`), those of a source in `records/sources.py`.
 """
 
-from ml_collections.config_dict import ConfigDict, placeholder
+from typing import Any
 
+from ml_collections.config_dict import ConfigDict
+
+from dynfocus_jax.connectors.registry import connector
+from dynfocus_jax.data.budget import ON_OVERFLOW
 from dynfocus_jax.errors import UserError, suggest
+from dynfocus_jax.media.images import CLIP_MEAN, CLIP_STD, LAYOUTS
+from dynfocus_jax.models.layers import ACTIVATIONS, REMAT_POLICIES
+from dynfocus_jax.models.llama import PROJECTIONS, ROPE_SCALINGS
+from dynfocus_jax.records.sources import source as source
+from dynfocus_jax.sections import Field, Section, fill_section, new_section
+from dynfocus_jax.text.conversation import GUIDANCE, TEMPLATES
+
+_DTYPES = ("float32", "bfloat16")
+_REMAT = Field("none", "what the backward pass recomputes of each layer", choices=tuple(REMAT_POLICIES))
+_ATTENTION = Field(str, '"cudnn" for the fused kernel; None is XLA\'s', choices=("xla", "cudnn"))
+
+VISION: Section = {
+    "image_size": Field(224, "height and width of a frame, pixels", at_least=1),
+    "patch_size": Field(14, "height and width of a patch, pixels", at_least=1),
+    "width": Field(1408, "hidden width, C", at_least=1),
+    "depth": Field(39, "blocks", at_least=1),
+    "heads": Field(16, "attention heads", at_least=1),
+    "mlp_dim": Field(6144, "hidden width of the MLP", at_least=1),
+    "mean": Field(CLIP_MEAN, "mean of red, green and blue that pixels are normalised with"),
+    "std": Field(CLIP_STD, "standard deviation that pixels are normalised with"),
+    "cls_token": Field(True, "whether there is a class token"),
+    "patch_bias": Field(True, "whether the patch embedding has a bias"),
+    "pre_norm": Field(False, "LayerNorm between embeddings and blocks (CLIP)"),
+    "select_layer": Field(-1, "block whose output is taken, counted from the end: -1 is the last"),
+    "final_norm": Field(False, "LayerNorm after the last block"),
+    "activation": Field("gelu", "activation of the MLP", choices=tuple(ACTIVATIONS)),
+    "eps": Field(1e-6, "epsilon of the LayerNorms", above=0),
+    "remat": _REMAT,
+    "attention": _ATTENTION,
+}
+
+TEXT_ENCODER: Section = {
+    "vocab_size": Field(30523, "word embeddings", at_least=1),
+    "max_text": Field(512, "position embeddings, text tokens", at_least=1),
+    "num_queries": Field(32, "text queries of a frame, Q", at_least=1),
+    "width": Field(768, "hidden width", at_least=1),
+    "depth": Field(12, "blocks", at_least=1),
+    "heads": Field(12, "attention heads", at_least=1),
+    "mlp_dim": Field(3072, "hidden width of the MLP", at_least=1),
+    "cross_every": Field(2, "every n-th block attends to the frame", at_least=1),
+    "eps": Field(1e-12, "epsilon of the LayerNorms", above=0),
+    "vision_eps": Field(1e-5, "epsilon of the LayerNorm on the frame's features", above=0),
+    "remat": _REMAT,
+    "attention": _ATTENTION,
+}
+
+LANGUAGE: Section = {
+    "vocab_size": Field(32000, "token embeddings, V", at_least=1),
+    "width": Field(4096, "hidden width, D", at_least=1),
+    "depth": Field(32, "blocks", at_least=1),
+    "heads": Field(32, "query heads", at_least=1),
+    "kv_heads": Field(32, "key and value heads", at_least=1),
+    "head_dim": Field(128, "width of a head", at_least=1),
+    "mlp_dim": Field(11008, "hidden width of the MLP", at_least=1),
+    "qkv_bias": Field(False, "bias of the query, key and value projections (Qwen2)"),
+    "qk_norm": Field(False, "RMSNorm of every head's query and key (Qwen3)"),
+    "rope_theta": Field(1e4, "base of the rotary position embedding", above=0),
+    "rope_scaling": Field(
+        "none", "how rotary frequencies are lowered for longer contexts", choices=ROPE_SCALINGS
+    ),
+    "rope_factor": Field(1.0, "factor by which they are lowered", above=0),
+    "rope_low_freq": Field(
+        1.0,
+        '"llama3": frequencies with fewer turns in the original length are lowered by the whole factor',
+        above=0,
+    ),
+    "rope_high_freq": Field(4.0, '"llama3": frequencies with more turns than this are kept'),
+    "rope_original_length": Field(8192, '"llama3": context length before scaling, tokens', at_least=1),
+    "eps": Field(1e-5, "epsilon of the RMSNorms", above=0),
+    "tied_embeddings": Field(False, "whether the head is the transposed embedding"),
+    "remat": _REMAT,
+    "attention": _ATTENTION,
+    "lora": {
+        "rank": Field(0, "rank of the low-rank updates; 0 builds none", at_least=0),
+        "alpha": Field(16.0, "scale: an update counts alpha / rank", above=0),
+        "targets": Field(("query", "value"), "projections with an update", choices=PROJECTIONS),
+    },
+}
+
+MODEL: Section = {
+    "dtype": Field("bfloat16", "of the computation, and of parameters that no stage trains", choices=_DTYPES),
+    "param_dtype": Field("float32", "of parameters that some stage trains", choices=_DTYPES),
+    "vision": VISION,
+    "text_encoder": TEXT_ENCODER,
+    "connector": Field(
+        ConfigDict, "method that turns frame features into language tokens: connector(KIND, ...)"
+    ),
+    "language": LANGUAGE,
+}
+
+DATA: Section = {
+    "root": Field(str, "folder of annotations and media"),
+    "generate": Field(str, "benchmark that is generated below `root` first", choices=("needles",)),
+    "vocabulary": Field("vocabulary.json", "word list of the tokenizer, relative to the root"),
+    "tokenizer": Field(str, "folder of a Hugging Face tokenizer, instead of the word list"),
+    "query_tokenizer": Field(
+        str, "folder or vocab.txt of the text encoder's tokenizer; None: the same tokenizer"
+    ),
+    "template": Field("plain", "form of a conversation", choices=tuple(TEMPLATES)),
+    "max_query": Field(32, "text tokens that the text encoder reads", at_least=1),
+    "text_guidance": Field(
+        "joined",
+        'questions of a conversation that the text encoder reads: all "joined", the "first_turn"\'s, '
+        'or "each_turn"\'s '
+        "own, which makes a sample of every turn, with the turns before as its history",
+        choices=GUIDANCE,
+    ),
+    "sampling": {
+        "kind": Field(
+            "uniform",
+            'frames of a video: "uniform" as many as the bucket has, evenly spread; "segments" one '
+            "of each of so many "
+            'equal parts; "fps" at a rate',
+            choices=("uniform", "fps", "segments"),
+        ),
+        "fps": Field(1.0, 'frames per second of "fps"', above=0),
+        "cap": Field(2000, 'frames of "fps" at most ...', at_least=1),
+        "above": Field(200, "... beyond which so many evenly spread ones are taken", at_least=1),
+        "pick": Field("middle", "frame of each segment", choices=("middle", "random")),
+    },
+    "image_layout": Field(
+        "crop",
+        'how a picture becomes a square: "crop" its centre (CLIP), "pad" with the mean colour, "stretch"',
+        choices=LAYOUTS,
+    ),
+    "features": Field(str, "folder written by `extract`, whose features are read instead of pixels"),
+    "lengths": Field(str, "file of known sample lengths; None: WORKDIR/lengths.jsonl"),
+    "cache_gib": Field(0.5, "decoded media kept in memory, GiB", at_least=0),
+    "threads": Field(2, "decoding threads of a process", at_least=1),
+    "processes": Field(0, "processes that read samples; 0 reads in threads of this one", at_least=0),
+    "timeout": Field(
+        60.0, "seconds after which reading a sample is given up and the sample skipped", above=0
+    ),
+    "max_skip_share": Field(
+        0.05, "share of samples that may be unusable before the run stops", at_least=0, below=1
+    ),
+    "workers": Field(2, "processes that generate data", at_least=1),
+    "needles": {
+        "seed": Field(0, "seed of the generated benchmark"),
+        "num_train": Field(1600, "training videos", at_least=1),
+        "num_validation": Field(64, "validation videos", at_least=1),
+        "num_heldout": Field(128, "held-out videos", at_least=1),
+        "num_images": Field(8000, "images for pretraining", at_least=1),
+        "num_sequences": Field(4000, "short videos for pretraining", at_least=1),
+    },
+}
+
+WEIGHTS: Section = {
+    "vision": Field(str, "published file or folder of the vision tower, read by `convert`"),
+    "text_encoder": Field(str, "published file or folder of the text encoder"),
+    "language": Field(str, "published file or folder of the language model"),
+    "connector": Field(str, "published file or folder of the connector"),
+    "skip": Field((), "regular expressions of published names that are left out on purpose"),
+}
+
+MESH: Section = {
+    "data": Field(
+        -1, "replicas of the parameters, each with its part of the batch; -1: all remaining devices"
+    ),
+    "fsdp": Field(1, "shards of the parameters, each with its part of the batch"),
+    "tensor": Field(1, "shards of the heads and hidden units"),
+    "context": Field(1, "shards of the language model's sequence"),
+}
+
+DISTRIBUTED: Section = {
+    "mode": Field(
+        "none",
+        'how processes find each other: "auto" from SLURM, GKE or the TPU, "explicit" by the fields below',
+        choices=("none", "auto", "explicit"),
+    ),
+    "address": Field(str, "host:port of process 0"),
+    "num_processes": Field(int, "number of processes", at_least=1),
+    "process_id": Field(int, "number of this process, from 0", at_least=0),
+    "timeout": Field(60, "seconds to wait for the other processes at the start", above=0),
+}
+
+CHECKPOINT: Section = {
+    "every": Field(500, "steps between checkpoints", at_least=1),
+    "keep": Field(1, "newest checkpoints that are kept", at_least=1),
+    "keep_every": Field(int, "steps; checkpoints at multiples of this are kept for good", at_least=1),
+    "best": Field(str, "metric whose best checkpoint is kept too", choices=("loss", "grad_norm")),
+    "best_mode": Field("min", "whether the smallest or the largest value is best", choices=("min", "max")),
+}
+
+EVALUATION: Section = {
+    "annotations": Field(str, "LLaVA file of held-out questions, relative to data.root; None: no evaluation"),
+    "media_frames": Field(16, "frames of a video", at_least=1),
+    "max_text": Field(64, "text tokens of a prompt", at_least=1),
+    "max_subtitle": Field(0, "text tokens of a video's subtitles", at_least=0),
+    "batch_size": Field(64, "questions answered together", at_least=1),
+    "max_new_tokens": Field(8, "tokens of an answer at most", at_least=1),
+    "focus_videos": Field(2, "videos in focus.png; 0 draws no picture", at_least=0),
+}
+
+GENERATION: Section = {
+    "num_frames": Field(int, "frames of a video; None: evaluation.media_frames", at_least=1),
+    "max_new_tokens": Field(256, "tokens of an answer at most", at_least=1),
+    "max_length": Field(int, "visual and text tokens with the answer, at most; None: no limit", at_least=1),
+    "temperature": Field(0.0, "of sampling; 0 is greedy", at_least=0),
+    "top_k": Field(0, "most likely tokens that are sampled from; 0: all", at_least=0),
+    "top_p": Field(1.0, "smallest probability mass that is sampled from", above=0, at_most=1),
+    "end_tokens": Field((), "special tokens that end an answer, besides the tokenizer's eos_token"),
+    # Sizes that programs are compiled for; inputs are padded to the next one
+    "frames": Field((), "compiled clip lengths, frames; (): 1 and num_frames"),
+    "text": Field(
+        (32, 48, 64, 96, 128, 256, 512, 1024, 2048),
+        "compiled prompt lengths, tokens; longer prompts: multiples of the last",
+    ),
+    "batch": Field((1, 4, 16), "compiled batch sizes of decoding; the last is the largest"),
+    "cache": Field(128, "positions of the KV cache are a multiple of this", at_least=1),
+    "prefill": Field(
+        4096, "prompt tokens prefilled per device at a time, unless one prompt has more", at_least=1
+    ),
+    "cached_clips": Field(16, "encoded clips whose visual tokens are kept for later questions", at_least=0),
+}
+
+CONFIG: Section = {
+    "seed": Field(0, "seed of initial parameters, data order and selection noise"),
+    "initial": Field(
+        str, "checkpoint to start from: WORKDIR/checkpoints/STAGE/STEP, or the output of `convert`"
+    ),
+    "model": MODEL,
+    "data": DATA,
+    "weights": WEIGHTS,
+    "stages": Field((), "stages of training in their order: stage(...)"),
+    "mesh": MESH,
+    "distributed": DISTRIBUTED,
+    "checkpoint": CHECKPOINT,
+    "log_every": Field(50, "steps between lines of the log", at_least=1),
+    "evaluation": EVALUATION,
+    "generation": GENERATION,
+}
+
+STAGE: Section = {
+    "name": Field(str, "name of the stage and of its folder of checkpoints"),
+    "annotations": Field(str, "LLaVA file, relative to data.root ..."),
+    "sources": Field((), "... or a mixture of source(...)"),
+    "steps": Field(int, "steps, or instead of them ...", at_least=1),
+    "epochs": Field(float, "... passes over the records", above=0),
+    "batch_size": Field(32, "samples of a step, over all devices", at_least=1),
+    "microbatches": Field(
+        1, "parts of a batch that are computed in turn, their gradients added up", at_least=1
+    ),
+    "loss_chunk": Field(0, "text tokens whose logits are held at a time; 0 holds all", at_least=0),
+    "num_frames": Field(16, "frames of a sample, padded", at_least=1),
+    "max_text": Field(64, "text tokens of a sample, padded, without visual tokens", at_least=1),
+    "buckets": Field((), "(num_frames, max_text) pairs, instead of these two"),
+    "max_length": Field(int, "visual and text tokens of a sample at most", at_least=1),
+    "on_overflow": Field(
+        "error",
+        'a longer sample: "error" skips it, with that reason; "drop_turns" drops its last turns; '
+        '"fewer_frames" reads '
+        "fewer frames",
+        choices=ON_OVERFLOW,
+    ),
+    "max_subtitle": Field(
+        0, "text tokens of a video's subtitles, between its frames; 0 leaves them out", at_least=0
+    ),
+    "max_turns": Field(int, "turns drawn from a record; None takes all", at_least=1),
+    "connector": Field(ConfigDict, "connector of this stage, connector(...); None: config.model.connector"),
+    "trainable": Field(
+        tuple, 'regular expressions over parameter paths, "language/.*"; None: the connector\'s own'
+    ),
+    "copy": Field((), '"destination <- source" parameter paths, copied once when the stage starts'),
+    "random_steps": Field(0, "first steps in which the connector selects at random", at_least=0),
+    "learning_rate": Field(1e-3, "peak learning rate of AdamW", above=0),
+    "lr_scale": Field((), "(regular expression, factor) pairs that scale the learning rate"),
+    "schedule": Field(
+        "cosine",
+        'learning rate after the warm-up: "cosine", or "linear_tail", constant and then linear to 0 '
+        "over the last quarter",
+        choices=("cosine", "linear_tail"),
+    ),
+    "warmup": Field(0.03, "share of the steps with a linear warm-up", at_least=0, below=1),
+    "weight_decay": Field(0.0, "decoupled weight decay", at_least=0),
+    "b2": Field(0.999, "decay of AdamW's second moment", above=0, below=1),
+    "clip": Field(1.0, "largest global gradient norm", above=0),
+}
 
 
 def default_config() -> ConfigDict:
-    """All fields with their defaults: the paper's model and settings. Locked: unknown keys are errors."""
-    config = ConfigDict()
-    config.seed = 0  # initial parameters, data order, selection noise
-
-    # Checkpoint to start from: WORKDIR/checkpoints/STAGE/STEP, or one that `convert` made
-    config.initial = placeholder(str)
-
-    config.model = model = ConfigDict()
-    model.mode = "paper"  # "paper": the method as published; "released": what the authors' code computes
-    model.dtype = "bfloat16"  # of the computation, and of the parameters that no stage trains
-    model.param_dtype = "float32"  # of the parameters that some stage trains
-    model.vision = ConfigDict(
-        {
-            "image_size": 224,
-            "patch_size": 14,
-            "width": 1408,  # C
-            "depth": 39,
-            "heads": 16,
-            "mlp_dim": 6144,
-            "mean": (0.48145466, 0.4578275, 0.40821073),
-            "std": (0.26862954, 0.26130258, 0.27577711),
-            "cls_token": True,
-            "patch_bias": True,
-            "pre_norm": False,  # LayerNorm between embeddings and blocks (CLIP)
-            "select_layer": -1,  # the output of the last block; -2 of the last but one, ...
-            "final_norm": False,
-            "activation": "gelu",  # | "gelu_tanh" | "quick_gelu" | "silu"
-            "eps": 1e-6,
-            "remat": "none",
-            "attention": placeholder(str),  # "cudnn" for the fused kernel; None is XLA
-        }
-    )
-    model.text_encoder = ConfigDict(
-        {
-            "vocab_size": 30523,
-            "max_text": 512,
-            "num_queries": 32,  # Q
-            "width": 768,
-            "depth": 12,
-            "heads": 12,
-            "mlp_dim": 3072,
-            "cross_every": 2,
-            "eps": 1e-12,
-            "vision_eps": 1e-5,  # of the LayerNorm on the frame's features
-            "remat": "none",
-            "attention": placeholder(str),
-        }
-    )
-    model.connector = ConfigDict(
-        {
-            "kind": "dynfocus",  # "dynfocus" | "pooled"
-            "pool": (4, 4),  # P = 16 pooled tokens of a frame
-            "projector": "mlp",  # f: "mlp" (published) | "linear" | "residual"
-        }
-    )
-    model.dpe = ConfigDict(
-        {
-            "num_prototypes": 25,  # K
-            "neighbors": 5,  # k of the k nearest neighbours
-            "ratio": 0.8,  # J = ceil(ratio * K) ...
-            "num_selected": placeholder(int),  # ... or J itself
-            "clustering": "dpc_knn",  # | "kmeans" | "weighted_kmeans" (Table 11)
-            "kmeans_init": "spread",  # initial frames: "spread" evenly | "random"
-            "selection": "learned",  # | "uniform" frames | "oracle" (frames named by the data)
-            "samples": 500,  # S perturbations
-            "sigma": 0.1,
-            "jacobian": "full",  # | "diagonal" (what the released code computes)
-            "question_conditioned": False,  # extension: the score net also sees the question
-        }
-    )
-    model.cce = ConfigDict(
-        {
-            "levels": ((16, 8), (8, 3)),  # (M, k) of each level of spatial clustering
-            "clustering": "dpc_knn",
-            "cones": "multi_grained",  # | "single_grained" | "cross_attention" | "pair" | "patches" | "none"
-            "rods": ("content", "context"),  # any of "content", "context", "coarse"; () drops other frames
-        }
-    )
-    model.language = ConfigDict(
-        {
-            "vocab_size": 32000,
-            "width": 4096,  # D
-            "depth": 32,
-            "heads": 32,
-            "kv_heads": 32,
-            "head_dim": 128,
-            "mlp_dim": 11008,
-            "qkv_bias": False,  # Qwen2
-            "qk_norm": False,  # RMSNorm of every head's query and key (Qwen3)
-            "rope_theta": 1e4,
-            "rope_scaling": "none",  # | "linear" | "llama3": how longer contexts turn more slowly ...
-            "rope_factor": 1.0,  # ... by how much; the rest is of "llama3":
-            "rope_low_freq": 1.0,  # fewer turns than this in the original length: slowed by the factor
-            "rope_high_freq": 4.0,  # more turns than this: kept
-            "rope_original_length": 8192,  # positions
-            "eps": 1e-5,
-            "tied_embeddings": False,
-            "remat": "none",
-            "attention": placeholder(str),
-            "lora": {
-                "rank": 0,  # of the low-rank updates; 0 builds none
-                "alpha": 16.0,  # an update counts alpha / rank
-                "targets": ("query", "value"),  # any of query, key, value, out, gate, up, down
-            },
-        }
-    )
-
-    config.data = ConfigDict(
-        {
-            "root": placeholder(str),  # folder of annotations and media
-            "generate": placeholder(str),  # "needles": make the toy benchmark below `root` first
-            "vocabulary": "vocabulary.json",  # words of the tokenizer, relative to the root
-            "tokenizer": placeholder(str),  # folder of a Hugging Face tokenizer instead of those words
-            "query_tokenizer": placeholder(str),  # folder or vocab.txt of the text encoder's; None: the same
-            "template": "plain",  # conversation form, see text/conversation.py
-            "max_query": 32,  # text tokens for the text encoder
-            # What the text encoder reads of several questions: all "joined" | the "first_turn"'s only |
-            # "each_turn"'s own: a record of n turns is n samples then, the turns before are its history
-            "text_guidance": "joined",
-            "sampling": {
-                # "uniform": as many frames as the bucket has, evenly spread | "segments": one of each of so
-                # many equal parts | "fps": `fps` a second; of more than `cap` frames `above` uniform ones
-                "kind": "uniform",
-                "fps": 1.0,
-                "cap": 2000,
-                "above": 200,
-                "pick": "middle",  # of each segment | "random"
-            },
-            "image_layout": "crop",  # the centre, as CLIP | "pad" with the mean colour | "stretch"
-            "features": placeholder(str),  # folder that `extract` wrote, read in place of pixels
-            "lengths": placeholder(str),  # file of known lengths; None: WORKDIR/lengths.jsonl
-            "cache_gib": 0.5,  # decoded media kept in memory
-            "threads": 2,  # decoding threads of a process
-            "processes": 0,  # processes that read samples; 0: threads of this one
-            "timeout": 60.0,  # seconds; a sample that takes longer is skipped
-            "max_skip_share": 0.05,  # the run stops when more samples than this cannot be used
-            "workers": 2,  # processes that generate data
-            "needles": {
-                "seed": 0,
-                "num_train": 1600,
-                "num_validation": 64,
-                "num_heldout": 128,
-                "num_images": 8000,
-                "num_sequences": 4000,
-            },
-        }
-    )
-
-    config.weights = ConfigDict(
-        {
-            # Published file or folder of each part, read by `python -m dynfocus_jax.convert`
-            "vision": placeholder(str),
-            "text_encoder": placeholder(str),
-            "language": placeholder(str),
-            "connector": placeholder(str),
-            "skip": (),  # regular expressions of published names that are left out on purpose
-        }
-    )
-
-    config.stages = ()
-    config.mesh = ConfigDict(
-        {
-            # Devices on each axis; -1 takes what is left. Their product is the number of devices.
-            "data": -1,  # copies of the parameters, each with its share of the batch
-            "fsdp": 1,  # shares of the parameters, each with its share of the batch
-            "tensor": 1,  # shares of the heads and hidden units
-            "context": 1,  # shares of the language model's sequence
-        }
-    )
-    config.distributed = ConfigDict(
-        {
-            "mode": "none",  # | "auto": as SLURM, GKE or the TPU says | "explicit": by the fields below
-            "address": placeholder(str),  # host:port of process 0
-            "num_processes": placeholder(int),
-            "process_id": placeholder(int),  # 0 to num_processes - 1
-            "timeout": 60,  # seconds to wait for the others at the start
-        }
-    )
-    config.checkpoint = ConfigDict(
-        {
-            "every": 500,  # steps
-            "keep": 1,  # the newest ones
-            "keep_every": placeholder(int),  # of a multiple of so many steps all are kept for good
-            "best": placeholder(str),  # metric of which the best checkpoint is kept too: "loss"
-            "best_mode": "min",  # | "max"
-        }
-    )
-    config.log_every = 50  # steps
-    config.evaluation = ConfigDict(
-        {
-            "annotations": placeholder(str),  # relative to data.root
-            "media_frames": 16,
-            "max_text": 64,
-            "max_subtitle": 0,
-            "batch_size": 64,
-            "max_new_tokens": 8,
-            "focus_videos": 2,  # rows of focus.png; 0 for no picture
-        }
-    )
-    config.generation = ConfigDict(
-        {
-            "num_frames": placeholder(int),  # of a video; None: evaluation.media_frames
-            "max_new_tokens": 256,  # of an answer
-            "max_length": placeholder(int),  # visual and text tokens, answer included; None: no limit
-            "temperature": 0.0,  # 0: greedy
-            "top_k": 0,  # candidates; 0: all
-            "top_p": 1.0,
-            "end_tokens": (),  # special tokens that end an answer, beside the tokenizer's eos_token
-            # Sizes that programs are compiled for; what is smaller is padded to the next one
-            "frames": (),  # frames of a clip; (): 1 and num_frames
-            "text": (32, 48, 64, 96, 128, 256, 512, 1024, 2048),  # of a prompt; more: a multiple of the last
-            "batch": (1, 4, 16),  # answers that are decoded together; the last is the most
-            "cache": 128,  # positions of the key-value cache: a multiple of this
-            "read": 4096,  # tokens of prompts that a share of the devices reads at a time, if one is no more
-            "looks": 16,  # (video, prompt) pairs whose visual tokens are kept for later questions
-        }
-    )
+    """Return all fields with their defaults, the paper's model and settings; unknown fields are errors."""
+    config = new_section(CONFIG)
+    config.model.connector = connector("dynfocus")
     return config.lock()
 
 
-def stage(**fields) -> ConfigDict:
-    """One stage of training.
+def stage(**fields: Any) -> ConfigDict:
+    """Return one stage of training.
 
-    `name` and `trainable` have no default; nor have `annotations` or `sources`, and `steps` or `epochs`, of
-    which one is given.
+    `name` has to be given, and of each of these pairs one: `annotations` or `sources`, `steps` or `epochs`.
     """
-    defaults = ConfigDict(
-        {
-            "name": placeholder(str),
-            "annotations": placeholder(str),  # a LLaVA file, relative to data.root ...
-            "sources": (),  # ... or a mixture of source(...)
-            "steps": placeholder(int),
-            "epochs": placeholder(float),  # passes over the records, instead of steps
-            "batch_size": 32,
-            "microbatches": 1,  # parts of a batch that are gone through in turn, their gradients summed
-            "loss_chunk": 0,  # text tokens at a time whose logits are held for the loss; 0 for all at once
-            # A batch has the shape of a bucket: T frames, and so many text tokens (no visual ones)
-            "num_frames": 16,
-            "max_text": 64,
-            "buckets": (),  # (num_frames, max_text) pairs, instead of these two
-            "max_length": placeholder(int),  # visual and text tokens of a sample
-            # A sample of more tokens: "error": skipped, with that reason | "drop_turns": without its last
-            # turns | "fewer_frames": with fewer frames
-            "on_overflow": "error",
-            "max_subtitle": 0,  # text tokens of a video's subtitles, between its frames; 0 leaves them out
-            "max_turns": placeholder(int),  # turns drawn from a record; None takes all
-            "connector": "dynfocus",
-            "trainable": (),  # regular expressions over parameter paths, e.g. "language/.*"
-            "copy": (),  # "destination <- source" parameter paths, once, when the stage starts
-            "random_steps": 0,  # first steps that select prototypes at random
-            "learning_rate": 1e-3,
-            "lr_scale": (),  # (regular expression, factor) pairs
-            "schedule": "cosine",  # | "linear_tail": constant, then linear to 0 over the last quarter
-            "warmup": 0.03,  # share of the steps
-            "weight_decay": 0.0,
-            "b2": 0.999,
-            "clip": 1.0,  # global gradient norm
-        }
-    )
-    return _filled(defaults, fields, "stage")
-
-
-def source(**fields) -> ConfigDict:
-    """One source of a stage's mixture. `name` and `annotations` have no default."""
-    defaults = ConfigDict(
-        {
-            "name": placeholder(str),
-            "annotations": placeholder(str),  # a file, relative to data.root, or absolute
-            "format": "llava",  # of the file, see records/formats.py
-            "media": placeholder(str),  # folder of its media; None: data.root
-            "modality": "auto",  # as each record says | "image" | "video" | "text"
-            "select": "all",  # | "first:N" | "first:N%" | "random:N" | "random:N%" of the records
-            "repeat": 1,  # times an epoch
-            # Share of an epoch, relative to the other sources' weights; None: as many records as it has
-            "weight": placeholder(float),
-        }
-    )
-    return _filled(defaults, fields, "source")
-
-
-def _filled(defaults: ConfigDict, fields: dict, function: str) -> ConfigDict:
-    defaults.lock()
-    for key, value in fields.items():
-        if key not in defaults:
-            raise UserError(f"{function}(...) has no field {key!r}{suggest(key, defaults)}.")
-        defaults[key] = value
-    return defaults
-
-
-def stage_buckets(stage_config: ConfigDict) -> tuple[tuple[int, int], ...]:
-    """The shapes of a stage's batches: (num_frames, max_text)."""
-    return tuple(map(tuple, stage_config.buckets)) or ((stage_config.num_frames, stage_config.max_text),)
-
-
-def with_steps(config: ConfigDict, index: int, steps: int) -> ConfigDict:
-    """A copy in which stage `index` has so many steps, in place of its epochs."""
-    config = config.copy_and_resolve_references()
-    stages = [one.copy_and_resolve_references() for one in config.stages]
-    stages[index].update({"steps": steps, "epochs": None})
-    config.stages = tuple(stages)
-    return config
-
-
-def to_dict(config: ConfigDict) -> dict:
-    """Plain dicts and lists, for json."""
-
-    def plain(value):
-        if isinstance(value, ConfigDict):
-            return {key: plain(value[key]) for key in value}
-        return [plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-    return plain(config)
-
-
-def differences(old, new, words: tuple[str, str] = ("then", "now"), where: str = "") -> list[str]:
-    """Where two plain configurations (`to_dict`) differ: "FIELD: then OLD, now NEW", in their order."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            line
-            for key in old | new
-            for line in differences(old.get(key), new.get(key), words, f"{where}.{key}" if where else key)
-        ]
-    return [] if old == new else [f"{where}: {words[0]} {old!r}, {words[1]} {new!r}"]
+    return fill_section(STAGE, fields, "stage(...)")
 
 
 def from_dict(fields: dict) -> ConfigDict:
-    """The configuration that `to_dict` took apart."""
+    """Return the configuration that `sections.to_dict` made plain.
 
-    def frozen(value):
-        return tuple(map(frozen, value)) if isinstance(value, list) else value
-
-    def update(config, fields, where):
-        for key, value in fields.items():
-            if key not in config:
-                raise UserError(f"{where}.{key} is not a field of the configuration{suggest(key, config)}.")
-            if isinstance(config[key], ConfigDict):
-                update(config[key], value, f"{where}.{key}")
-            else:
-                config[key] = frozen(value)
-
-    def read_stage(fields):
-        sources = tuple(source(**{k: frozen(v) for k, v in s.items()}) for s in fields.get("sources", ()))
-        return stage(**{key: frozen(value) for key, value in fields.items()} | {"sources": sources})
-
+    Raises:
+      UserError: it has a field that does not exist.
+    """
+    fields = upgraded(fields)
     config = default_config()
-    stages = tuple(map(read_stage, fields["stages"]))
-    update(config, {key: value for key, value in fields.items() if key != "stages"}, "config")
-    config.stages = stages
+    config.model.connector = _connector_from(fields["model"]["connector"])
+    config.stages = tuple(map(_stage_from, fields["stages"]))
+    _update(config, {name: value for name, value in fields.items() if name != "stages"}, "config")
     return config
+
+
+def upgraded(fields: dict) -> dict:
+    """Return the plain fields of a configuration of version 0.1.0 under today's names; others unchanged.
+
+    The parameters' own paths are the same in both. Renamed: `model.mode`, `model.dpe` and `model.cce` are
+    fields of `model.connector`, a stage's connector is a section, and `generation.read` and `.looks` are
+    `.prefill` and `.cached_clips`.
+    """
+    if "dpe" not in fields["model"]:
+        return fields
+    model, generation = dict(fields["model"]), dict(fields["generation"])
+    own = {name: model.pop(name) for name in ("mode", "dpe", "cce")}
+    both = model["connector"]
+
+    def connector_of(kind: str) -> dict:
+        return both | {"kind": kind} | (own if kind == "dynfocus" else {})
+
+    model["connector"] = connector_of(both["kind"])
+    generation["prefill"], generation["cached_clips"] = generation.pop("read"), generation.pop("looks")
+    stages = [one | {"connector": connector_of(one["connector"])} for one in fields["stages"]]
+    return fields | {"model": model, "generation": generation, "stages": stages}
+
+
+def _connector_from(fields: dict) -> ConfigDict:
+    section = connector(fields["kind"])
+    _update(section, fields, f"connector {fields['kind']!r}")
+    return section
+
+
+def _stage_from(fields: dict) -> ConfigDict:
+    values = {name: _tuples(value) for name, value in fields.items()}
+    values["sources"] = tuple(
+        source(**{name: _tuples(value) for name, value in one.items()}) for one in fields.get("sources", ())
+    )
+    if fields.get("connector") is not None:
+        values["connector"] = _connector_from(fields["connector"])
+    return stage(**values)
+
+
+def _update(config: ConfigDict, fields: dict, where: str) -> None:
+    for name, value in fields.items():
+        if name not in config:
+            raise UserError(f"{where}.{name} is not a field of the configuration{suggest(name, config)}.")
+        if isinstance(config[name], ConfigDict):
+            _update(config[name], value, f"{where}.{name}")
+        else:
+            config[name] = _tuples(value)
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

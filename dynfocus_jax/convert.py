@@ -20,17 +20,15 @@ import json
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
-from dynfocus_jax.command import run_command
-from dynfocus_jax.config import to_dict
+from dynfocus_jax.command import CONFIG_FLAG, run_command
 from dynfocus_jax.errors import UserError
+from dynfocus_jax.sections import to_dict
 from dynfocus_jax.training.checkpoints import read_params, save_params
 from dynfocus_jax.validation import validate_model
 from dynfocus_jax.weights.export import new_folder
 from dynfocus_jax.weights.parts import export_model, read_model
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant=NAME where it has any.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to make for the converted checkpoint.")
 _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Cast to this; without it, as published.")
 _EXPORT = flags.DEFINE_string("export", None, "Folder to make for published files of --checkpoint.")
@@ -41,7 +39,7 @@ _SHARD_GIB = flags.DEFINE_float("shard_gib", 2.0, "Largest exported file; more i
 
 
 def main() -> None:
-    if _CONFIG.value is None:
+    if CONFIG_FLAG.value is None:
         raise UserError("--config is missing; name a config file such as configs/align_7b.py.")
     if (_OUTPUT.value is None) == (_EXPORT.value is None):
         raise UserError(
@@ -49,7 +47,7 @@ def main() -> None:
         )
     if (_EXPORT.value is None) != (_CHECKPOINT.value is None):
         raise UserError("--export and --checkpoint belong together: where to, and what.")
-    config = _CONFIG.value
+    config = CONFIG_FLAG.value
     validate_model(config)
     target = Path(_OUTPUT.value or _EXPORT.value).expanduser()
     if target.exists():

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from dynfocus_jax.command import run_command
+from dynfocus_jax.command import CONFIG_FLAG, run_command
 from dynfocus_jax.data.prepare import make_media_reader, make_tokenizer, prepare
 from dynfocus_jax.data.survey import SourceSurvey, Surveyor, distribution
 from dynfocus_jax.errors import RunError, UserError
@@ -25,15 +25,14 @@ from dynfocus_jax.records.records import MODALITIES
 from dynfocus_jax.training.stage_data import make_loader, stage_budget, stage_seed
 from dynfocus_jax.validation import validate
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant=NAME where it has any.")
 _SAMPLES = flags.DEFINE_integer("samples", 20, "Files of each source that are decoded.", lower_bound=0)
 _JSON = flags.DEFINE_string("json", None, "File that receives all figures and reasons.")
 
 
 def main() -> None:
-    if _CONFIG.value is None:
+    if CONFIG_FLAG.value is None:
         raise UserError("--config is missing; name a config file such as configs/toy.py.")
-    config = _CONFIG.value.copy_and_resolve_references()
+    config = CONFIG_FLAG.value.copy_and_resolve_references()
     config.initial = None  # no weights are read
     validate(config)
     data_root = prepare(config.data)

@@ -31,11 +31,10 @@ from pathlib import Path
 import jax
 import tqdm
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from dynfocus_jax import trees
-from dynfocus_jax.command import run_command
-from dynfocus_jax.config import to_dict
+from dynfocus_jax.command import CONFIG_FLAG, run_command
 from dynfocus_jax.data.prepare import make_media_reader
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.evaluation.answering import Progress, share_of
@@ -49,6 +48,7 @@ from dynfocus_jax.media.frame_sampling import Sampling
 from dynfocus_jax.parallel.digest import digest
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.parallel.start import first_goes_ahead, is_first, own_name, say, start
+from dynfocus_jax.sections import to_dict
 from dynfocus_jax.serving.engine import Engine, serving_layout
 from dynfocus_jax.serving.load import Run, load_run
 from dynfocus_jax.training.checkpoints import read_params
@@ -56,7 +56,6 @@ from dynfocus_jax.validation import validate
 
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "benchmarks.py"
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "How benchmarks are asked: configs/benchmarks.py.")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of a training run, or of one of its checkpoints."
 )
@@ -74,7 +73,7 @@ def main() -> None:
             raise UserError(f"--{name} is missing; see --help.")
     name, output = _BENCHMARK.value, Path(_OUTPUT.value).expanduser().absolute()
     find_benchmark(name)
-    config = _CONFIG.value
+    config = CONFIG_FLAG.value
     if config is None:
         raise UserError("--config is missing; name configs/benchmarks.py of the source, or one like it.")
     if name not in config:

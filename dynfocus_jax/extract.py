@@ -29,9 +29,9 @@ import numpy as np
 import tqdm
 from absl import flags
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from dynfocus_jax.command import run_command
+from dynfocus_jax.command import CONFIG_FLAG, run_command
 from dynfocus_jax.data.prepare import check_weights, make_media_reader, prepare
 from dynfocus_jax.data.skipped import Skipped
 from dynfocus_jax.errors import UserError
@@ -42,11 +42,10 @@ from dynfocus_jax.features.shards import ShardWriter, begin_folder, first_free_n
 from dynfocus_jax.features.store import check_storable, describe, feature_dtype, feature_shape, read_index
 from dynfocus_jax.features.tower import Tower, frames_mesh
 from dynfocus_jax.parallel.start import first_goes_ahead, is_first, own_name, say, start
-from dynfocus_jax.training.state import param_shapes, trained_paths
+from dynfocus_jax.parameters import param_shapes, trained_paths
 from dynfocus_jax.validation import validate
 from dynfocus_jax.version import code_version
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant=NAME where it has any.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of the features; may hold some already.")
 _STAGE = flags.DEFINE_string("stage", None, "Only the media of this stage, or of 'evaluation'.")
 _MOVIES = flags.DEFINE_string("movie_features", None, "Folder whose .pkl files are converted instead.")
@@ -59,12 +58,12 @@ _SHARD_SECONDS = 600.0  # a killed run loses no more
 
 
 def main() -> None:
-    for name, flag in (("config", _CONFIG), ("output", _OUTPUT)):
+    for name, flag in (("config", CONFIG_FLAG), ("output", _OUTPUT)):
         if flag.value is None:
             raise UserError(f"--{name} is missing; see --help.")
-    start(_CONFIG.value.distributed)
+    start(CONFIG_FLAG.value.distributed)
     extract_features(
-        _CONFIG.value,
+        CONFIG_FLAG.value,
         Path(_OUTPUT.value).expanduser(),
         stage=_STAGE.value,
         movies=_MOVIES.value and Path(_MOVIES.value).expanduser(),
@@ -105,7 +104,7 @@ def extract_features(
         check_weights(config)
         for index, each in enumerate(config.stages):
             paths = param_shapes(config, index)
-            check_frozen(each.name, paths, trained_paths(each, paths))
+            check_frozen(each.name, paths, trained_paths(config, index, paths))
         wanted = wanted_media(config, data_root, stage)
     looker = Looker(make_media_reader(config), config)
 

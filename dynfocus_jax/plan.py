@@ -22,15 +22,14 @@ import time
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
-from dynfocus_jax.command import run_command
-from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.planning.quiet import quiet
 
 with quiet():
     import jax
 
+from dynfocus_jax.command import CONFIG_FLAG, run_command
+from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.parallel.sharding import row_shares
 from dynfocus_jax.planning.machines import devices, parse_machine
@@ -41,7 +40,6 @@ from dynfocus_jax.validation import validate
 
 STEPS = ("train", "prefill", "decode")
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant=NAME where it has any.")
 _MACHINE = flags.DEFINE_string("machine", None, "NAME:SHAPE, see above.")
 _STEPS = flags.DEFINE_list("steps", list(STEPS), "Which to plan, separated by commas.")
 _JSON = flags.DEFINE_boolean("json", False, "Print one json object instead of tables.")
@@ -49,8 +47,8 @@ _OUTPUT = flags.DEFINE_string("output", None, "File that receives the json objec
 
 
 def main() -> None:
-    if _CONFIG.value is None or _MACHINE.value is None:
-        missing = "--config" if _CONFIG.value is None else "--machine"
+    if CONFIG_FLAG.value is None or _MACHINE.value is None:
+        missing = "--config" if CONFIG_FLAG.value is None else "--machine"
         raise UserError(f"{missing} is missing; try --config configs/instruct_7b.py --machine a100-80gb:8.")
     unknown = [name for name in _STEPS.value if name not in STEPS]
     if unknown:
@@ -63,10 +61,10 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # compiling for other machines needs none of this one's
     jax.config.update("jax_enable_compilation_cache", False)  # programs for others cannot be read from it
     machine = parse_machine(_MACHINE.value)
-    mesh = make_mesh(mesh_shape(_CONFIG.value.mesh, machine.num_devices), devices(machine))
+    mesh = make_mesh(mesh_shape(CONFIG_FLAG.value.mesh, machine.num_devices), devices(machine))
 
     # --- Configuration --------------------------------------------------------------------------------
-    config = _CONFIG.value.copy_and_resolve_references()
+    config = CONFIG_FLAG.value.copy_and_resolve_references()
     config.initial = None  # neither weights nor data are read
     config.data.root = "."
     validate(config, row_shares(mesh))

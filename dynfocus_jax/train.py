@@ -20,31 +20,29 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
-from dynfocus_jax.command import run_command
-from dynfocus_jax.config import to_dict
+from dynfocus_jax.command import CONFIG_FLAG, run_command
 from dynfocus_jax.data.prepare import check_weights, make_tokenizer, prepare
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.evaluation.held_out import check_features, evaluate_run, format_table
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.parallel.sharding import row_shares
 from dynfocus_jax.parallel.start import first_goes_ahead, is_first, say, start
+from dynfocus_jax.sections import to_dict
 from dynfocus_jax.training.loop import StageRun, check_initial
 from dynfocus_jax.training.preemption import Preemption
 from dynfocus_jax.validation import validate
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant=NAME where it has any.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and results.")
 _STOP_AT = flags.DEFINE_string("stop_at", None, "STAGE:STEP, save there and stop (to be resumed later).")
 
 
 def main() -> None:
-    if _CONFIG.value is None:
+    if CONFIG_FLAG.value is None:
         raise UserError("--config is missing; name a config file such as configs/toy.py.")
     if _WORKDIR.value is None:
         raise UserError("--workdir is missing; name the folder that receives checkpoints and results.")
-    config, workdir = _CONFIG.value, Path(_WORKDIR.value).expanduser()
+    config, workdir = CONFIG_FLAG.value, Path(_WORKDIR.value).expanduser()
 
     # --- Devices and settings -------------------------------------------------------------------------
     start(config.distributed)

@@ -1,104 +1,146 @@
-"""Checks of a whole configuration, before anything is built from it."""
+"""Checks of a whole configuration, before anything is built from it.
+
+Types, allowed values and limits of single fields are declared with the fields (`config.py`, and the files of
+the connectors); here is how fields have to fit each other.
+"""
 
 import itertools
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from ml_collections.config_dict import ConfigDict
 
-from dynfocus_jax.config import default_config, source, stage
-from dynfocus_jax.errors import UserError, suggest
-from dynfocus_jax.model_validation import one_of, positive, require, validate_section
+from dynfocus_jax.config import CONFIG, STAGE
+from dynfocus_jax.connectors.registry import check_connector
+from dynfocus_jax.errors import UserError
+from dynfocus_jax.features.store import check_storable
+from dynfocus_jax.parallel.start import check_distributed
+from dynfocus_jax.records.sources import check_sources
+from dynfocus_jax.sections import check_section, require
 
 
-def _check_fields(config: ConfigDict, reference: ConfigDict, where: str) -> None:
-    """Unknown, missing or mistyped fields (a config need not derive from `default_config`)."""
-    for key in config:
-        if key not in reference:
-            raise UserError(f"{where}.{key} is not a field of the configuration{suggest(key, reference)}.")
-    for key in reference:
-        if key not in config:
-            raise UserError(f"{where}.{key} is missing; start the config from default_config().")
-        expected, value = reference.get_type(key), config[key]
-        if isinstance(reference[key], ConfigDict):
-            if not isinstance(value, ConfigDict):
-                raise UserError(f"{where}.{key} is {value!r}, expected a section of fields.")
-            _check_fields(value, reference[key], f"{where}.{key}")
-        elif value is not None and not (
-            isinstance(value, expected) and not (expected is int and isinstance(value, bool))
-        ):
-            if expected is float and isinstance(value, int) and not isinstance(value, bool):
-                continue
-            if expected is tuple and isinstance(value, list):
-                continue
-            raise UserError(
-                f"{where}.{key} is {value!r} of type {type(value).__name__}, expected {expected.__name__}."
-            )
+def validate(config: ConfigDict, devices: int = 1) -> None:
+    """Check every field; raise UserError with one sentence that names the field, its value and the remedy.
 
-
-def _one_of_two(section: ConfigDict, where: str, left: str, right: str) -> None:
-    given = [key for key in (left, right) if section[key] not in (None, ())]
+    Args:
+      config: as from a config file; it need not derive from `default_config`.
+      devices: number of devices on the mesh's data and fsdp axes, which divide the rows of a batch.
+    """
+    validate_model(config)
+    require(len(config.stages) > 0, "config.stages is empty, expected at least one stage(...).")
+    for index, stage in enumerate(config.stages):
+        _check_stage(stage, config, f"config.stages[{index}]", devices)
+    names = [stage.name for stage in config.stages]
+    require(len(set(names)) == len(names), f"config.stages has two stages of one name: {', '.join(names)}.")
+    _check_initial(config.initial)
+    _check_data(config.data, config.model.text_encoder.max_text)
+    if config.data.features is not None:
+        check_storable(config)
+    check_distributed(config.distributed)
+    _check_mesh(config.mesh)
+    _check_checkpoint(config.checkpoint)
+    _check_generation(config.generation)
+    evaluation = config.evaluation
     require(
-        len(given) == 1,
-        f"{where} has {'both' if given else 'neither'} {left} {'and' if given else 'nor'} {right}; "
-        "set one of them.",
+        evaluation.annotations is None or evaluation.batch_size % devices == 0,
+        f"config.evaluation.batch_size is {evaluation.batch_size}, which the {devices} devices of the "
+        f"mesh's data "
+        f"and fsdp axes do not divide; choose a multiple of {devices}.",
     )
 
 
-def _regular_expressions(where: str, patterns) -> None:
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise UserError(f"{where}: {pattern!r} is not a regular expression: {error}.") from None
+def validate_model(config: ConfigDict) -> None:
+    """Check names, types and limits of all fields, and that the fields of the model fit each other.
+
+    Raises:
+      UserError: one sentence that names the field, its value and the remedy.
+    """
+    check_section(config, CONFIG, "config")
+    model = config.model
+    _check_vision(model.vision)
+    _check_language(model.language)
+    text = model.text_encoder
+    _check_heads(text, "config.model.text_encoder")
+    check_connector(model.connector, model, "config.model.connector")
+    for index, stage in enumerate(config.stages):
+        where = f"config.stages[{index}]"
+        require(isinstance(stage, ConfigDict), f"{where} is {stage!r}, expected a stage(...).")
+        check_section(stage, STAGE, where)
+        if stage.connector is not None:
+            check_connector(stage.connector, model, f"{where}.connector")
+    _check_regular_expressions("config.weights.skip", config.weights.skip)
 
 
-def _validate_source(source_config: ConfigDict, where: str) -> None:
-    from dynfocus_jax.records.formats import FORMATS
-
-    for key in ("name", "annotations"):
-        require(bool(source_config[key]), f"{where}.{key} is not set; it has no default.")
-    one_of(f"{where}.format", source_config.format, FORMATS)
-    one_of(f"{where}.modality", source_config.modality, ("auto", "image", "video", "text"))
+def _check_vision(vision: ConfigDict) -> None:
+    where = "config.model.vision"
+    for name in ("mean", "std"):
+        value = vision[name]
+        require(
+            len(value) == 3 and all(isinstance(number, int | float) for number in value),
+            f"{where}.{name} is {tuple(value)}, expected three numbers: red, green, blue.",
+        )
+    _check_heads(vision, where)
     require(
-        re.fullmatch(r"all|(first|random):\d+%?", source_config.select) is not None,
-        f"{where}.select is {source_config.select!r}, expected 'all', 'first:N', 'first:N%', 'random:N' or "
-        "'random:N%'.",
+        -vision.depth <= vision.select_layer <= -1,
+        f"{where}.select_layer is {vision.select_layer}, expected -1 (the last of the {vision.depth} "
+        f"blocks) to "
+        f"-{vision.depth} (the first).",
     )
-    positive(source_config, where, "repeat")
-    if source_config.weight is not None:
-        positive(source_config, where, "weight")
-
-
-def _validate_mixture(sources: tuple[ConfigDict, ...], where: str) -> None:
-    names = [source_config.name for source_config in sources]
-    require(len(set(names)) == len(names), f"{where} has two sources of one name: {', '.join(names)}.")
-    weighted = [source_config.name for source_config in sources if source_config.weight is not None]
     require(
-        len(weighted) in (0, len(sources)),
-        f"{where} has weights for {', '.join(weighted)} alone; give all sources one, or none.",
+        vision.select_layer == -1 or not vision.final_norm,
+        f"{where}.final_norm follows the last block, but select_layer is {vision.select_layer}; set "
+        f"final_norm to "
+        "False, or select_layer to -1.",
     )
-
-
-def _validate_stage(stage_config: ConfigDict, where: str, devices: int) -> None:
-    from dynfocus_jax.connectors.connectors_old import KINDS
-    from dynfocus_jax.data.budget import ON_OVERFLOW
-
-    require(stage_config.name is not None, f"{where}.name is not set; it has no default.")
     require(
-        re.fullmatch(r"[\w-]+", stage_config.name) is not None,
-        f"{where}.name is {stage_config.name!r}, expected letters, digits, '_' or '-': it names a folder.",
+        vision.image_size % vision.patch_size == 0,
+        f"{where}.image_size is {vision.image_size}, not a multiple of patch_size = {vision.patch_size}.",
     )
-    _one_of_two(stage_config, where, "annotations", "sources")
-    _one_of_two(stage_config, where, "steps", "epochs")
-    positive(stage_config, where, "batch_size", "microbatches", "num_frames", "max_text")
-    positive(stage_config, where, "learning_rate", "clip")
-    one_of(f"{where}.connector", stage_config.connector, KINDS)
-    one_of(f"{where}.schedule", stage_config.schedule, ("cosine", "linear_tail"))
-    for key in ("steps", "epochs", "max_turns", "max_length"):
-        if stage_config[key] is not None:
-            positive(stage_config, where, key)
-    for bucket in stage_config.buckets:
+
+
+def _check_heads(section: ConfigDict, where: str) -> None:
+    require(
+        section.width % section.heads == 0,
+        f"{where}.width is {section.width}, which its {section.heads} heads do not divide; change one "
+        f"of them.",
+    )
+
+
+def _check_language(language: ConfigDict) -> None:
+    where = "config.model.language"
+    require(
+        language.heads % language.kv_heads == 0,
+        f"{where}.heads is {language.heads}, not a multiple of kv_heads = {language.kv_heads}.",
+    )
+    require(language.head_dim % 2 == 0, f"{where}.head_dim is {language.head_dim}, expected an even number.")
+    require(
+        language.rope_scaling != "none" or language.rope_factor == 1,
+        f"{where}.rope_factor is {language.rope_factor}, but rope_scaling is 'none'; choose 'linear' "
+        f"or 'llama3', or "
+        "set the factor to 1.",
+    )
+    require(
+        language.rope_low_freq < language.rope_high_freq,
+        f"{where}.rope_low_freq is {language.rope_low_freq}, expected less than rope_high_freq = "
+        f"{language.rope_high_freq}.",
+    )
+    lora = language.lora
+    require(
+        lora.rank == 0 or len(lora.targets) > 0,
+        f"{where}.lora.targets is empty, but rank is {lora.rank}; name projections, or set rank to 0.",
+    )
+
+
+def _check_stage(stage: ConfigDict, config: ConfigDict, where: str, devices: int) -> None:
+    require(stage.name is not None, f"{where}.name is not set; it has no default.")
+    require(
+        re.fullmatch(r"[\w-]+", stage.name) is not None,
+        f"{where}.name is {stage.name!r}, expected letters, digits, '_' or '-': it names a folder.",
+    )
+    _check_one_of_two(stage, where, "annotations", "sources")
+    _check_one_of_two(stage, where, "steps", "epochs")
+    for bucket in stage.buckets:
         require(
             isinstance(bucket, tuple | list)
             and len(bucket) == 2
@@ -106,98 +148,87 @@ def _validate_stage(stage_config: ConfigDict, where: str, devices: int) -> None:
             f"{where}.buckets has {bucket!r}, expected (num_frames, max_text) pairs such as (16, 64).",
         )
     require(
-        len(set(stage_config.buckets)) == len(stage_config.buckets),
-        f"{where}.buckets has one shape twice: {stage_config.buckets}.",
+        len(set(stage.buckets)) == len(stage.buckets),
+        f"{where}.buckets has one shape twice: {stage.buckets}.",
     )
-    one_of(f"{where}.on_overflow", stage_config.on_overflow, ON_OVERFLOW)
-    for number, source_config in enumerate(stage_config.sources):
-        _validate_source(source_config, f"{where}.sources[{number}]")
-    _validate_mixture(stage_config.sources, f"{where}.sources")
-    for key in ("random_steps", "weight_decay", "loss_chunk", "max_subtitle"):
-        require(stage_config[key] >= 0, f"{where}.{key} is {stage_config[key]}, expected at least 0.")
+    check_sources(stage.sources, f"{where}.sources")
     require(
-        all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in stage_config.lr_scale),
-        f"{where}.lr_scale is {stage_config.lr_scale}, expected pairs: ((regular expression, factor), ...).",
+        all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in stage.lr_scale),
+        f"{where}.lr_scale is {stage.lr_scale}, expected pairs: ((regular expression, factor), ...).",
     )
     require(
-        0 <= stage_config.warmup < 1, f"{where}.warmup is {stage_config.warmup}, expected a share in [0, 1)."
+        stage.trainable is None or len(stage.trainable) > 0,
+        f"{where}.trainable is empty: nothing would be trained. Name parameters, or set it to None "
+        f"for those of the "
+        "connector.",
     )
-    require(len(stage_config.trainable) > 0, f"{where}.trainable is empty: nothing would be trained.")
-    parts = stage_config.microbatches * devices
-    each = "" if stage_config.microbatches == 1 else f"{stage_config.microbatches} microbatches on "
+    _check_regular_expressions(where, (*(stage.trainable or ()), *(pair[0] for pair in stage.lr_scale)))
+    parts = stage.microbatches * devices
+    each = "" if stage.microbatches == 1 else f"{stage.microbatches} microbatches on "
     require(
-        stage_config.batch_size % parts == 0,
-        f"{where}.batch_size is {stage_config.batch_size}, which {each}the {devices} devices of the mesh's "
-        f"data and fsdp axes do not divide; choose a multiple of {parts}.",
+        stage.batch_size % parts == 0,
+        f"{where}.batch_size is {stage.batch_size}, which {each}the {devices} devices of the mesh's "
+        f"data and fsdp "
+        f"axes do not divide; choose a multiple of {parts}.",
     )
-    _regular_expressions(where, (*stage_config.trainable, *(pair[0] for pair in stage_config.lr_scale)))
+    require(
+        stage.max_turns is None or config.data.text_guidance != "each_turn",
+        f"{where}.max_turns is {stage.max_turns}, but with text_guidance 'each_turn' every turn is a "
+        f"sample; leave it "
+        "out.",
+    )
 
 
-def _validate_data(data: ConfigDict, text_encoder_text: int) -> None:
-    from dynfocus_jax.media.images import LAYOUTS
-    from dynfocus_jax.text.conversation import GUIDANCE, TEMPLATES
-
-    where = "config.data"
-    require(data.root is not None, f"{where}.root is not set; name the folder of the data.")
-    one_of(f"{where}.generate", data.generate, (None, "needles"))
-    one_of(f"{where}.template", data.template, TEMPLATES)
-    one_of(f"{where}.text_guidance", data.text_guidance, GUIDANCE)
-    one_of(f"{where}.image_layout", data.image_layout, LAYOUTS)
-    one_of(f"{where}.sampling.kind", data.sampling.kind, ("uniform", "fps", "segments"))
-    one_of(f"{where}.sampling.pick", data.sampling.pick, ("middle", "random"))
-    positive(data.sampling, f"{where}.sampling", "fps", "cap", "above")
+def _check_one_of_two(section: ConfigDict, where: str, left: str, right: str) -> None:
+    given = [name for name in (left, right) if section[name] not in (None, ())]
     require(
-        data.sampling.above <= data.sampling.cap,
-        f"{where}.sampling.above is {data.sampling.above}, expected at most cap = {data.sampling.cap}: "
-        "a video over the cap gives fewer frames.",
+        len(given) == 1,
+        f"{where} has {'both' if given else 'neither'} {left} {'and' if given else 'nor'} {right}; "
+        f"set one of them.",
     )
-    share = data.max_skip_share
-    require(0 <= share < 1, f"{where}.max_skip_share is {share}, expected at least 0 and below 1.")
-    positive(data, where, "max_query", "threads", "workers", "timeout")
-    require(data.processes >= 0, f"{where}.processes is {data.processes}, expected at least 0.")
+
+
+def _check_regular_expressions(where: str, patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise UserError(f"{where}: {pattern!r} is not a regular expression: {error}.") from None
+
+
+def _check_initial(initial: str | None) -> None:
+    if initial is None:
+        return
+    folder = Path(initial).expanduser()
+    require(
+        (folder / "params").is_dir() or (folder.name.isdigit() and folder.is_dir()),
+        f"config.initial is {initial!r}, expected WORKDIR/checkpoints/STAGE/STEP of a training run, "
+        f"or the --output "
+        "of python -m dynfocus_jax.convert.",
+    )
+
+
+def _check_data(data: ConfigDict, text_encoder_text: int) -> None:
+    require(data.root is not None, "config.data.root is not set; name the folder of the data.")
+    sampling = data.sampling
+    require(
+        sampling.above <= sampling.cap,
+        f"config.data.sampling.above is {sampling.above}, expected at most cap = {sampling.cap}: a "
+        f"video over the cap "
+        "gives fewer frames.",
+    )
     require(
         data.max_query <= text_encoder_text,
-        f"{where}.max_query is {data.max_query}, more than the text encoder's max_text = "
+        f"config.data.max_query is {data.max_query}, more than the text encoder's max_text = "
         f"{text_encoder_text}.",
     )
 
 
-def validate_distributed(distributed: ConfigDict) -> None:
-    """Check the section `config.distributed`, which is needed before there are devices.
-
-    Raises:
-      UserError: one sentence that names the field, its value and the remedy.
-    """
-    where = "config.distributed"
-    one_of(f"{where}.mode", distributed.mode, ("none", "auto", "explicit"))
-    positive(distributed, where, "timeout")
-    fields = ("address", "num_processes", "process_id")
-    if distributed.mode != "explicit":
-        for key in fields:
-            require(
-                distributed[key] is None,
-                f"{where}.{key} is {distributed[key]!r}, but mode is {distributed.mode!r}; set mode to "
-                "'explicit', or leave it out.",
-            )
-        return
-    for key in fields:
-        require(distributed[key] is not None, f"{where}.{key} is not set, which mode 'explicit' needs.")
-    require(
-        re.fullmatch(r"\S+:\d+", distributed.address) is not None,
-        f"{where}.address is {distributed.address!r}, expected host:port of process 0.",
-    )
-    positive(distributed, where, "num_processes")
-    require(
-        0 <= distributed.process_id < distributed.num_processes,
-        f"{where}.process_id is {distributed.process_id}, expected 0 to {distributed.num_processes - 1}, as "
-        f"num_processes is {distributed.num_processes}.",
-    )
-
-
-def _validate_mesh(mesh: ConfigDict) -> None:
+def _check_mesh(mesh: ConfigDict) -> None:
     for axis, size in mesh.items():
         require(
-            size == -1 or size >= 1, f"config.mesh.{axis} is {size}, expected at least 1, or -1 for the rest."
+            size == -1 or size >= 1,
+            f"config.mesh.{axis} is {size}, expected at least 1, or -1 for all remaining devices.",
         )
     rest = [axis for axis, size in mesh.items() if size == -1]
     require(
@@ -206,108 +237,20 @@ def _validate_mesh(mesh: ConfigDict) -> None:
     )
 
 
-def _validate_checkpoint(checkpoint: ConfigDict) -> None:
-    where = "config.checkpoint"
-    positive(checkpoint, where, "every", "keep")
-    if checkpoint.keep_every is not None:
-        positive(checkpoint, where, "keep_every")
+def _check_checkpoint(checkpoint: ConfigDict) -> None:
+    require(
+        checkpoint.keep_every is None or checkpoint.keep_every % checkpoint.every == 0,
+        f"config.checkpoint.keep_every is {checkpoint.keep_every}, expected a multiple of every = "
+        f"{checkpoint.every}: only those steps are saved.",
+    )
+
+
+def _check_generation(generation: ConfigDict) -> None:
+    for name in ("frames", "text", "batch"):
+        sizes = generation[name]
         require(
-            checkpoint.keep_every % checkpoint.every == 0,
-            f"{where}.keep_every is {checkpoint.keep_every}, expected a multiple of every = "
-            f"{checkpoint.every}: only those steps are saved.",
-        )
-    one_of(f"{where}.best", checkpoint.best, (None, "loss", "grad_norm"))
-    one_of(f"{where}.best_mode", checkpoint.best_mode, ("min", "max"))
-
-
-def validate_model(config: ConfigDict) -> None:
-    """Check that all fields exist, and those that the model and its published weights are described by.
-
-    Raises:
-      UserError: one sentence that names the field, its value and the remedy.
-    """
-    _check_fields(config, default_config(), "config")
-    for index, stage_config in enumerate(config.stages):
-        _check_fields(stage_config, stage(), f"config.stages[{index}]")
-        for number, source_config in enumerate(stage_config.sources):
-            where = f"config.stages[{index}].sources[{number}]"
-            require(isinstance(source_config, ConfigDict), f"{where} is not a source(...).")
-            _check_fields(source_config, source(), where)
-    validate_section(config.model)
-    _regular_expressions("config.weights.skip", config.weights.skip)
-
-
-def _validate_generation(generation: ConfigDict) -> None:
-    from dynfocus_jax.serving.token_sampling import SamplingParams, check_sampling
-
-    where = "config.generation"
-    positive(generation, where, "max_new_tokens", "cache", "read")
-    for key in ("num_frames", "max_length"):
-        if generation[key] is not None:
-            positive(generation, where, key)
-    require(generation.looks >= 0, f"{where}.looks is {generation.looks}, expected at least 0.")
-    check_sampling(SamplingParams(generation.temperature, generation.top_k, generation.top_p), where)
-    for key in ("frames", "text", "batch"):
-        sizes = generation[key]
-        require(
-            (key == "frames" or len(sizes) > 0)
+            (name == "frames" or len(sizes) > 0)
             and all(type(size) is int and size > 0 for size in sizes)
             and all(small < large for small, large in itertools.pairwise(sizes)),
-            f"{where}.{key} is {sizes}, expected ascending sizes greater than 0.",
-        )
-
-
-def validate(config: ConfigDict, devices: int = 1) -> None:
-    """Check every field before anything is built.
-
-    Args:
-      config: as from a config file.
-      devices: those on the mesh's data and fsdp axes, which share the rows of a batch.
-
-    Raises:
-      UserError: one sentence that names the field, its value and the remedy.
-    """
-    from dynfocus_jax.features.store import check_storable
-
-    validate_model(config)
-    require(len(config.stages) > 0, "config.stages is empty, expected at least one stage(...).")
-    for index, stage_config in enumerate(config.stages):
-        _validate_stage(stage_config, f"config.stages[{index}]", devices)
-        require(
-            stage_config.max_turns is None or config.data.text_guidance != "each_turn",
-            f"config.stages[{index}].max_turns is {stage_config.max_turns}, but with text_guidance "
-            "'each_turn' every turn is a sample; leave it out.",
-        )
-    if config.initial is not None:
-        folder = Path(config.initial).expanduser()
-        require(
-            (folder / "params").is_dir() or (folder.name.isdigit() and folder.is_dir()),
-            f"config.initial is {config.initial!r}, expected WORKDIR/checkpoints/STAGE/STEP of a training "
-            "run, or the --output of python -m dynfocus_jax.convert.",
-        )
-    names = [stage_config.name for stage_config in config.stages]
-    require(len(set(names)) == len(names), f"config.stages has two stages of one name: {', '.join(names)}.")
-    _validate_data(config.data, config.model.text_encoder.max_text)
-    if config.data.features is not None:
-        check_storable(config)
-    validate_distributed(config.distributed)
-    _validate_mesh(config.mesh)
-    _validate_checkpoint(config.checkpoint)
-    positive(config, "config", "log_every")
-    _validate_generation(config.generation)
-    evaluation = config.evaluation
-    if evaluation.annotations is not None:
-        positive(
-            evaluation,
-            "config.evaluation",
-            *("media_frames", "max_text", "batch_size", "max_new_tokens"),
-        )
-        require(
-            evaluation.max_subtitle >= 0,
-            f"config.evaluation.max_subtitle is {evaluation.max_subtitle}, expected at least 0.",
-        )
-        require(
-            evaluation.batch_size % devices == 0,
-            f"config.evaluation.batch_size is {evaluation.batch_size}, which the {devices} devices of the "
-            f"mesh's data and fsdp axes do not divide; choose a multiple of {devices}.",
+            f"config.generation.{name} is {sizes}, expected ascending sizes greater than 0.",
         )

@@ -6,9 +6,10 @@ import pytest
 from ml_collections.config_dict import ConfigDict
 
 from dynfocus_jax import command as command_lib
-from dynfocus_jax.config import default_config, from_dict, stage, to_dict
+from dynfocus_jax.config import default_config, from_dict, stage
 from dynfocus_jax.data.prepare import make_tokenizer, prepare
 from dynfocus_jax.errors import UserError
+from dynfocus_jax.sections import to_dict
 from dynfocus_jax.validation import validate
 from tests.commands import command
 from tests.tiny import TOY, tiny_config

@@ -5,8 +5,11 @@ import json
 import pytest
 
 from dynfocus_jax import command as command_lib
-from dynfocus_jax.config import from_dict, source, stage, stage_buckets, to_dict, with_steps
+from dynfocus_jax.config import from_dict, source, stage
+from dynfocus_jax.data.budget import stage_buckets
 from dynfocus_jax.errors import UserError
+from dynfocus_jax.sections import to_dict
+from dynfocus_jax.training.stage_data import with_steps
 from dynfocus_jax.validation import validate
 from tests.commands import command
 from tests.tiny import tiny_config

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from dynfocus_jax.config import to_dict
+from dynfocus_jax.sections import to_dict
 from dynfocus_jax.training.checkpoints import save_params
 from tests.commands import REPOSITORY, command
 from tests.evaluation.miniature import videos, write_json

@@ -11,9 +11,10 @@ import pytest
 from configs import common
 from dynfocus_jax import trees
 from dynfocus_jax.batch import padding_sample
-from dynfocus_jax.config import default_config, to_dict
+from dynfocus_jax.config import default_config
 from dynfocus_jax.data.prepare import check_weights, make_tokenizer, prepare
 from dynfocus_jax.errors import UserError
+from dynfocus_jax.sections import to_dict
 from dynfocus_jax.validation import validate
 from dynfocus_jax.video_language_model import build_model
 from tests.commands import REPOSITORY, command
@@ -78,7 +79,7 @@ def test_option_that_there_is_not():
 
 def shapes_of(config):
     """{path: shape} of a configuration's parameters, and of the visual tokens of one video."""
-    model, stage = build_model(config, config.stages[-1].connector), config.stages[-1]
+    model, stage = build_model(config), config.stages[-1]
     size = config.model.vision.image_size
     sample = padding_sample(stage.num_frames, size, 8, config.data.max_query)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *np.shape(x)), np.asarray(x).dtype), sample)
@@ -204,7 +205,7 @@ def test_without_data_or_tokenizers(name, folder, tmp_path):
     with pytest.raises(UserError, match=rf"{config.data.tokenizer} is not a tokenizer: expected a folder"):
         make_tokenizer(config, tmp_path / "vocabulary.json")
     config.data.tokenizer = str(folder(tmp_path / "published"))
-    with pytest.raises(UserError, match=r"published/bert-base-uncased is no BERT vocabulary: .*vocab\.txt"):
+    with pytest.raises(UserError, match=r"published/bert-base-uncased is not a BERT vocabulary: .*vocab\.txt"):
         make_tokenizer(config, tmp_path / "vocabulary.json")
     config.data.query_tokenizer = str(bert_folder(tmp_path / "bert"))
     tokenizer = make_tokenizer(config, tmp_path / "vocabulary.json")

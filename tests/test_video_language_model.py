@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dynfocus_jax.connectors.registry import change_kind
 from dynfocus_jax.models.vit import VisionTransformer
 from dynfocus_jax.training.losses import answer_loss
 from tests.tiny import change, forward, make_sample, model_of, pad, random_params, shaken, stack, tiny_config
@@ -20,7 +21,7 @@ def test_bfloat16_runs_and_is_close():
     visual, losses = forward(half, True)(params, batch, rng.standard_normal((3, 20, 5)).astype(np.float32))
     assert visual.tokens.dtype == jnp.bfloat16
     assert losses.dtype == jnp.float32
-    assert visual.selection.scores.dtype == jnp.float32
+    assert visual.focus.scores.dtype == jnp.float32
     exact, expected = forward(single, True)(params, batch, np.zeros((3, 20, 5), np.float32))
     np.testing.assert_array_equal(visual.count, exact.count)
     np.testing.assert_allclose(losses, expected, rtol=0.05)
@@ -63,11 +64,11 @@ def test_class_token_does_not_reach_the_connector_but_the_text_encoder():
     assert params["vision"]["position"].shape == (17, 16)
 
 
-@pytest.mark.parametrize("connector", ["dynfocus", "pooled"])
-def test_subtitles_stand_behind_their_frames(connector):
+@pytest.mark.parametrize("kind", ["dynfocus", "pooled"])
+def test_subtitles_stand_behind_their_frames(kind):
     """The visual tokens are those without subtitles; the words are embedded as any text."""
     config = tiny_config()
-    config.stages[-1].connector = connector
+    config.stages[-1].connector = change_kind(config.model.connector, kind, "connector")
     model = model_of(config)
     rng = np.random.default_rng(2)
     places = [(0, 0, 2, 4, 4, 4), (5,), ()]  # of five, six and one frames
@@ -87,25 +88,22 @@ def test_subtitles_stand_behind_their_frames(connector):
     for row, sample in enumerate(samples):
         tokens, expected = iter(seen.tokens[row, : seen.count[row]]), []
         for frame in range(len(sample.frames)):
-            expected += [next(tokens) for _ in range(_tokens(config, seen.selection, row, frame))]
+            expected += [next(tokens) for _ in range(_tokens(seen.focus, row, frame))]
             expected += list(embedding[sample.subtitles[sample.subtitle_frames == frame]])
         assert not list(tokens)
         assert heard.count[row] == len(expected) == seen.count[row] + len(places[row])
         np.testing.assert_array_equal(heard.tokens[row, : heard.count[row]], np.array(expected))
 
 
-def _tokens(config, selection, row, frame):
-    """Visual tokens of a frame: P pooled ones, or M = 4 + 2 and P of a cone, or those of a rod."""
-    if selection is None:
-        return 4
-    chosen = np.asarray(selection.frames[row])[np.asarray(selection.valid[row])]
-    return 4 + 6 if frame in chosen else len(config.model.cce.rods)
+def _tokens(focus, row, frame):
+    """Return the visual tokens of a frame: P pooled ones, or those that the focus tells."""
+    return 4 if focus is None else focus.tokens[row, frame]
 
 
 def test_subtitles_are_read_and_can_be_learned_from():
     """They change what is answered, by words that are there alone; and what is known of them is trained."""
     config = tiny_config()
-    config.stages[-1].connector = "pooled"  # whose program is small
+    config.stages[-1].connector = change_kind(config.model.connector, "pooled", "connector")  # small
     model = model_of(config)
     sample = make_sample(np.random.default_rng(5), 4, 8, 3, subtitle_frames=(1, 3))
     batch = stack([pad(sample, 5, 9, subtitle=4)])

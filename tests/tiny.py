@@ -11,7 +11,7 @@ from dynfocus_jax import trees
 from dynfocus_jax.batch import Batch, padding_sample
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.training.losses import answer_loss
-from dynfocus_jax.video_language_model import build_model
+from dynfocus_jax.video_language_model import build_model, row_randomness
 
 TOY = Path(__file__).resolve().parents[1] / "configs" / "toy.py"
 SIZE, MAX_QUERY, VOCABULARY = 16, 8, 40
@@ -39,8 +39,8 @@ def tiny_config(arg: str = ""):
             "mlp_dim": 32,
         }
     )
-    model.dpe.update({"num_prototypes": K, "neighbors": 3, "samples": SAMPLES})
-    model.dpe.num_selected = min(model.dpe.num_selected, J)
+    model.connector.dpe.update({"num_prototypes": K, "neighbors": 3, "samples": SAMPLES})
+    model.connector.dpe.num_selected = min(model.connector.dpe.num_selected, J)
     config.data.max_query = MAX_QUERY
     config.data.workers = 1
     config.data.needles.update(
@@ -54,10 +54,12 @@ def tiny_config(arg: str = ""):
 
 
 def change(config, **fields):
-    """Sets fields of the model section; `dpe__ratio` is `model.dpe.ratio`."""
+    """Set fields of the model section: `language__depth`, or of the connector: `dpe__ratio`."""
     for name, value in fields.items():
         section, _, field = name.rpartition("__")
-        (config.model[section] if section else config.model)[field] = value
+        in_connector = (section or field) in config.model.connector
+        model = config.model.connector if in_connector else config.model
+        (model[section] if section else model)[field] = value
     return config
 
 
@@ -129,7 +131,7 @@ def random_params(model, batch: Batch, seed: int = 0) -> dict:
 
 def model_of(config):
     """The model of the last stage."""
-    return build_model(config, config.stages[-1].connector)
+    return build_model(config)
 
 
 def mesh_of(**axes: int):
@@ -139,17 +141,13 @@ def mesh_of(**axes: int):
 
 
 def forward(model, train: bool):
-    """A jitted (params, batch, noise) -> (visual tokens, loss of each sample)."""
+    """Return a jitted (params, batch, noise) -> (visual tokens, loss of each sample)."""
 
     @jax.jit
     def run(params, batch, noise=None):
-        output = model.apply(
-            {"params": params},
-            batch,
-            train=train,
-            noise=noise,
-            rngs={"selection": jax.random.key(7)} if train else None,
-        )
+        given = {} if noise is None else {"noise": noise}
+        randomness = row_randomness(jax.random.key(7), len(batch.index), **given) if train else None
+        output = model.apply({"params": params}, batch, train=train, randomness=randomness)
         return output.visual, answer_loss(output.logits, batch)[0]
 
     return run

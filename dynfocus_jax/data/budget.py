@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ml_collections import ConfigDict
+
 from dynfocus_jax.errors import SampleError
 
 ON_OVERFLOW = ("error", "drop_turns", "fewer_frames")
@@ -94,3 +96,8 @@ class Budget:
             f"{text} text tokens and up to {self.visual[frames]} visual ones of {frames} frames are over the "
             f"max_length of {self.max_length}: raise it, or choose another on_overflow"
         )
+
+
+def stage_buckets(stage: ConfigDict) -> tuple[tuple[int, int], ...]:
+    """Return the shapes of a stage's batches: (num_frames, max_text)."""
+    return tuple(map(tuple, stage.buckets)) or ((stage.num_frames, stage.max_text),)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dynfocus_jax.config import differences
 from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.evaluation.answering import Answerer, Progress, answer, share_of
 from dynfocus_jax.evaluation.benchmarks import BENCHMARKS
@@ -17,6 +16,7 @@ from dynfocus_jax.evaluation.question_prompts import Clips
 from dynfocus_jax.evaluation.questions import Question, fingerprint
 from dynfocus_jax.evaluation.results import format_table, summarize, write_json
 from dynfocus_jax.parallel.start import say
+from dynfocus_jax.sections import differences
 from dynfocus_jax.version import code_version
 
 RESULTS, RUN, SUBMISSION, TABLE = "results.json", "run.json", "submission.json", "table.txt"

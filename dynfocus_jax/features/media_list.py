@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from dynfocus_jax.config import stage_buckets
+from dynfocus_jax.data.budget import stage_buckets
 from dynfocus_jax.data.media_reader import MediaReader
 from dynfocus_jax.errors import MediaError, UserError
 from dynfocus_jax.features.movie_features import SUFFIX, Movie, read_movie

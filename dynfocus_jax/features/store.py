@@ -25,11 +25,11 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from ml_collections import ConfigDict
 
-from dynfocus_jax.config import differences, to_dict
 from dynfocus_jax.errors import MediaError, UserError
 from dynfocus_jax.media.subtitles import Subtitle
 from dynfocus_jax.media.video import Clip, MediaInfo
 from dynfocus_jax.records.records import Record
+from dynfocus_jax.sections import differences, to_dict
 
 DESCRIPTION = "description.json"
 _FORMAT = 1  # of the folder; another one whenever the same settings give other features

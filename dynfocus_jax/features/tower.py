@@ -15,8 +15,8 @@ from dynfocus_jax.models.vit import VisionTransformer
 from dynfocus_jax.parallel.digest import digest
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.parallel.sharding import batch_sharding, local_rows, on_mesh, to_devices
+from dynfocus_jax.parameters import sharded_shapes
 from dynfocus_jax.training.checkpoints import read_params, saved_shapes
-from dynfocus_jax.training.state import abstract_params
 from dynfocus_jax.weights.parts import check_params
 
 
@@ -46,7 +46,7 @@ class Tower:
                 "config.initial is not set; name the checkpoint whose vision tower is to be run (python -m "
                 "dynfocus_jax.convert makes one of published weights)."
             )
-        shapes = abstract_params(config, len(config.stages) - 1, mesh)
+        shapes = sharded_shapes(config, len(config.stages) - 1, mesh)
         shapes = {path: shape for path, shape in shapes.items() if path.startswith(TOWER)}
         initial = Path(config.initial)
         held = {path: shape for path, shape in saved_shapes(initial).items() if path.startswith(TOWER)}

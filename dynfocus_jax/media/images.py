@@ -15,6 +15,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 LAYOUTS = ("crop", "pad", "stretch")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _MAX_PIXELS = 2**28  # of a picture, also when padded: 0.8 GB
 
 # What EXIF's orientation asks for, from 2 on.

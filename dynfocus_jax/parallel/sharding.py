@@ -5,7 +5,7 @@ hidden units), batches over `data` and `fsdp`, the language model's activations 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import jax
@@ -49,15 +49,6 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = tuple(
         (r"text_encoder/blocks_\d+/(query|text)_mlp/up/kernel", ("fsdp", None)),
         (r"text_encoder/blocks_\d+/(query|text)_mlp/down/kernel", (None, "fsdp")),
         (r"text_encoder/query_projection/kernel", ("fsdp", None)),
-        # Connector
-        (r"connector/projector/up/kernel", ("fsdp", "tensor")),  # [C, D]
-        (r"connector/projector/down/kernel", ("tensor", "fsdp")),  # [D, D]
-        (r"connector/projector/linear/kernel", ("fsdp", None)),
-        (r"connector/cce/(context|fusion)/(query|key|value)/kernel", ("fsdp", None)),
-        (r"connector/cce/spatial/gate/kernel", ()),
-        (r"connector/dpe/score_net/(in_dense|out_dense_[01])/kernel", ("fsdp", None)),
-        (r"connector/dpe/score_net/out_dense_2/kernel", ()),  # [C / 2, 1]
-        (r"connector/dpe/question_score/bilinear/kernel", ("fsdp", None)),
     )
 )
 
@@ -76,17 +67,27 @@ LOGICAL: dict[str | None, tuple[str, ...]] = {
 # --- Parameters ---------------------------------------------------------------------------------------
 
 
-def param_shardings(shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, NamedSharding]:
-    """The layout of every parameter {path: shape}.
+def param_shardings(
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    mesh: Mesh,
+    connector_rules: Sequence[tuple[str, tuple[str | None, ...]]] = (),
+) -> dict[str, NamedSharding]:
+    """Return the layout of every parameter {path: shape}.
+
+    connector_rules: those of a connector (`Connector.SHARDING`), whose other parameters are replicated.
 
     Raises:
       UserError: no rule of `RULES` matches a path, or an axis does not divide what it splits.
     """
-    return {path: NamedSharding(mesh, _spec(path, leaf.shape, mesh)) for path, leaf in shapes.items()}
+    own = tuple((f"connector/{pattern}", PartitionSpec(*spec)) for pattern, spec in connector_rules)
+    rules = (*RULES, *own, ("connector/.*", PartitionSpec()))
+    return {path: NamedSharding(mesh, _spec(path, leaf.shape, mesh, rules)) for path, leaf in shapes.items()}
 
 
-def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    rule = next((spec for pattern, spec in RULES if re.fullmatch(pattern, path)), None)
+def _spec(
+    path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]]
+) -> PartitionSpec:
+    rule = next((spec for pattern, spec in rules if re.fullmatch(pattern, path)), None)
     if rule is None or len(rule) > len(shape):
         raise UserError(
             f"parameter {path} of shape {shape} has no layout; add a rule for it to RULES in "

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.parallel.roll_call import roll_call
-from dynfocus_jax.validation import validate_distributed
+from dynfocus_jax.sections import require
 
 _HEARTBEAT = 45  # seconds of silence after which a process counts as dead, and JAX ends all others
 
@@ -30,7 +31,7 @@ def start(distributed: ConfigDict) -> None:
       RunError: somebody did not come within `timeout` seconds. Where JAX itself is waiting by then, the
         process ends with that sentence and exit code 1.
     """
-    validate_distributed(distributed)
+    check_distributed(distributed)
     if distributed.mode == "none":
         return
     timeout = distributed.timeout
@@ -52,6 +53,35 @@ def start(distributed: ConfigDict) -> None:
                 f"are ({' '.join(str(error).split())}); start them with srun, on a TPU or as a JobSet, "
                 "or set mode to 'explicit' with address, num_processes and process_id."
             ) from None
+
+
+def check_distributed(distributed: ConfigDict) -> None:
+    """Check that the fields of `config.distributed` fit each other; raise UserError if they do not.
+
+    It is needed before there are devices, so before the rest of the configuration is checked.
+    """
+    where = "config.distributed"
+    fields = ("address", "num_processes", "process_id")
+    if distributed.mode != "explicit":
+        for name in fields:
+            require(
+                distributed[name] is None,
+                f"{where}.{name} is {distributed[name]!r}, but mode is {distributed.mode!r}; set mode "
+                f"to 'explicit', "
+                f"or leave {name} out.",
+            )
+        return
+    for name in fields:
+        require(distributed[name] is not None, f"{where}.{name} is not set, but mode 'explicit' needs it.")
+    require(
+        re.fullmatch(r"\S+:\d+", distributed.address) is not None,
+        f"{where}.address is {distributed.address!r}, expected host:port of process 0.",
+    )
+    require(
+        0 <= distributed.process_id < distributed.num_processes,
+        f"{where}.process_id is {distributed.process_id}, expected 0 to {distributed.num_processes - 1}, as "
+        f"num_processes is {distributed.num_processes}.",
+    )
 
 
 @contextlib.contextmanager

@@ -13,16 +13,14 @@ from ml_collections import ConfigDict
 
 from dynfocus_jax import trees
 from dynfocus_jax.batch import Batch, padding_sample
-from dynfocus_jax.config import with_steps
-from dynfocus_jax.connectors.connectors_old import build_connector
 from dynfocus_jax.features.store import blank_frame
 from dynfocus_jax.parallel.sharding import batch_sharding, row_shares
 from dynfocus_jax.serving.programs import make_programs, serving_layout
 from dynfocus_jax.training.optimizer import make_optimizer, schedule
-from dynfocus_jax.training.stage_data import stage_budget
+from dynfocus_jax.training.stage_data import stage_budget, with_steps
 from dynfocus_jax.training.state import abstract_state, state_shardings
 from dynfocus_jax.training.step import make_train_step
-from dynfocus_jax.video_language_model import build_model
+from dynfocus_jax.video_language_model import build_model, stage_connector
 
 
 class Step(NamedTuple):
@@ -58,7 +56,7 @@ def train_step(config: ConfigDict, index: int, mesh: Mesh) -> Step:
 
     def build(config, stage):
         return make_train_step(
-            build_model(config, stage.connector),
+            build_model(config, index),
             make_optimizer(stage, state.trained),
             schedule(stage),
             stage,
@@ -93,7 +91,7 @@ def serving_steps(config: ConfigDict, mesh: Mesh) -> tuple[Step, Step]:
     evaluation, index = config.evaluation, len(config.stages) - 1
     shares = row_shares(mesh)
     rows = -(-evaluation.batch_size // shares) * shares
-    programs = make_programs(build_model(config, config.stages[index].connector), mesh, (0,), 0)
+    programs = make_programs(build_model(config, index), mesh, (0,), 0)
     params = trees.unflatten(serving_layout(config, mesh))
     frames, text = evaluation.media_frames, evaluation.max_text
     batch = _abstract_batch(mesh, config, rows, frames, text, evaluation.max_subtitle)
@@ -122,7 +120,7 @@ def _abstract_batch(
 
 def _visual_tokens(config: ConfigDict, index: int, frames: int) -> int:
     """Visual tokens of a sample of a bucket of so many frames, padding included."""
-    return build_connector(build_model(config, config.stages[index].connector).config).length(frames)
+    return stage_connector(config, index).length(frames)
 
 
 def _without_remat(config: ConfigDict) -> ConfigDict:

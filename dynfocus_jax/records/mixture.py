@@ -7,10 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from dynfocus_jax.config import source
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.records.formats import read_source
 from dynfocus_jax.records.records import Record, Refused
+from dynfocus_jax.records.sources import source
 
 
 class SourceCounts(NamedTuple):

@@ -26,7 +26,7 @@ from dynfocus_jax.serving.programs import Look, State, make_programs, serving_la
 from dynfocus_jax.serving.requests import Completion, Messages, Request, Visual, turns_of
 from dynfocus_jax.serving.token_sampling import GREEDY, as_rows, check_sampling
 from dynfocus_jax.text.conversation import TEMPLATES, Conversation, encode_prompt, query_text
-from dynfocus_jax.video_language_model import Prompts, build_model
+from dynfocus_jax.video_language_model import Prompts, build_model, stage_connector
 
 _AHEAD = 2  # tokens that are computed before the first of them is read: the device never waits for the host
 
@@ -78,13 +78,10 @@ class Engine:
     def __init__(self, config: ConfigDict, params: dict, tokenizer, mesh: Mesh):
         self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
         self._settings, self._template = config.generation, TEMPLATES[config.data.template]
-        model = build_model(config, config.stages[-1].connector)
-        connector, self._width = model.bind({}).connector, config.model.language.width
+        model, connector = build_model(config), stage_connector(config)
+        self._width = config.model.language.width
         self._visual_size = connector.length
-        self._rod_tokens = connector.cce.rod_tokens() if model.config.connector.kind == "dynfocus" else 0
-        self._reads_query = connector.needs_text or (
-            config.model.dpe.question_conditioned and model.config.connector.kind == "dynfocus"
-        )
+        self._reads_query = connector.needs_text_queries or connector.needs_question
         layout, flat = serving_layout(config, mesh), trees.flatten(params)
         missing = sorted(layout.keys() - flat.keys())
         if missing:
@@ -95,7 +92,7 @@ class Engine:
         self._params = trees.unflatten({path: _placed(flat[path], like) for path, like in layout.items()})
         self._ends = frozenset({tokenizer.eos_id, *map(self._end_id, self._settings.end_tokens)})
         self._programs = make_programs(model, mesh, self._ends, tokenizer.pad_id)
-        self._looks = cachetools.LRUCache(self._settings.looks)
+        self._looks = cachetools.LRUCache(self._settings.cached_clips)
         self.num_frames = self._settings.num_frames or config.evaluation.media_frames
         self._frame_sizes = tuple(self._settings.frames) or tuple(sorted({1, self.num_frames}))
 
@@ -123,13 +120,6 @@ class Engine:
         turns, question = turns_of(messages)
         return query_text([*turns, (question, "")], self.config.data.text_guidance)
 
-    def tokens_of_frames(self, visual: Visual) -> tuple[int, int]:
-        """Tokens of each cone and of each rod of a clip with frames in focus."""
-        cones = int(visual.focus.sum())
-        both = self.config.model.mode == "released" and cones == visual.frames
-        rods = visual.frames if both else visual.frames - cones
-        return (visual.count - rods * self._rod_tokens) // max(cones, 1), self._rod_tokens
-
     def _look(self, frames: np.ndarray, ids: tuple[int, ...]) -> Visual:
         count = len(frames)
         blank = np.zeros(frames.shape[1:], frames.dtype)
@@ -144,8 +134,13 @@ class Engine:
         batch = jax.tree.map(lambda x: self._same(np.asarray(x)[None]), sample)
         look = self._programs.look(self._params, batch)
         tokens, look = look.tokens, jax.device_get(look._replace(tokens=None))
-        focus, scores = (None if each is None else each[0, :count] for each in (look.focus, look.scores))
-        return Visual(tokens, int(look.count[0]), count, focus, scores)
+        of_frames = (look.focus, look.scores, look.frame_tokens)
+        return Visual(
+            tokens,
+            int(look.count[0]),
+            count,
+            *(None if each is None else each[0, :count] for each in of_frames),
+        )
 
     def _frame_size(self, count: int) -> int:
         fitting = [size for size in self._frame_sizes if size >= count]
@@ -220,7 +215,7 @@ class Engine:
             size
             for size in {1, *sizes}
             if size == 1
-            or (slots % size == 0 and size <= len(jobs) / shares and size * longest <= self._settings.read)
+            or (slots % size == 0 and size <= len(jobs) / shares and size * longest <= self._settings.prefill)
         )
         whole = max(job.visual_count + len(job.prompt.tokens) + job.limit for job in jobs)
         needed = max(longest, whole)

@@ -16,12 +16,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dynfocus_jax.batch import Batch
-from dynfocus_jax.connectors.connectors_old import VisualTokens
+from dynfocus_jax.connectors.interface import VisualTokens
 from dynfocus_jax.models.llama import Cache
 from dynfocus_jax.parallel.sharding import LOGICAL, batch_sharding, on_mesh, replicated, row_shares
+from dynfocus_jax.parameters import sharded_shapes
 from dynfocus_jax.serving.token_sampling import Rows, choose
-from dynfocus_jax.training.state import abstract_params
-from dynfocus_jax.video_language_model import DynFocus, Prompts
+from dynfocus_jax.video_language_model import Prompts, VideoLanguageModel
 
 _CAST = r"language/.*(kernel|embedding|bias|lora_[ab])"  # what the model casts to its dtype before using it
 
@@ -37,15 +37,16 @@ def serving_layout(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
         dtype = config.model.dtype if re.fullmatch(_CAST, path) else leaf.dtype
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
 
-    layout = abstract_params(config, len(config.stages) - 1, mesh)
+    layout = sharded_shapes(config, len(config.stages) - 1, mesh)
     return {path: held(path, leaf) for path, leaf in layout.items()}
 
 
 class Look(NamedTuple):
     """What the model makes of clips: `tokens [B, Lv, D]`, int32 `count [B]` of them valid, of `frames [B]`.
 
-    focus: bool `[B, T]`, the frames that are cones, of the candidates (bool `[B, T]`), which stand for an
-      event each; scores: float32 `[B, T]`. All three None without a selection.
+    focus: bool `[B, T]`, frames that the connector chose, of the candidates (bool `[B, T]`).
+    scores: float32 `[B, T]` importance of each frame; frame_tokens: int32 `[B, T]` visual tokens spent on it.
+    All four are None for a connector that chooses no frames.
     """
 
     tokens: jax.Array | None
@@ -54,6 +55,7 @@ class Look(NamedTuple):
     focus: jax.Array | None
     candidates: jax.Array | None
     scores: jax.Array | None
+    frame_tokens: jax.Array | None
 
 
 class State(NamedTuple):
@@ -90,7 +92,7 @@ class Programs(NamedTuple):
     decode: Callable[..., tuple[State, jax.Array]]
 
 
-def make_programs(model: DynFocus, mesh: Mesh, end_ids: Iterable[int], pad_id: int) -> Programs:
+def make_programs(model: VideoLanguageModel, mesh: Mesh, end_ids: Iterable[int], pad_id: int) -> Programs:
     """The programs of a model on a mesh.
 
     end_ids: tokens that end an answer, of which they are the last; pad_id: what follows.
@@ -105,20 +107,20 @@ def make_programs(model: DynFocus, mesh: Mesh, end_ids: Iterable[int], pad_id: i
     @partial(jax.jit, out_shardings=copies)
     def look(params: dict, batch: Batch) -> Look:
         with on_mesh(mesh):
-            visual = model.apply({"params": params}, batch, method=DynFocus.visual_tokens)
+            visual = model.apply({"params": params}, batch, method=VideoLanguageModel.visual_tokens)
         return _look(visual, batch.frame_mask)
 
     @partial(jax.jit, out_shardings=(rows, cache_layout))
     def read(params: dict, prompts: Prompts, tokens: tuple[jax.Array, ...], count: jax.Array):
-        visual = VisualTokens(jnp.concatenate(tokens), mask=None, count=count, selection=None)
+        visual = VisualTokens(jnp.concatenate(tokens), mask=None, count=count)
         with on_mesh(mesh):
-            return model.apply({"params": params}, prompts, visual, method=DynFocus.read)
+            return model.apply({"params": params}, prompts, visual, method=VideoLanguageModel.prefill)
 
     @partial(jax.jit, out_shardings=(copies, rows, cache_layout))
     def prefill(params: dict, batch: Batch):
         with on_mesh(mesh):
-            visual = model.apply({"params": params}, batch, method=DynFocus.visual_tokens)
-            logits, cache = model.apply({"params": params}, batch, visual, method=DynFocus.read)
+            visual = model.apply({"params": params}, batch, method=VideoLanguageModel.visual_tokens)
+            logits, cache = model.apply({"params": params}, batch, visual, method=VideoLanguageModel.prefill)
         return _look(visual, batch.frame_mask)._replace(tokens=None), logits, cache
 
     @partial(jax.jit, static_argnums=(0, 1), out_shardings=layout)
@@ -157,7 +159,9 @@ def make_programs(model: DynFocus, mesh: Mesh, end_ids: Iterable[int], pad_id: i
     @partial(jax.jit, donate_argnums=1, out_shardings=(layout, copies))
     def decode(params: dict, state: State):
         with on_mesh(mesh):
-            logits, cache = model.apply({"params": params}, state.tokens, state.cache, method=DynFocus.decode)
+            logits, cache = model.apply(
+                {"params": params}, state.tokens, state.cache, method=VideoLanguageModel.decode
+            )
         tokens = jnp.where(state.done, pad_id, choose(logits, state.rows, state.made))
         made = state.made + ~state.done
         done = state.done | ended(tokens, made, state.limit)
@@ -167,13 +171,8 @@ def make_programs(model: DynFocus, mesh: Mesh, end_ids: Iterable[int], pad_id: i
 
 
 def _look(visual: VisualTokens, frame_mask: jax.Array) -> Look:
-    frames, chosen, total = frame_mask.sum(axis=1), visual.selection, frame_mask.shape[1]
-    if chosen is None or chosen.frames.shape[1] == 0:
-        return Look(visual.tokens, visual.count, frames, None, None, None)
-
-    def marked(index, valid):  # -> bool [B, T]
-        return jax.nn.one_hot(jnp.where(valid, index, total), total, dtype=bool).any(axis=1)
-
-    focus = marked(chosen.frames, chosen.valid)
-    candidates = marked(chosen.centers, chosen.prototype_valid)
-    return Look(visual.tokens, visual.count, frames, focus, candidates, chosen.frame_scores)
+    frames, focus, total = frame_mask.sum(axis=1), visual.focus, frame_mask.shape[1]
+    if focus is None:
+        return Look(visual.tokens, visual.count, frames, None, None, None, None)
+    chosen = jax.nn.one_hot(jnp.where(focus.valid, focus.frames, total), total, dtype=bool).any(axis=1)
+    return Look(visual.tokens, visual.count, frames, chosen, focus.candidates, focus.scores, focus.tokens)

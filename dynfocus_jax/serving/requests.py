@@ -16,8 +16,9 @@ Messages = tuple[tuple[str, str], ...]
 class Visual(NamedTuple):
     """The visual tokens of one clip, as its prompt made them: `tokens [1, Lv, D]` on the devices.
 
-    count: valid tokens; frames: of the clip; focus (bool) and scores `[frames]`: which are cones, None
-    without a selection.
+    count: valid tokens; frames: of the clip.
+    focus: bool `[frames]`, which the connector chose; scores: float32 `[frames]`; frame_tokens: int32
+    `[frames]`, visual tokens spent on each frame. All None for a connector that chooses no frames.
     """
 
     tokens: jax.Array
@@ -25,6 +26,7 @@ class Visual(NamedTuple):
     frames: int
     focus: np.ndarray | None
     scores: np.ndarray | None
+    frame_tokens: np.ndarray | None
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dynfocus_jax import trees
-from dynfocus_jax.config import differences
 from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.parallel.start import say
+from dynfocus_jax.sections import differences
 from dynfocus_jax.training.state import TrainState
 
 

@@ -11,11 +11,12 @@ from ml_collections import ConfigDict
 
 from dynfocus_jax import trees
 from dynfocus_jax.batch import Batch
-from dynfocus_jax.config import to_dict
 from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.features.compatibility import check_frozen, check_tower
 from dynfocus_jax.parallel import sharding as sharding_lib
 from dynfocus_jax.parallel.start import say
+from dynfocus_jax.parameters import init_params, trained_paths
+from dynfocus_jax.sections import to_dict
 from dynfocus_jax.training import optimizer as optimizer_lib
 from dynfocus_jax.training import state as state_lib
 from dynfocus_jax.training.checkpoints import StageCheckpoints, read_params, saved_shapes
@@ -53,10 +54,10 @@ class StageRun:
         self.data = StageData(config, index, workdir=workdir, data_root=data_root, tokenizer=tokenizer)
         config = self.data.config
         self.config, self.stage, self.workdir, self.mesh = config, config.stages[index], workdir, mesh
-        self.model = build_model(config, self.stage.connector)
+        self.model = build_model(config, index)
         self._abstract = state_lib.abstract_state(config, index, mesh)
         self.shapes = trees.flatten(trees.merge(self._abstract.trained, self._abstract.frozen))
-        self.is_trained = state_lib.trained_paths(self.stage, self.shapes)
+        self.is_trained = trained_paths(config, index, self.shapes)
         self._check_copies()
         if config.data.features is not None:
             check_frozen(self.name, self.shapes, self.is_trained)
@@ -203,7 +204,7 @@ class StageRun:
             lacking = {path: shape for path, shape in self.shapes.items() if path not in source}
             source |= trees.flatten(read_params(Path(self.config.initial), lacking))
         fresh = self.shapes.keys() - source.keys()
-        params = state_lib.init_params(self.model, key, {path: self.shapes[path] for path in fresh}) | source
+        params = init_params(self.model, key, {path: self.shapes[path] for path in fresh}) | source
         for line in self.stage.copy:
             moves = _moves(line, params)
             params |= {new: params[old] for old, new in moves}

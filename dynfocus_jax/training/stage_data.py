@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from dynfocus_jax.config import stage_buckets, with_steps
-from dynfocus_jax.connectors.connectors_old import build_connector
-from dynfocus_jax.data.budget import Budget
+from dynfocus_jax.data.budget import Budget, stage_buckets
 from dynfocus_jax.data.lengths import Lengths
 from dynfocus_jax.data.order import Order
 from dynfocus_jax.data.pipeline import make_dataset
@@ -22,7 +20,7 @@ from dynfocus_jax.records.mixture import Mixture
 from dynfocus_jax.records.records import Record
 from dynfocus_jax.text.conversation import TEMPLATES
 from dynfocus_jax.training.feed import DeviceFeed
-from dynfocus_jax.video_language_model import build_model
+from dynfocus_jax.video_language_model import stage_connector
 
 
 def stage_seed(config: ConfigDict, index: int) -> int:
@@ -30,10 +28,19 @@ def stage_seed(config: ConfigDict, index: int) -> int:
     return config.seed + 1000 * index
 
 
+def with_steps(config: ConfigDict, index: int, steps: int) -> ConfigDict:
+    """Return a copy in which stage `index` has a number of steps, in place of its epochs."""
+    config = config.copy_and_resolve_references()
+    stages = [stage.copy_and_resolve_references() for stage in config.stages]
+    stages[index].update({"steps": steps, "epochs": None})
+    config.stages = tuple(stages)
+    return config
+
+
 def stage_budget(config: ConfigDict, index: int) -> Budget:
     """The shapes of a stage's batches and the lengths of its samples, by its connector."""
     stage = config.stages[index]
-    connector = build_connector(build_model(config, stage.connector).config)
+    connector = stage_connector(config, index)
     return Budget.of(
         *(stage_buckets(stage), connector.length, stage.max_length, stage.on_overflow, stage.max_subtitle)
     )

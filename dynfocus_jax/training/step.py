@@ -10,14 +10,15 @@ from ml_collections import ConfigDict
 
 from dynfocus_jax import trees
 from dynfocus_jax.batch import Batch
+from dynfocus_jax.connectors.interface import Randomness
 from dynfocus_jax.parallel.sharding import batch_sharding, on_mesh, replicated
 from dynfocus_jax.training.losses import chunked_answer_loss
 from dynfocus_jax.training.state import TrainState
-from dynfocus_jax.video_language_model import DynFocus
+from dynfocus_jax.video_language_model import VideoLanguageModel, row_randomness
 
 
 def make_train_step(
-    model: DynFocus,
+    model: VideoLanguageModel,
     optimizer: optax.GradientTransformation,
     learning_rate: optax.Schedule,
     stage: ConfigDict,
@@ -30,7 +31,7 @@ def make_train_step(
     """
     mesh = shardings.step.mesh
 
-    def loss_and_gradient(state: TrainState, batch: Batch, answers: jax.Array, share=None):
+    def loss_and_gradient(state: TrainState, batch: Batch, answers: jax.Array, randomness: Randomness):
         """The part that these rows have in the mean over all `answers`, their visual tokens, the gradient."""
 
         def loss_fn(trained):
@@ -39,14 +40,12 @@ def make_train_step(
                 variables,
                 batch,
                 train=True,
-                random_selection=state.step < stage.random_steps,
-                share=share,
-                rngs={"selection": jax.random.fold_in(key, state.step)},
-                method=DynFocus.hidden,
+                randomness=randomness,
+                method=VideoLanguageModel.hidden,
             )
 
             def logits(hidden):
-                return model.apply(variables, hidden, method=DynFocus.logits)
+                return model.apply(variables, hidden, method=VideoLanguageModel.logits)
 
             total, _ = chunked_answer_loss(hidden, logits, batch, stage.loss_chunk)
             return total.sum() / answers, visual.count.sum()
@@ -54,7 +53,7 @@ def make_train_step(
         (loss, visual), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trained)
         return loss, visual, jax.lax.with_sharding_constraint(grads, shardings.trained)
 
-    def accumulate(state: TrainState, batch: Batch, answers: jax.Array):
+    def accumulate(state: TrainState, batch: Batch, answers: jax.Array, randomness: Randomness):
         """The same in `microbatches` parts: part i has every n-th row from i on, so that no row moves."""
         count = stage.microbatches
         layout = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
@@ -64,18 +63,22 @@ def make_train_step(
             return jax.lax.with_sharding_constraint(x, layout)
 
         def add(sums, part):
-            index, rows = part
-            return jax.tree.map(jnp.add, sums, loss_and_gradient(state, rows, answers, (index, count))), None
+            rows, keys = part
+            own = randomness._replace(keys=keys)
+            return jax.tree.map(jnp.add, sums, loss_and_gradient(state, rows, answers, own)), None
 
         grads = jax.tree.map(jnp.zeros_like, state.trained)
         sums = jnp.float32(0), jnp.int32(0), jax.lax.with_sharding_constraint(grads, shardings.trained)
-        return jax.lax.scan(add, sums, (jnp.arange(count), jax.tree.map(parts, batch)))[0]
+        return jax.lax.scan(add, sums, (jax.tree.map(parts, batch), parts(randomness.keys)))[0]
 
     def step_fn(state: TrainState, batch: Batch):
         answers = jnp.maximum(batch.loss_mask.sum(dtype=jnp.float32), 1)
         with on_mesh(mesh):
             whole = loss_and_gradient if stage.microbatches == 1 else accumulate
-            loss, visual, grads = whole(state, batch, answers)
+            # One key per row of the global batch: a row draws the same in any microbatch and on any mesh.
+            step_key, rows = jax.random.fold_in(key, state.step), len(batch.index)
+            randomness = row_randomness(step_key, rows, state.step < stage.random_steps)
+            loss, visual, grads = whole(state, batch, answers, randomness)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         metrics = {

@@ -11,8 +11,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dynfocus_jax import trees
-from dynfocus_jax.config import to_dict
 from dynfocus_jax.errors import UserError
+from dynfocus_jax.sections import to_dict
 from dynfocus_jax.weights import merge
 from dynfocus_jax.weights.settings import make_settings, read_settings
 

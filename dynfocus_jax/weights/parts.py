@@ -20,8 +20,7 @@ from dynfocus_jax.weights.tables import FAMILIES
 
 def abstract_params(config: ConfigDict) -> dict:
     """Shapes of all parameters of the model, with the connector of its last stage."""
-    connector = config.stages[-1].connector if config.stages else config.model.connector.kind
-    init = make_init(build_model(config, connector))
+    init = make_init(build_model(config))
     return trees.unflatten(jax.eval_shape(init, jax.random.key(0)))
 
 

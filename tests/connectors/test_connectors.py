@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dynfocus_jax.config import default_config
-from dynfocus_jax.connectors.connectors_old import build_connector
+from dynfocus_jax.connectors.interface import ConnectorInputs
+from dynfocus_jax.connectors.registry import change_kind, make_connector
 from dynfocus_jax.ops.dpc_knn import dpc_knn
 from tests.tiny import change
 
@@ -20,7 +21,7 @@ def full_connector(**changes):
     config.model.dtype = "float32"
     config.model.language.width = WIDTH
     config.model.connector.projector = "linear"
-    return build_connector(change(config, **changes).model)
+    return make_connector(change(config, **changes).model)
 
 
 RELEASED = {
@@ -32,27 +33,28 @@ RELEASED = {
 }
 
 
+def inputs(features, queries=None, mask=None):
+    """Inputs of a batch whose frames all exist, unless a mask says otherwise."""
+    mask = jnp.ones(features.shape[:2], bool) if mask is None else mask
+    return ConnectorInputs(jnp.asarray(features), mask, text_queries=queries)
+
+
 def identities(connector, frames):
     """Parameters with identity maps to language space; rods' context is told apart by a shift of 1000."""
-    shapes = (
-        jnp.zeros((1, frames, PATCHES, WIDTH)),
-        jnp.ones((1, frames), bool),
-        jnp.zeros((1, frames, 2, WIDTH)),
-    )
-    params = connector.init(jax.random.key(0), *shapes)["params"]
+    shapes = inputs(jnp.zeros((1, frames, PATCHES, WIDTH)), jnp.zeros((1, frames, 2, WIDTH)))
+    params = connector.init(jax.random.key(0), shapes)["params"]
     params["projector"]["linear"] = {"kernel": jnp.eye(WIDTH), "bias": jnp.zeros(WIDTH)}
-    if connector.needs_text:
+    if connector.needs_text_queries:
         params["cce"]["context"]["value"] = {"kernel": jnp.eye(WIDTH), "bias": jnp.full(WIDTH, 1000.0)}
     return {"params": params}
 
 
-def run(connector, params, features, **options):
-    """One video: its valid tokens [L, D] and the selection."""
-    mask = jnp.ones((1, len(features)), bool)
+def run(connector, params, features):
+    """Return the valid tokens [L, D] of one video, and the focus."""
     queries = jnp.zeros((1, len(features), 2, WIDTH))
-    out = connector.apply(params, jnp.asarray(features)[None], mask, queries, **options)
+    out = connector.apply(params, inputs(jnp.asarray(features)[None], queries))
     assert out.count[0] <= out.tokens.shape[1]
-    return np.asarray(out.tokens[0, : out.count[0]]), out.selection
+    return np.asarray(out.tokens[0, : out.count[0]]), out.focus
 
 
 def numbered(frames):
@@ -75,10 +77,11 @@ def which(tokens):
 @pytest.mark.parametrize(("frames", "kept"), [(1, 1), (7, 6), (13, 11)])
 def test_frames_in_time_order_with_40_or_2_tokens(frames, kept):
     connector = full_connector()
-    tokens, selection = run(connector, identities(connector, frames), numbered(frames))
-    focus = selection.frames[0][selection.valid[0]].tolist()
-    assert len(focus) == kept  # ceil(0.8 T)
-    expected = [(t, c) for t in range(frames) for c in ([False] * 40 if t in focus else [False, True])]
+    tokens, focus = run(connector, identities(connector, frames), numbered(frames))
+    chosen = focus.frames[0][focus.valid[0]].tolist()
+    assert len(chosen) == kept  # ceil(0.8 T)
+    expected = [(t, c) for t in range(frames) for c in ([False] * 40 if t in chosen else [False, True])]
+    assert focus.tokens[0].tolist() == [40 if t in chosen else 2 for t in range(frames)]
     assert list(zip(*which(tokens), strict=True)) == expected
     assert len(tokens) == 2 * (frames - kept) + 40 * kept
     assert connector.length(frames) == len(tokens)
@@ -149,7 +152,7 @@ def test_rod_is_content_then_context():
     params = identities(connector, 2)
     key = jax.tree.map(np.asarray, params["params"]["cce"]["context"]["key"])
     queries = np.random.default_rng(1).standard_normal((1, 2, 3, WIDTH)).astype(np.float32)
-    out = connector.apply(params, features[None], jnp.ones((1, 2), bool), queries)
+    out = connector.apply(params, inputs(features[None], queries))
     for frame in range(2):
         spatial = np.concatenate(spatial_levels(features[frame])).astype(np.float64)
         logits = queries[0, frame] @ (spatial @ key["kernel"] + key["bias"]).T / np.sqrt(WIDTH)
@@ -192,13 +195,18 @@ def test_coarse_rods():
 
 
 def test_pooled_connector():
-    connector, features = full_connector(connector__kind="pooled"), patterned(3)
-    mask = jnp.array([[True, True, False]])
-    params = connector.init(jax.random.key(0), features[None], mask)["params"]
+    config = default_config()
+    config.model.dtype = "float32"
+    config.model.language.width = WIDTH
+    config.model.connector.projector = "linear"
+    config.model.connector = change_kind(config.model.connector, "pooled", "config.model.connector")
+    connector, features = make_connector(config.model), patterned(3)
+    given = inputs(features[None], mask=jnp.array([[True, True, False]]))
+    params = connector.init(jax.random.key(0), given)["params"]
     params["projector"]["linear"] = {"kernel": jnp.eye(WIDTH), "bias": jnp.zeros(WIDTH)}
-    out = connector.apply({"params": params}, features[None], mask)
+    out = connector.apply({"params": params}, given)
     assert out.count.tolist() == [32]
-    assert out.selection is None
+    assert out.focus is None
     expected = np.concatenate([event_tokens(frame) for frame in features[:2]])
     np.testing.assert_allclose(out.tokens[0, :32], expected, rtol=1e-5, atol=1e-6)
     assert not out.tokens[0, 32:].any()

@@ -4,32 +4,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import FrozenConfigDict
 
 from dynfocus_jax import trees
-from dynfocus_jax.connectors.dynfocus.event_prototypes import EventPrototypes, kept_counts, min_max
+from dynfocus_jax.connectors.dynfocus.event_prototypes import FIELDS, EventPrototypes
+from dynfocus_jax.connectors.dynfocus.selection import kept_counts, min_max
+from dynfocus_jax.connectors.interface import ConnectorInputs, Question
+from dynfocus_jax.sections import fill_section
+from dynfocus_jax.video_language_model import row_randomness
 from tests.tiny import shaken
 
 PATCHES, WIDTH, K = 4, 6, 8
 
 
-def make_dpe(**changes):
-    fields = {
-        "mode": "paper",
-        "grid": (2, 2),
-        "pool": (1, 2),
-        "num_prototypes": K,
-        "neighbors": 3,
-        "ratio": 0.5,
-        "num_selected": None,
-        "clustering": "dpc_knn",
-        "kmeans_init": "spread",
-        "selection": "learned",
-        "samples": 40,
-        "sigma": 0.1,
-        "jacobian": "full",
-        "question_conditioned": False,
-    }
-    return EventPrototypes(**(fields | changes))
+def make_dpe(mode="paper", **changes):
+    fields = {"num_prototypes": K, "neighbors": 3, "ratio": 0.5, "samples": 40} | changes
+    settings = FrozenConfigDict(fill_section(FIELDS, fields, "dpe"))
+    return EventPrototypes(settings, mode, grid=(2, 2), pool=(1, 2))
 
 
 def clips(frames, batch=2, seed=0):
@@ -37,12 +28,23 @@ def clips(frames, batch=2, seed=0):
     return jnp.asarray(rng.standard_normal((batch, frames, PATCHES, WIDTH)), jnp.float32)
 
 
-def everything(features):
-    return jnp.ones(features.shape[:2], bool)
+def inputs(features, mask=None, question=None, oracle=None, randomness=None):
+    """Inputs of a batch whose frames all exist, unless a mask says otherwise."""
+    mask = jnp.ones(features.shape[:2], bool) if mask is None else mask
+    question = None if question is None else Question(*question)
+    return ConnectorInputs(features, mask, question=question, oracle_frames=oracle, randomness=randomness)
 
 
-def init(dpe, features, **options):
-    variables = jax.jit(lambda key: dpe.init(key, features, everything(features), train=False, **options))
+def select(dpe, variables, features, *, train=False, **given):
+    return dpe.apply(variables, inputs(features, **given), train=train)
+
+
+def drawn(features, seed=1, at_random=False, **given):
+    return row_randomness(jax.random.key(seed), len(features), at_random, **given)
+
+
+def init(dpe, features, **given):
+    variables = jax.jit(lambda key: dpe.init(key, inputs(features, **given), train=False))
     return {"params": shaken(variables(jax.random.key(0))["params"])}
 
 
@@ -59,7 +61,8 @@ def init(dpe, features, **options):
     ],
 )
 def test_kept_counts(prototypes, ratio, selected, expected):
-    kept = kept_counts(prototypes, ratio, selected)
+    fields = {"num_prototypes": prototypes, "ratio": ratio, "num_selected": selected}
+    kept = kept_counts(fill_section(FIELDS, fields, "dpe"), prototypes)
     assert len(kept) == prototypes + 1
     assert {count: kept[count] for count in expected} == expected
 
@@ -78,7 +81,7 @@ def test_min_max():
 
 def test_evaluation_keeps_the_highest_scores_in_time_order():
     dpe, features = make_dpe(), clips(20)
-    selection = dpe.apply(init(dpe, features), features, everything(features), train=False)
+    selection = select(dpe, init(dpe, features), features)
     assert selection.prototype_valid.all()
     for row in range(2):
         centers, scores = np.asarray(selection.centers[row]), np.asarray(selection.scores[row])
@@ -96,7 +99,7 @@ def test_evaluation_keeps_the_highest_scores_in_time_order():
 def test_few_frames_are_their_own_events():
     dpe, features = make_dpe(num_selected=6), clips(4)
     mask = jnp.array([[True] * 4, [True, True, False, False]])
-    selection = dpe.apply(init(dpe, features), features, mask, train=False)
+    selection = select(dpe, init(dpe, features), features, mask=mask)
     pooled = np.asarray(features).reshape(2, 4, 2, 2, WIDTH).mean(2)  # (2, 2) patches to (1, 2)
     np.testing.assert_allclose(selection.events[0], pooled[0], rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(selection.events[1, :2], pooled[1, :2], rtol=1e-6, atol=1e-7)
@@ -112,7 +115,8 @@ def test_no_frames():
     noise = jnp.ones((2, 40, K))
 
     def loss(variables, train):
-        selection = dpe.apply(variables, features, mask, train=train, noise=noise if train else None)
+        randomness = drawn(features, noise=noise) if train else None
+        selection = select(dpe, variables, features, mask=mask, train=train, randomness=randomness)
         return selection.events.sum() + selection.scores.sum(), selection
 
     for train in (False, True):
@@ -126,8 +130,8 @@ def test_training_slots_are_distinct_frames():
     """Scores that all but tie: the arg-maxes of the slots' indicators often agree, the frames must not."""
     dpe = make_dpe(num_selected=5, samples=3)
     features = clips(20, batch=16)
-    options = {"train": True, "rngs": {"selection": jax.random.key(1)}}
-    selection = dpe.apply(init(dpe, features), features, everything(features), **options)
+    randomness = drawn(features, seed=0)
+    selection = select(dpe, init(dpe, features), features, train=True, randomness=randomness)
     top = np.asarray(selection.indicators.argmax(-1))
     assert any(len(set(row)) < 5 for row in top.tolist()), "the case is too easy"
     for row in range(16):
@@ -138,25 +142,17 @@ def test_training_slots_are_distinct_frames():
 
 def test_events_of_training_are_the_indicators_mixture():
     dpe, features = make_dpe(), clips(5)
-    options = {"train": True, "rngs": {"selection": jax.random.key(1)}}
-    selection = dpe.apply(init(dpe, features), features, everything(features), **options)
+    selection = select(dpe, init(dpe, features), features, train=True, randomness=drawn(features))
     pooled = np.asarray(features).reshape(2, 5, 2, 2, WIDTH).mean(2)
     expected = np.einsum("bjk,bkpc->bjpc", np.asarray(selection.indicators), pooled)
     np.testing.assert_allclose(selection.events, expected, rtol=1e-5, atol=1e-6)
     assert len(np.unique(selection.indicators)) > 2  # not one-hot
 
 
-def upstream_gradient(dpe, variables, features, random_selection, **options):
+def upstream_gradient(dpe, variables, features, at_random, **given):
     def loss(variables):
-        selection = dpe.apply(
-            variables,
-            features,
-            everything(features),
-            train=True,
-            random_selection=jnp.asarray(random_selection),
-            rngs={"selection": jax.random.key(1)},
-            **options,
-        )
+        randomness = drawn(features, at_random=at_random)
+        selection = select(dpe, variables, features, train=True, randomness=randomness, **given)
         return jnp.sin(selection.events * 3).sum()
 
     return trees.flatten(jax.grad(loss)(variables)["params"])
@@ -181,14 +177,8 @@ def test_random_selection_is_uniform_over_valid_prototypes():
     dpe = make_dpe(num_selected=3, samples=1)
     features = clips(K, batch=rows)
     mask = jnp.broadcast_to(jnp.arange(K) < 6, (rows, K))
-    selection = dpe.apply(
-        init(dpe, features[:1]),
-        features,
-        mask,
-        train=True,
-        random_selection=jnp.asarray(True),
-        rngs={"selection": jax.random.key(3)},
-    )
+    randomness = drawn(features, seed=3, at_random=True)
+    selection = select(dpe, init(dpe, features[:1]), features, mask=mask, train=True, randomness=randomness)
     frames = np.asarray(selection.frames)
     assert selection.valid.all()
     assert (np.diff(frames, axis=1) > 0).all()
@@ -210,13 +200,13 @@ def question(features, words=3, seed=5):
 def test_question_term_starts_at_zero_with_a_gradient():
     plain, conditioned, features = make_dpe(), make_dpe(question_conditioned=True), clips(20)
     asked = question(features)
-    variables = jax.jit(
-        lambda key: conditioned.init(key, features, everything(features), train=False, question=asked)
-    )(jax.random.key(0))
+    variables = jax.jit(lambda key: conditioned.init(key, inputs(features, question=asked), train=False))(
+        jax.random.key(0)
+    )
     params = variables["params"]
     without = {"params": {key: params[key] for key in ("score_net",)}}
-    expected = plain.apply(without, features, everything(features), train=False)
-    actual = conditioned.apply(variables, features, everything(features), train=False, question=asked)
+    expected = select(plain, without, features)
+    actual = select(conditioned, variables, features, question=asked)
     np.testing.assert_array_equal(actual.scores, expected.scores)
     gradients = upstream_gradient(conditioned, variables, features, False, question=asked)
     assert np.abs(gradients["question_score/bilinear/kernel"]).max() > 1e-6
@@ -229,9 +219,7 @@ def test_scores_depend_on_the_question_words_that_count():
 
     def scores(words, length):
         asked = (words, jnp.full(2, length))
-        return np.asarray(
-            dpe.apply(variables, features, everything(features), train=False, question=asked).scores
-        )
+        return np.asarray(select(dpe, variables, features, question=asked).scores)
 
     other = words.at[:, 1].add(1.0)
     assert np.abs(scores(words, 2) - scores(other, 2)).max() > 1e-3
@@ -243,8 +231,7 @@ def test_question_score_against_its_formula():
     words, _ = question(features)
     lengths = jnp.array([3, 1])
     variables = init(dpe, features, question=(words, lengths))
-    options = {"train": False, "question": (words, lengths)}
-    with_question = dpe.apply(variables, features, everything(features), **options).scores
+    with_question = select(dpe, variables, features, question=(words, lengths)).scores
     params = variables["params"]
     plain = make_dpe()
 
@@ -252,8 +239,7 @@ def test_question_score_against_its_formula():
     events = np.asarray(features, np.float64).reshape(2, 5, 2, 2, WIDTH).mean(2)
     _, state = plain.apply(
         {"params": {"score_net": params["score_net"]}},
-        features,
-        everything(features),
+        inputs(features),
         train=False,
         capture_intermediates=True,
     )
@@ -274,7 +260,7 @@ def test_question_score_against_its_formula():
 def test_uniform_selection(total, expected):
     dpe, features = make_dpe(selection="uniform", num_selected=3), clips(8)
     mask = jnp.broadcast_to(jnp.arange(8) < total, (2, 8))
-    selection = dpe.apply({}, features, mask, train=False)
+    selection = select(dpe, {}, features, mask=mask)
     assert selection.frames[0][selection.valid[0]].tolist() == expected
 
 
@@ -282,7 +268,7 @@ def test_oracle_selection_takes_the_first_named_frames():
     dpe, features = make_dpe(selection="oracle", num_selected=2), clips(6)
     oracle = jnp.array([[0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1]], bool)
     mask = jnp.array([[True] * 6, [True] * 5 + [False]])
-    selection = dpe.apply({}, features, mask, train=True, oracle=oracle)
+    selection = select(dpe, {}, features, mask=mask, train=True, oracle=oracle)
     assert selection.frames[0].tolist() == [1, 3]
     assert selection.valid.tolist() == [[True, True], [True, False]]
     assert selection.frames[1, 0] == 4

@@ -11,8 +11,8 @@ from PIL import Image
 from dynfocus_jax import trees
 from dynfocus_jax.data.synthetic import VOCABULARY, write_video
 from dynfocus_jax.extract import extract_features
+from dynfocus_jax.parameters import init_params, param_shapes
 from dynfocus_jax.training.checkpoints import save_params
-from dynfocus_jax.training.state import init_params, param_shapes
 from dynfocus_jax.video_language_model import build_model
 from dynfocus_jax.weights.parts import belongs_to_connector
 from tests.features.small import CALL, FRAMES, make_config
@@ -66,7 +66,7 @@ def initial(tmp_path_factory):
         for path, leaf in shapes.items()
         if not belongs_to_connector(path)
     }
-    model = build_model(config, config.stages[index].connector)
+    model = build_model(config, index)
     params = shaken(trees.unflatten(init_params(model, jax.random.key(5), shapes)))
     path = tmp_path_factory.mktemp("initial")
     save_params(path, jax.device_get(params))

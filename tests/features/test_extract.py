@@ -18,15 +18,15 @@ from dynfocus_jax.evaluation.held_out import check_features, evaluate_run
 from dynfocus_jax.extract import extract_features
 from dynfocus_jax.features.store import Key, key_of, read_index
 from dynfocus_jax.parallel.sharding import place
+from dynfocus_jax.parameters import init_params, sharded_shapes
 from dynfocus_jax.planning.steps import train_step
 from dynfocus_jax.records.mixture import Mixture
 from dynfocus_jax.records.records import Record, read_records
 from dynfocus_jax.training.checkpoints import read_params, save_params
 from dynfocus_jax.training.loop import StageRun
 from dynfocus_jax.training.stage_data import make_loader, stage_budget
-from dynfocus_jax.training.state import abstract_params, init_params
 from dynfocus_jax.validation import validate
-from dynfocus_jax.video_language_model import DynFocus, build_model
+from dynfocus_jax.video_language_model import VideoLanguageModel, build_model
 from tests.features.conftest import entry
 from tests.features.small import CALL, FRAMES, make_config
 from tests.tiny import make_sample, mesh_of, pad, shaken, stack
@@ -71,7 +71,7 @@ def test_clips_are_those_of_pixels_through_the_tower(extracted, folder, initial,
     config = make_config(folder, initial, dtype)
     config.data.features = str(extracted[dtype])
     pixels, features = make_media_reader(config), make_media_reader(config, folder)
-    model = build_model(config, "dynfocus")
+    model = build_model(config)
     params = {"vision": jax.tree.map(lambda x: x.astype(dtype), read_params(initial)["vision"])}
 
     @jax.jit
@@ -168,8 +168,8 @@ def test_evaluation_gives_the_same_answers(config, folder, extracted, tmp_path):
 
 def init_like(config):
     """The parameters of the model: those of the checkpoint, and a connector."""
-    model = build_model(config, config.stages[-1].connector)
-    shapes = abstract_params(config, len(config.stages) - 1, mesh_of())
+    model = build_model(config)
+    shapes = sharded_shapes(config, len(config.stages) - 1, mesh_of())
     held = trees.flatten(read_params(Path(config.initial)))
     fresh = {path: leaf for path, leaf in shapes.items() if path not in held}
     fresh = jax.device_get(shaken(trees.unflatten(init_params(model, jax.random.key(0), fresh))))
@@ -197,14 +197,14 @@ def test_a_batch_of_features_is_not_run_through_the_tower(config, extracted):
 
 def test_padding_does_not_matter(config, initial):
     """A sample of features gives the same visual tokens in a bucket of more frames."""
-    model = build_model(config, "pooled")
+    model = build_model(config, 0)
     frames = np.random.default_rng(0).standard_normal((1, 3, 16, 16)).astype(np.float32)
     mask = np.array([[True, True, True]])
 
     def tokens(frames, mask):
         batch = _batch(frames, mask)
         params = model.init(jax.random.key(0), batch)
-        return model.apply(params, batch, method=DynFocus.visual_tokens)
+        return model.apply(params, batch, method=VideoLanguageModel.visual_tokens)
 
     alone = tokens(frames, mask)
     padded = tokens(np.pad(frames, ((0, 0), (0, 2), (0, 0), (0, 0))), np.pad(mask, ((0, 0), (0, 2))))

@@ -28,7 +28,7 @@ FRAMES, WORDS, QUESTION = 200, 48, 256
 @pytest.fixture(scope="module")
 def full_size():
     """The default configuration's model, a batch of one video of 200 frames and the parameters, as shapes."""
-    model = build_model(default_config(), "dynfocus")
+    model = build_model(default_config())
     sample = padding_sample(FRAMES, 224, WORDS, QUESTION)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *np.shape(x)), np.asarray(x).dtype), sample)
     variables = jax.eval_shape(lambda key, batch: model.init(key, batch), jax.random.key(0), batch)

@@ -12,8 +12,9 @@ from safetensors.numpy import load_file
 from dynfocus_jax import trees
 from dynfocus_jax.models.llama import PROJECTIONS, Llama
 from dynfocus_jax.parallel.sharding import to_devices
+from dynfocus_jax.parameters import init_params, param_shapes
 from dynfocus_jax.training.optimizer import make_optimizer, schedule
-from dynfocus_jax.training.state import TrainState, abstract_state, init_params, param_shapes, state_shardings
+from dynfocus_jax.training.state import TrainState, abstract_state, state_shardings
 from dynfocus_jax.training.step import make_train_step
 from dynfocus_jax.video_language_model import build_model
 from dynfocus_jax.weights.export import merge_lora

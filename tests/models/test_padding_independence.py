@@ -4,7 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from dynfocus_jax.connectors.connectors_old import build_connector
+from dynfocus_jax.connectors.interface import ConnectorInputs, Question
+from dynfocus_jax.connectors.registry import make_connector
+from dynfocus_jax.video_language_model import row_randomness
 from tests.tiny import (
     SAMPLES,
     K,
@@ -23,7 +25,7 @@ LONG = 2 * K + 1
 RELEASED = {"mode": "released", "dpe__clustering": "kmeans", "dpe__jacobian": "diagonal"}
 VARIANTS = {
     "paper": {},
-    "plain_f": {"connector__projector": "mlp"},
+    "plain_f": {"projector": "mlp"},
     "ratio": {"dpe__num_selected": None, "dpe__ratio": 0.6},
     "uniform": {"dpe__selection": "uniform", "dpe__num_selected": 3, "cce__rods": ()},
     "uniform_ratio": {"dpe__selection": "uniform", "dpe__num_selected": None, "dpe__ratio": 0.4},
@@ -111,7 +113,7 @@ def test_model(mode, train):
 def test_connector(variant):
     """Every variant, in evaluation and training: frame features to visual tokens; in other company."""
     config = change(tiny_config(), **VARIANTS[variant])
-    connector = build_connector(config.model)
+    connector = make_connector(config.model)
     rng = np.random.default_rng(4)
     width, patches, queries, words = 16, 16, 2, 6
     still = rng.standard_normal((1, patches, width))
@@ -131,30 +133,29 @@ def test_connector(variant):
     oracle = rng.random((len(clips), LONG + 6)) < 0.5
     noise = perturbations(len(clips))
 
-    def inputs(rows, frames):
+    def inputs(rows, frames, train=False):
         features = np.full((len(rows), frames, patches, width), 7.0, np.float32)  # rubbish in the padding
         mask = np.zeros((len(rows), frames), bool)
         for place, row in enumerate(rows):
             clip = list(clips.values())[row]
             features[place, : len(clip)], mask[place, : len(clip)] = clip, True
-        text = texts[rows, :frames] if connector.needs_text else None
-        extra = {"question": (questions[rows], lengths[rows]), "oracle": oracle[rows, :frames]}
-        return (features, mask, text), extra
+        return ConnectorInputs(
+            features,
+            mask,
+            text_queries=texts[rows, :frames] if connector.needs_text_queries else None,
+            question=Question(questions[rows], lengths[rows]),
+            oracle_frames=oracle[rows, :frames],
+            randomness=row_randomness(jax.random.key(7), len(rows), noise=noise[rows]) if train else None,
+        )
 
     everyone = list(range(len(clips)))
-    arguments, extra = inputs(everyone, LONG + 6)
-    params = {"params": shaken(connector.init(jax.random.key(0), *arguments, **extra)["params"])}
+    params = {"params": shaken(connector.init(jax.random.key(0), inputs(everyone, LONG + 6))["params"])}
     failures = []
     for train in (False, True):
-        options = {"train": True, "rngs": {"selection": jax.random.key(7)}} if train else {}
 
-        def run(rows, frames, options=options):
-            arguments, extra = inputs(rows, frames)
-            return jax.device_get(
-                connector.apply(params, *arguments, noise=noise[rows], **extra, **options)._replace(
-                    selection=None
-                )
-            )
+        def run(rows, frames, train=train):
+            visual = connector.apply(params, inputs(rows, frames, train), train=train)
+            return jax.device_get(visual._replace(focus=None))
 
         together, apart = run(everyone, LONG + 6), {}
         short = [row for row, clip in enumerate(clips.values()) if len(clip) <= K]

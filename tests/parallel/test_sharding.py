@@ -23,7 +23,8 @@ from dynfocus_jax.parallel.sharding import (
     shard,
     shares,
 )
-from dynfocus_jax.training.state import abstract_state, param_shapes
+from dynfocus_jax.parameters import param_shapes
+from dynfocus_jax.training.state import abstract_state
 from tests.tiny import mesh_of
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "sharding_7b.json"

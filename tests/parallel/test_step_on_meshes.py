@@ -7,8 +7,9 @@ import pytest
 
 from dynfocus_jax import trees
 from dynfocus_jax.parallel.sharding import place, to_devices
+from dynfocus_jax.parameters import init_params, param_shapes
 from dynfocus_jax.training.optimizer import make_optimizer, schedule
-from dynfocus_jax.training.state import TrainState, abstract_state, init_params, param_shapes, state_shardings
+from dynfocus_jax.training.state import TrainState, abstract_state, state_shardings
 from dynfocus_jax.training.step import make_train_step
 from dynfocus_jax.video_language_model import build_model
 from tests.tiny import make_sample, mesh_of, pad, shaken, stack, tiny_config
@@ -149,7 +150,7 @@ def test_in_parts_and_chunks_on_eight_devices(alone, params, batch):
 def test_parameters_are_made_where_they_lie():
     """Bit for bit those of one device; and in bfloat16 the rounded ones."""
     config, mesh = toy(), mesh_of(fsdp=4, tensor=2)
-    model = build_model(config, config.stages[-1].connector)
+    model = build_model(config)
 
     def made(mesh):
         state = abstract_state(config, -1, mesh)

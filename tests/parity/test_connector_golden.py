@@ -7,16 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from ml_collections import FrozenConfigDict
 
 from benchmarks.torch_published import PublishedConnector
 from benchmarks.torch_published import Selection as PublishedSelection
 from dynfocus_jax import trees
 from dynfocus_jax.config import default_config
-from dynfocus_jax.connectors.connectors_old import build_connector
 from dynfocus_jax.connectors.dynfocus import event_prototypes as event_prototype
-from dynfocus_jax.connectors.dynfocus.cooperative import CooperativeEncoding, SpatialPrototypes, TextContext
-from dynfocus_jax.connectors.dynfocus.event_prototypes import EventPrototypes, ScoreNet
+from dynfocus_jax.connectors.dynfocus import scores as scores_module
+from dynfocus_jax.connectors.dynfocus import selection as selecting
+from dynfocus_jax.connectors.dynfocus.cooperative import SpatialPrototypes, TextContext, mixed_prototypes
+from dynfocus_jax.connectors.dynfocus.event_prototypes import FIELDS, EventPrototypes
+from dynfocus_jax.connectors.dynfocus.scores import ScoreNet
+from dynfocus_jax.connectors.interface import ConnectorInputs
+from dynfocus_jax.connectors.registry import make_connector
 from dynfocus_jax.ops import perturbed_topk, pooling
+from dynfocus_jax.sections import fill_section
+from dynfocus_jax.video_language_model import row_randomness
 from tests.parity.published import MODULES, our_params
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "released"
@@ -48,12 +55,15 @@ def assert_close(actual, expected, tolerance=1e-5, scale=None):
 def connector_of(language_width, clusters=80, ratio=0.45, **dpe):
     """Our connector as the published one is set up."""
     model = default_config().model
-    model.mode, model.dtype = "released", "float32"
+    model.connector.mode, model.dtype = "released", "float32"
     model.language.width = language_width
-    model.dpe.update({"num_prototypes": clusters, "ratio": ratio, "clustering": "kmeans"})
-    model.dpe.update({"jacobian": "diagonal", "kmeans_init": "random", **dpe})
-    model.cce.levels = LEVELS
-    return build_connector(model)
+    model.connector.dpe.update({"num_prototypes": clusters, "ratio": ratio, "clustering": "kmeans"})
+    model.connector.dpe.update({"jacobian": "diagonal", "kmeans_init": "random", **dpe})
+    model.connector.cce.levels = LEVELS
+    return make_connector(model)
+
+
+CAPTURE = {"capture_intermediates": lambda module, method: module.name == "dpe" and method == "__call__"}
 
 
 def run(connector, params, features, queries, **options):
@@ -63,12 +73,13 @@ def run(connector, params, features, queries, **options):
     @jax.jit
     def apply(params, features, queries, options):
         mask = jnp.ones((1, len(features)), bool)
-        return connector.apply(
-            {"params": params}, features[None], mask, queries[None], train=train, **options
-        )
+        randomness = row_randomness(jax.random.key(0), 1, **options)
+        inputs = ConnectorInputs(features[None], mask, text_queries=queries[None], randomness=randomness)
+        visual, state = connector.apply({"params": params}, inputs, train=train, **CAPTURE)
+        return visual, state["intermediates"]["dpe"]["__call__"][0]
 
-    out = apply(params, jnp.asarray(features), jnp.asarray(queries), options)
-    return out.tokens[0, : int(out.count[0])], out.selection
+    out, selection = apply(params, jnp.asarray(features), jnp.asarray(queries), options)
+    return out.tokens[0, : int(out.count[0])], selection
 
 
 # --- Golden values ------------------------------------------------------------------------------------
@@ -77,7 +88,8 @@ def run(connector, params, features, queries, **options):
 def test_every_published_weight_has_one_place():
     connector = connector_of(12)
     features, queries = jnp.zeros((1, 3, 256, 8)), jnp.zeros((1, 3, 2, 8))
-    shapes = jax.eval_shape(connector.init, jax.random.key(0), features, jnp.ones((1, 3), bool), queries)
+    inputs = ConnectorInputs(features, jnp.ones((1, 3), bool), text_queries=queries)
+    shapes = jax.eval_shape(connector.init, jax.random.key(0), inputs)
     ours = {path: leaf.shape for path, leaf in trees.flatten(shapes["params"]).items()}
     theirs = trees.flatten(our_params(PublishedConnector(8, 12).state_dict()))
     assert ours == {path: leaf.shape for path, leaf in theirs.items()}
@@ -115,7 +127,7 @@ def test_rods():
 def test_connector(frames):
     golden = load(f"connector_T{frames}")
     connector = connector_of(golden["out"].shape[-1])
-    options = {"initial": golden["initial"][None].astype(np.int32)} if "initial" in golden else {}
+    options = {"initial_frames": golden["initial"][None].astype(np.int32)} if "initial" in golden else {}
     params = our_params(under(golden, "p."))
     tokens, _ = run(connector, params, golden["features"], golden["text_queries"], **options)
     assert_close(tokens, golden["out"])
@@ -126,28 +138,22 @@ def test_connector(frames):
 
 def select(golden, params, events, spatial, *, dtype="float32", noise=None):
     """The selected tokens `[J, P + M, C]` and the selection. Events come as frames that need no pooling."""
-    dpe = EventPrototypes(
-        mode="released",
-        grid=(4, 4),
-        pool=(4, 4),
-        num_prototypes=80,
-        neighbors=5,
-        ratio=float(golden["ratio"]),
-        num_selected=None,
-        clustering="kmeans",
-        kmeans_init="random",
-        selection="learned",
-        samples=64,
-        sigma=float(golden["sigma"]),
-        jacobian="diagonal",
-        question_conditioned=False,
-        dtype=dtype,
-    )
-    mask = jnp.ones((1, len(events)), bool)
-    variables = {"params": {"score_net": params}}
-    selection = dpe.apply(variables, events[None], mask, train=noise is not None, noise=noise)
-    cce = CooperativeEncoding("released", LEVELS, "dpc_knn", "multi_grained", (), 8)
-    mixed = cce.apply({}, spatial[None], selection, method="_mixed")
+    fields = {
+        "num_prototypes": 80,
+        "neighbors": 5,
+        "ratio": float(golden["ratio"]),
+        "clustering": "kmeans",
+        "kmeans_init": "random",
+        "samples": 64,
+        "sigma": float(golden["sigma"]),
+        "jacobian": "diagonal",
+    }
+    settings = FrozenConfigDict(fill_section(FIELDS, fields, "dpe"))
+    dpe = EventPrototypes(settings, "released", grid=(4, 4), pool=(4, 4), dtype=dtype)
+    randomness = None if noise is None else row_randomness(jax.random.key(0), 1, noise=noise)
+    inputs = ConnectorInputs(events[None], jnp.ones((1, len(events)), bool), randomness=randomness)
+    selection = dpe.apply({"params": {"score_net": params}}, inputs, train=noise is not None)
+    mixed = mixed_prototypes(spatial[None], selection)
     return jnp.concatenate([selection.events, mixed], axis=2)[0], selection
 
 
@@ -251,7 +257,7 @@ class _Double:
 
 def test_selection_gradients_in_float64(monkeypatch):
     """The formulas themselves, without the rounding that the golden scores amplify."""
-    for module in (event_prototype, perturbed_topk, pooling):
+    for module in (event_prototype, scores_module, selecting, perturbed_topk, pooling):
         monkeypatch.setattr(module, "jnp", _Double())
     golden = load("selection")
     with jax.enable_x64(True):
@@ -278,7 +284,7 @@ def test_connector_at_odd_sizes(frames, ratio):
     initial = torch.randperm(frames)[:12]
     expected = published(features, queries, initial)
     connector = connector_of(28, clusters=12, ratio=ratio)
-    options = {"initial": initial.numpy()[None].astype(np.int32)} if frames > 12 else {}
+    options = {"initial_frames": initial.numpy()[None].astype(np.int32)} if frames > 12 else {}
     tokens, _ = run(connector, params, features.numpy(), queries.numpy(), **options)
     assert_close(tokens, expected.detach())
 
@@ -293,7 +299,7 @@ def compare_training(published, features, queries, params, noise, initial, **set
     connector = connector_of(expected.shape[-1], **settings)
     options = {"noise": jnp.asarray(noise.numpy())[None]}
     if initial is not None:
-        options["initial"] = initial.numpy()[None].astype(np.int32)
+        options["initial_frames"] = initial.numpy()[None].astype(np.int32)
 
     def loss(params, features):
         tokens, selection = run(connector, params, features, queries.numpy(), **options)

@@ -39,7 +39,7 @@ def engine():
     config = runpy.run_path(str(TOY))["get_config"]("language=smollm2")
     config.data.template = "chatml"
     config.generation.update({"text": (BUCKET,), "batch": (4,), "max_new_tokens": NEW_TOKENS})
-    shapes = jax.eval_shape(make_init(build_model(config, config.stages[-1].connector)), jax.random.key(0))
+    shapes = jax.eval_shape(make_init(build_model(config)), jax.random.key(0))
     zeros = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in shapes.items()}
     target = {path: shape for path, shape in shapes.items() if path.startswith("language/")}
     language = load(Path(config.weights.language), target=trees.unflatten(target)["language"])
@@ -113,7 +113,7 @@ def test_logits(engine, reference, prompts):
     tokens, lengths = np.zeros((len(prompts), BUCKET), np.int32), np.array([*map(len, prompts)])
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    model = build_model(engine.config, engine.config.stages[-1].connector)
+    model = build_model(engine.config)
 
     @jax.jit
     def forward(params):

@@ -16,7 +16,7 @@ from dynfocus_jax.serving.requests import Request
 from dynfocus_jax.serving.token_sampling import SamplingParams
 from dynfocus_jax.text.conversation import TEMPLATES, encode_prompt
 from dynfocus_jax.text.tokenizers import WordTokenizer
-from dynfocus_jax.video_language_model import DynFocus
+from dynfocus_jax.video_language_model import VideoLanguageModel
 from tests.tiny import (
     MAX_QUERY,
     SIZE,
@@ -302,7 +302,7 @@ def test_a_look_is_what_the_model_computes(engine, params):
     )
     model = model_of(engine.config)
     batch = stack([sample])
-    expected = jax.jit(lambda p, b: model.apply({"params": p}, b, method=DynFocus.visual_tokens))(
+    expected = jax.jit(lambda p, b: model.apply({"params": p}, b, method=VideoLanguageModel.visual_tokens))(
         params, batch
     )
     assert visual.count == int(expected.count[0])

@@ -3,41 +3,88 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict, FrozenConfigDict
 
-from dynfocus_jax.connectors.dynfocus.event_prototypes import Selection
-from dynfocus_jax.ops.clustering import cluster, map_frames
+from dynfocus_jax.connectors.dynfocus.selection import Selection
+from dynfocus_jax.connectors.interface import ConnectorInputs
+from dynfocus_jax.ops.clustering import METHODS, cluster, map_frames
+from dynfocus_jax.sections import Field, require
 
-CONES = ("multi_grained", "single_grained", "cross_attention", "pair", "patches", "none")
-RODS = ("content", "context", "coarse")
-PROJECTORS = ("mlp", "linear", "residual")
+FIELDS = {
+    "levels": Field(
+        ((16, 8), (8, 3)), "(M, k) of each level of spatial clustering: M prototypes, k neighbours"
+    ),
+    "clustering": Field("dpc_knn", "how patches are clustered (Table 11)", choices=METHODS),
+    "cones": Field(
+        "multi_grained",
+        'tokens of an important frame: "multi_grained" [event; all spatial levels], "single_grained" '
+        "[event; level "
+        '1] and "cross_attention" (Table 12), "pair" two tokens, "patches" all N patches (Table 6), '
+        '"none" makes '
+        "every frame a rod",
+        choices=("multi_grained", "single_grained", "cross_attention", "pair", "patches", "none"),
+    ),
+    "rods": Field(
+        ("content", "context"),
+        'tokens of every other frame: "content" one, "context" one that reads the text queries, '
+        '"coarse" the last '
+        "level's prototypes; () drops these frames",
+        choices=("content", "context", "coarse"),
+    ),
+}
+SHARDING = ((r"cce/(context|fusion)/(query|key|value)/kernel", ("fsdp", None)),)
 
 
-class Projector(nn.Module):
-    """The paper's f: vision width C -> language width D.
+def check(settings: ConfigDict, mode: str, patches: int, where: str) -> None:
+    """Check the fields of CCE against each other; raise UserError if they do not fit.
 
-    kind: "mlp" Linear(C, D) GELU Linear(D, D), as published; "linear" Linear(C, D); "residual" that linear
-    map plus an MLP branch that starts at zero (so that a model aligned linearly can be taken over).
+    mode: "paper" or "released"; patches: N.
     """
+    require(
+        len(settings.levels) > 0,
+        f"{where}.levels is empty, expected (M, k) pairs such as ((16, 8), (8, 3)).",
+    )
+    finer = patches
+    for index, level in enumerate(settings.levels):
+        require(
+            isinstance(level, tuple | list) and len(level) == 2 and 1 <= level[0] <= finer and level[1] >= 1,
+            f"{where}.levels[{index}] is {level}, expected (M, k) with 1 <= M <= {finer} "
+            "(the tokens of the level before) and k >= 1.",
+        )
+        finer = level[0]
+    require(
+        mode == "paper" or len(settings.levels) == 2,
+        f"{where}.levels has {len(settings.levels)} levels, but mode 'released' groups exactly 2.",
+    )
+    for name, parts in (("single_grained", (settings.cones,)), ("coarse", settings.rods)):
+        require(
+            mode == "paper" or name not in parts,
+            f"{where} has {name!r}, but mode 'released' merges the levels into one; leave it out, or "
+            f"set mode to "
+            "'paper'.",
+        )
+    require(
+        settings.cones != "none" or len(settings.rods) > 0,
+        f"{where} has neither cones nor rods; keep at least one of them.",
+    )
 
-    kind: str
-    width: int
-    dtype: str = "float32"
-    param_dtype: str = "float32"
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        def dense(name, **kwargs):
-            return nn.Dense(self.width, name=name, dtype=self.dtype, param_dtype=self.param_dtype, **kwargs)
+def cone_tokens(settings: ConfigDict, patches: int, pooled: int) -> int:
+    """Return the tokens of a cone frame with `patches` = N and `pooled` = P."""
+    spatial = [count for count, _ in settings.levels]
+    return {
+        "multi_grained": pooled + sum(spatial),
+        "single_grained": pooled + spatial[0],
+        "cross_attention": pooled,
+        "pair": 2,
+        "patches": patches,
+        "none": 0,
+    }[settings.cones]
 
-        def mlp(x, **kwargs):
-            return dense("down", **kwargs)(jax.nn.gelu(dense("up")(x), approximate=False))
 
-        if self.kind == "mlp":
-            return mlp(x)
-        out = dense("linear")(x)
-        if self.kind == "residual":
-            out += mlp(x, kernel_init=nn.initializers.zeros)
-        return out
+def rod_tokens(settings: ConfigDict) -> int:
+    """Return the tokens of a rod frame."""
+    return sum(settings.levels[-1][0] if part == "coarse" else 1 for part in settings.rods)
 
 
 class SpatialPrototypes(nn.Module):
@@ -88,7 +135,7 @@ class SpatialPrototypes(nn.Module):
 
 
 class TextContext(nn.Module):
-    """Rods' context: what the text queries look for in a frame (Eq. 11), `[B, T, D]`.
+    """Context of the rods: a frame's prototypes attended to by the text queries (Eq. 11), `[B, T, D]`.
 
     `W_v(mean_Q[softmax(Q (W_k S)^T / sqrt(C)) S])` for prototypes `S [B, T, M, C]`, queries `[B, T, Q, C]`.
     """
@@ -109,7 +156,7 @@ class TextContext(nn.Module):
 
 
 class CrossAttentionFusion(nn.Module):
-    """Table 12's soft fusion: event tokens read the frame's prototypes, `[B, J, P, C]` out."""
+    """Soft fusion (Table 12): event tokens attend to the frame's prototypes, `[B, J, P, C]` out."""
 
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -128,117 +175,73 @@ class CrossAttentionFusion(nn.Module):
 
 
 class CooperativeEncoding(nn.Module):
-    """CCE: a frame's features and DPE's selection -> cone and rod tokens in language space.
+    """CCE: a frame's features and DPE's selection -> cone and rod tokens in language space. See FIELDS."""
 
-    `cones`: "multi_grained" the paper's [event; all spatial levels], "single_grained" [event; level 1]
-    (Table 12, Concat.), "cross_attention" (Table 12), "pair" two tokens, "patches" all N patches (Table 6),
-    "none" (every frame is a rod). `rods`: any of "content" (one token), "context" (one, text-guided),
-    "coarse" (the last level's prototypes); an empty tuple drops the unimportant frames.
-    """
-
+    settings: FrozenConfigDict
     mode: str
-    levels: tuple[tuple[int, int], ...]
-    clustering: str
-    cones: str
-    rods: tuple[str, ...]
     width: int
     dtype: str = "float32"
     param_dtype: str = "float32"
 
-    @property
-    def released(self) -> bool:
-        return self.mode == "released"
-
-    def cone_tokens(self, patches: int, pooled: int) -> int:
-        """Tokens of a cone frame with `patches` = N and `pooled` = P."""
-        spatial = [count for count, _ in self.levels]
-        return {
-            "multi_grained": pooled + sum(spatial),
-            "single_grained": pooled + spatial[0],
-            "cross_attention": pooled,
-            "pair": 2,
-            "patches": patches,
-            "none": 0,
-        }[self.cones]
-
-    def rod_tokens(self) -> int:
-        """Tokens of a rod frame."""
-        return sum(self.levels[-1][0] if part == "coarse" else 1 for part in self.rods)
-
     def setup(self):
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        settings, types = self.settings, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        released = self.mode == "released"
         self.spatial = SpatialPrototypes(
-            self.levels,
-            self.clustering,
-            weighting="mean" if self.released else "importance",
-            grouped=self.released,
+            tuple(map(tuple, settings.levels)),
+            settings.clustering,
+            weighting="mean" if released else "importance",
+            grouped=released,
             **types,
         )
-        if "context" in self.rods:
+        if "context" in settings.rods:
             self.context = TextContext(self.width, **types)
-        if self.cones == "cross_attention":
+        if settings.cones == "cross_attention":
             self.fusion = CrossAttentionFusion(**types)
 
-    def __call__(
-        self,
-        features: jax.Array,
-        selection: Selection,
-        text_queries: jax.Array | None,
-        projector: nn.Module,
-    ) -> tuple[jax.Array, jax.Array]:
-        """`features [B, T, N, C]` -> rods `[B, T, R, D]` and cones `[B, J, M, D]` (one a slot)."""
-        return self.encode(features, self.spatial(features), selection, text_queries, projector)
-
     def encode(
-        self,
-        features: jax.Array,
-        grains: list[jax.Array],
-        selection: Selection,
-        text_queries: jax.Array | None,
-        projector: nn.Module,
+        self, inputs: ConnectorInputs, grains: list[jax.Array], selection: Selection, projector: nn.Module
     ) -> tuple[jax.Array, jax.Array]:
-        """Rods and cones, given the levels of spatial prototypes `[B, T, M_l, C]` of the features."""
+        """Return rods `[B, T, R, D]` and cones `[B, J, M, D]`, one per slot.
+
+        grains: the levels of spatial prototypes `[B, T, M_l, C]` of the features.
+        """
         spatial = jnp.concatenate(grains, axis=-2)  # [B, T, M, C]
-
-        rods = []
-        for part in self.rods:
+        batch, time = inputs.frame_mask.shape
+        tokens = []
+        for part in self.settings.rods:
             if part == "content":
-                rods.append(projector(spatial.mean(axis=-2))[..., None, :])
+                tokens.append(projector(spatial.mean(axis=-2))[..., None, :])
             elif part == "context":
-                rods.append(self.context(spatial, text_queries)[..., None, :])
+                tokens.append(self.context(spatial, inputs.text_queries)[..., None, :])
             else:
-                rods.append(projector(grains[-1]))
-        batch, time = features.shape[:2]
-        rods = (
-            jnp.concatenate(rods, axis=-2)
-            if rods
-            else jnp.zeros((batch, time, 0, self.width), features.dtype)
-        )
-
-        if self.cones == "none":
+                tokens.append(projector(grains[-1]))
+        no_rods = jnp.zeros((batch, time, 0, self.width), inputs.features.dtype)
+        rods = jnp.concatenate(tokens, axis=-2) if tokens else no_rods
+        if self.settings.cones == "none":
             return rods, jnp.zeros((batch, selection.frames.shape[1], 0, self.width), rods.dtype)
-        return rods, projector(self._cone_features(features, grains, spatial, selection))
+        return rods, projector(self._cone_features(inputs.features, grains, spatial, selection))
 
-    def _cone_features(self, features, grains, spatial, selection):
-        """What a cone shows, in vision space `[B, J, M, C]`."""
+    def _cone_features(self, features, grains, spatial, selection: Selection) -> jax.Array:
+        """Return the content of each cone in vision space, `[B, J, M, C]`."""
 
         def of_slots(x):  # [B, T, ...] -> [B, J, ...]
             return jnp.take_along_axis(x, selection.frames[..., None, None], axis=1)
 
-        events = selection.events
-        if self.cones == "patches":
+        events, cones = selection.events, self.settings.cones
+        if cones == "patches":
             return of_slots(features)
-        if self.cones == "single_grained":
+        if cones == "single_grained":
             return jnp.concatenate([events, of_slots(grains[0])], axis=-2)
-        slots = self._mixed(spatial, selection) if self.released else of_slots(spatial)
-        if self.cones == "pair":
+        slots = of_slots(spatial) if self.mode == "paper" else mixed_prototypes(spatial, selection)
+        if cones == "pair":
             return jnp.stack([events.mean(axis=-2), slots.mean(axis=-2)], axis=-2)
-        if self.cones == "cross_attention":
+        if cones == "cross_attention":
             return self.fusion(events, slots)
         return jnp.concatenate([events, slots], axis=-2)
 
-    def _mixed(self, spatial, selection):
-        """Released: the key frames' prototypes mixed by the (detached) indicators of each slot."""
-        keys = jnp.take_along_axis(spatial, selection.centers[..., None, None], axis=1)  # [B, K, M, C]
-        weights = jax.lax.stop_gradient(selection.indicators).astype(keys.dtype)
-        return jnp.einsum("bjk,bkmc->bjmc", weights, keys)
+
+def mixed_prototypes(spatial: jax.Array, selection: Selection) -> jax.Array:
+    """Mix the key frames' prototypes by each slot's (detached) indicators, as the released code does."""
+    keys = jnp.take_along_axis(spatial, selection.centers[..., None, None], axis=1)  # [B, K, M, C]
+    weights = jax.lax.stop_gradient(selection.indicators).astype(keys.dtype)
+    return jnp.einsum("bjk,bkmc->bjmc", weights, keys)
