@@ -179,8 +179,9 @@ def _walk(config: ConfigDict, path: str) -> Iterator[_Node]:
         name, *indices = re.findall(r"\w+", part)
         if not isinstance(node, ConfigDict) or name not in node:
             known = node if isinstance(node, ConfigDict) else ()
-            of = f"connector {node.kind!r}" if "kind" in known and where.endswith(".connector") else "the configuration"
-            raise UserError(f"{where}.{name} is not a field of {of}{suggest(name, known)}.")
+            is_connector = "kind" in known and where.endswith(".connector")
+            owner = f"connector {node.kind!r}" if is_connector else "the configuration"
+            raise UserError(f"{where}.{name} is not a field of {owner}{suggest(name, known)}.")
         node, where = node[name], f"{where}.{name}"
         for index in map(int, indices):
             if index >= len(node):

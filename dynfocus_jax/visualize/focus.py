@@ -12,7 +12,7 @@ CHOSEN, OTHER = "#c1272d", "#9aa0a6"  # colours
 
 
 class Strip(NamedTuple):
-    """One video of the picture: `frames` uint8 `[T, H, W, 3]`; `times` (seconds), `scores` and `focus` (bool) `[T]`.
+    """One video: `frames` uint8 `[T, H, W, 3]`; `times` (seconds), `scores` and `focus` (bool) `[T]`.
 
     answer: the correct answer, None if unknown.
     """
@@ -27,7 +27,7 @@ class Strip(NamedTuple):
 
 
 def draw_focus(path: str | Path, strips: Sequence[Strip]) -> None:
-    """Write a picture with the frames, their scores and the answer of each video; the suffix sets the format."""
+    """Write a picture of the frames, scores and answer of each video; the suffix sets the format."""
     columns = max(len(strip.frames) for strip in strips)
     figure = Figure(figsize=(0.62 * columns + 1.0, 2.05 * len(strips)), dpi=200, layout="constrained")
     rows = figure.subfigures(len(strips), 1, squeeze=False)[:, 0]

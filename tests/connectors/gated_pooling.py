@@ -1,6 +1,6 @@
 """A connector outside of the package: a learned gate keeps a few frames, average-pooled to 8 tokens each.
 
-It is the example of CONTRIBUTING.md, and is trained, evaluated, drawn and exported by test_outside_connector.py.
+It is the example of CONTRIBUTING.md; test_outside_connector.py trains, evaluates, draws and exports it.
 """
 
 from typing import ClassVar
@@ -39,12 +39,14 @@ class GatedPooling(Connector):
     def __call__(self, inputs: ConnectorInputs, *, train: bool = False) -> VisualTokens:
         batch, time, patches, _ = inputs.features.shape
         parts = np.array_split(np.arange(patches), self.settings.tokens)
-        pooled = jnp.stack([inputs.features[:, :, part].mean(axis=2) for part in parts], axis=2)  # [B, T, P, C]
+        means = [inputs.features[:, :, part].mean(axis=2) for part in parts]
+        pooled = jnp.stack(means, axis=2)  # [B, T, P, C]
         scores = jax.nn.sigmoid(self.gate(pooled.mean(axis=2))[..., 0].astype(jnp.float32))  # [B, T]
         slots, mask = min(self.settings.frames, time), inputs.frame_mask
         count = jnp.minimum(mask.sum(axis=1), slots)
         if train:
-            rows = perturbed_topk(scores, self.noise(inputs), slots, self.settings.sigma, mask=mask, count=count)
+            noise, sigma = self.noise(inputs), self.settings.sigma
+            rows = perturbed_topk(scores, noise, slots, sigma, mask=mask, count=count)
             frames = distinct_argmax(jax.lax.stop_gradient(rows), mask=mask, count=count)
         else:
             frames = hard_topk(scores, slots, mask=mask, count=count)

@@ -19,11 +19,14 @@ from tests.tiny import K, make_sample, mesh_of, pad, shaken, stack, tiny_config
 
 OUTSIDE = "tests.connectors.gated_pooling:GatedPooling"
 TINY = {  # settings for clips of a few frames of 4 x 4 patches
-    "dynfocus": {"pool": (2, 2), "dpe": {"num_prototypes": K, "num_selected": 2, "samples": 8, "neighbors": 3},
-                 "cce": {"levels": ((4, 5), (2, 2))}},
+    "dynfocus": {
+        "pool": (2, 2),
+        "dpe": {"num_prototypes": K, "num_selected": 2, "samples": 8, "neighbors": 3},
+        "cce": {"levels": ((4, 5), (2, 2))},
+    },
     "pooled": {"pool": (2, 2)},
     OUTSIDE: {"frames": 3, "samples": 8},
-}  # fmt: skip
+}
 KINDS = [*connector_kinds(), OUTSIDE]
 LONG, FRAMES = 2 * K, (0, 1, K - 1, 2 * K)
 
@@ -41,7 +44,7 @@ def config_of(kind: str):
 
 @pytest.fixture(scope="module", params=KINDS)
 def case(request):
-    """A configuration, its model, its parameters, and a batch of clips of different lengths with subtitles."""
+    """A configuration, its model and parameters, and clips of different lengths with subtitles."""
     config = config_of(request.param)
     rng = np.random.default_rng(0)
     samples = [
@@ -67,7 +70,7 @@ def visual_tokens(model, params, batch, train):
 
 @pytest.mark.parametrize("train", [False, True], ids=["evaluation", "training"])
 def test_output_and_padding(case, train):
-    """Shapes and dtypes; tokens within the static length; a clip's tokens do not depend on its batch or bucket."""
+    """Shapes, dtypes and static length; a clip's tokens do not depend on its batch or bucket."""
     config, model, params, samples, batch = case
     together = visual_tokens(model, params, batch, train)
     check_shapes(together)
@@ -111,9 +114,9 @@ def train_step(config, params, batch: Batch, microbatches: int, **axes: int):
     optimizer = make_optimizer(stage, abstract.trained)
     state = TrainState(np.int32(0), trained, frozen, optimizer.init(trained))
     state = jax.tree.map(jax.device_put, jax.device_get(state), shardings)
-    step = make_train_step(build_model(config), optimizer, schedule(stage), stage, jax.random.key(2), shardings)
-    state, metrics = step(state, batch)
-    return jax.device_get((metrics, trees.flatten(state.trained)))
+    step = make_train_step(build_model(config), optimizer, schedule(stage), stage, jax.random.key(2),
+    shardings) state, metrics = step(state,
+    batch) return jax.device_get((metrics, trees.flatten(state.trained)))
 
 
 def test_microbatches_and_meshes_equal_one_device(case):

@@ -1,4 +1,4 @@
-"""A connector outside of the package through the whole program, with no other file changed: see CONTRIBUTING.md."""
+"""A connector outside of the package runs through the whole program, with no other file changed."""
 
 import json
 
