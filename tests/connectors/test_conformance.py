@@ -114,9 +114,10 @@ def train_step(config, params, batch: Batch, microbatches: int, **axes: int):
     optimizer = make_optimizer(stage, abstract.trained)
     state = TrainState(np.int32(0), trained, frozen, optimizer.init(trained))
     state = jax.tree.map(jax.device_put, jax.device_get(state), shardings)
-    step = make_train_step(build_model(config), optimizer, schedule(stage), stage, jax.random.key(2),
-    shardings) state, metrics = step(state,
-    batch) return jax.device_get((metrics, trees.flatten(state.trained)))
+    model, key = build_model(config), jax.random.key(2)
+    step = make_train_step(model, optimizer, schedule(stage), stage, key, shardings)
+    state, metrics = step(state, batch)
+    return jax.device_get((metrics, trees.flatten(state.trained)))
 
 
 def test_microbatches_and_meshes_equal_one_device(case):
