@@ -60,7 +60,7 @@ def test_stages_of_the_paper(name, arg):
     assert (stage.schedule, stage.warmup, stage.weight_decay) == ("cosine", 0.03, 0.0)
     assert (config.model.dtype, config.model.language.remat) == ("bfloat16", "full")
     assert config.data.max_query == 256
-    assert (config.model.dpe.samples, config.model.dpe.sigma) == (500, 0.1)
+    assert (config.model.connector.dpe.samples, config.model.connector.dpe.sigma) == (500, 0.1)
 
 
 def test_option_that_there_is_not():
