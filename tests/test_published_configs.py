@@ -205,7 +205,8 @@ def test_without_data_or_tokenizers(name, folder, tmp_path):
     with pytest.raises(UserError, match=rf"{config.data.tokenizer} is not a tokenizer: expected a folder"):
         make_tokenizer(config, tmp_path / "vocabulary.json")
     config.data.tokenizer = str(folder(tmp_path / "published"))
-    with pytest.raises(UserError, match=r"bert-base-uncased is not a BERT vocabulary: .*vocab\.txt"):
+    message = r"published/bert-base-uncased is not a BERT vocabulary: .*vocab\.txt"
+    with pytest.raises(UserError, match=message):
         make_tokenizer(config, tmp_path / "vocabulary.json")
     config.data.query_tokenizer = str(bert_folder(tmp_path / "bert"))
     tokenizer = make_tokenizer(config, tmp_path / "vocabulary.json")
