@@ -6,7 +6,7 @@ or `"my_module:MyConnector"`. Nothing else in the package knows the methods by n
 through an example.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.ops.packing import pack_frames
+from dynfocus_jax.published_names import Family, own_names
 from dynfocus_jax.sections import Section
 
 
@@ -106,6 +107,10 @@ class Connector(nn.Module):
     """(regular expression, mesh axes of the last dimensions) pairs over parameter paths below "connector/".
     A parameter that none matches is replicated."""
 
+    PUBLISHED: ClassVar[Mapping[str, Family]] = {}
+    """Tables of published names by family: reading prefers the first that fits, export writes the last.
+    Without any, the parameters are published under their own paths."""
+
     TRAINABLE: ClassVar[tuple[str, ...]] = ("connector/.*",)
     """What a stage trains that does not say: regular expressions over parameter paths of the whole model."""
 
@@ -115,6 +120,11 @@ class Connector(nn.Module):
 
         model: the section `config.model`, of which only the sizes of the other parts are meant to be read.
         """
+
+    @classmethod
+    def families(cls, paths: Iterable[str]) -> Mapping[str, Family]:
+        """Return the tables of published names; without any, the one of the parameters' own paths."""
+        return cls.PUBLISHED or {"own_names": own_names("connector", cls.__name__, paths)}
 
     @property
     def needs_text_queries(self) -> bool:

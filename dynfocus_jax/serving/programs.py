@@ -112,7 +112,8 @@ def make_programs(model: VideoLanguageModel, mesh: Mesh, end_ids: Iterable[int],
 
     @partial(jax.jit, out_shardings=(rows, cache_layout))
     def read(params: dict, prompts: Prompts, tokens: tuple[jax.Array, ...], count: jax.Array):
-        visual = VisualTokens(jnp.concatenate(tokens), mask=None, count=count)
+        whole = jnp.concatenate(tokens)
+        visual = VisualTokens(whole, jnp.arange(whole.shape[1]) < count[:, None], count)
         with on_mesh(mesh):
             return model.apply({"params": params}, prompts, visual, method=VideoLanguageModel.prefill)
 

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dynfocus_jax.errors import UserError
+from dynfocus_jax.published_names import FUSED, PARTS, Family, Rule
 from dynfocus_jax.weights.layout import published_shape
-from dynfocus_jax.weights.tables import FAMILIES, FUSED, PARTS, TIED, Family, Rule
+from dynfocus_jax.weights.tables import FAMILIES, TIED
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,12 @@ def _leaf(rule: Rule) -> re.Pattern:
 # --- Families -----------------------------------------------------------------------------------------
 
 
-def find_family(where: str, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> str:
+def find_family(
+    where: str,
+    names: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    families: Mapping[str, Family] = FAMILIES,
+) -> str:
     """The family of the leaves' part that fills most of them by these names; of several, the first.
 
     Raises:
@@ -209,12 +215,12 @@ def find_family(where: str, names: Sequence[str], shapes: Mapping[str, tuple[int
         slots = [make_slot(*found, shapes) for name in names if (found := table.match(name))]
         return len({path for slot in slots if slot for path in slot.paths})
 
-    part = max(FAMILIES.values(), key=leaves_of).part
+    part = max(families.values(), key=leaves_of).part
     best = max(
-        (name for name, table in FAMILIES.items() if table.part == part),
-        key=lambda name: coverage(FAMILIES[name]),
+        (name for name, table in families.items() if table.part == part),
+        key=lambda name: coverage(families[name]),
     )
-    if not coverage(FAMILIES[best]):
+    if not coverage(families[best]):
         raise UserError(
             f"{where}: none of its {len(names)} weights belongs to the {part.replace('_', ' ')}; "
             f"{looks_like(names)}."
