@@ -8,7 +8,7 @@ lmms-eval loads this whichever model it runs: neither JAX nor the model is impor
 
 
 def manifest():
-    """What lmms-eval asks a plugin for: the model's names, and the class to import when one is chosen."""
+    """Return the manifest that lmms-eval asks plugins for: the model's names and the class to import."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(

@@ -31,7 +31,7 @@ class Rule(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """How one kind of published checkpoint stores one part of the model.
+    """Table of the published names of one part of the model in one kind of checkpoint.
 
     Attributes:
       part: one of `PARTS`.

@@ -44,7 +44,7 @@ class Subtitles(NamedTuple):
 
 
 class Randomness(NamedTuple):
-    """What a connector may draw from in training; None in evaluation, which is deterministic.
+    """Sources of randomness in training; evaluation has none and is deterministic.
 
     keys: one PRNG key per row, so that a row draws the same values in whatever microbatch it is.
     select_at_random: True while a stage selects at random (`stage.random_steps`).
@@ -71,7 +71,7 @@ class ConnectorInputs(NamedTuple):
 
 
 class Focus(NamedTuple):
-    """Which frames a connector gives most tokens to, in one form for the pictures of all methods."""
+    """Frames that a connector gives most tokens to, in the same form for the pictures of all methods."""
 
     frames: Int32[Array, "B J"]  # chosen frames
     valid: Bool[Array, "B J"]  # slots that are in use

@@ -86,13 +86,13 @@ class DynFocus(lmms):
         return GenerationResult(text=completion.text, token_counts=counts)
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Raises UserError: the model writes answers, it does not score given ones."""
+        """Raise UserError: the model writes answers, it does not score given ones."""
         raise UserError(
             f"{_tasks(requests)} scores given answers, which dynfocus_jax does not do; use a generating task."
         )
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        """Raises UserError: a task's rounds are not played."""
+        """Raise UserError: a task's rounds are not played."""
         raise UserError(
             f"{_tasks(requests)} has several rounds, which dynfocus_jax does not play; use another task."
         )

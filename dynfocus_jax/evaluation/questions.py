@@ -141,7 +141,7 @@ def media_file(folder: MediaFolder, key: str, names: Sequence[str]) -> Path:
 
 
 def with_suffixes(name: str, *folders: str) -> list[str]:
-    """Places of a video that is named without its suffix (or with it): in each folder, below `folders`."""
+    """Place of a video that is named without its suffix (or with it): in each folder, below `folders`."""
     names = [name] if name.lower().endswith(VIDEO_SUFFIXES) else [name + suffix for suffix in VIDEO_SUFFIXES]
     return [f"{parent}/{each}" if parent else each for parent in ("", *folders) for each in names]
 

@@ -23,7 +23,7 @@ def cluster(
     mask: jax.Array | None = None,
     initial: jax.Array | None = None,
 ) -> Clusters:
-    """Clusters points [..., N, D] into K slots by the named method.
+    """Cluster points [..., N, D] into K slots by the named method.
 
     The k-means methods start from `initial` or from K evenly spread valid points, run at most 10 iterations,
     use the centroid as prototype and, as centre, the member nearest to it (ties by index); a slot is valid

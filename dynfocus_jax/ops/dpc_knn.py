@@ -29,7 +29,7 @@ class Clusters(NamedTuple):
 
 
 class Peaks(NamedTuple):
-    """What DPC-KNN knows about every point before any centre is chosen (all float32)."""
+    """Density and distance of every point, before any centre is chosen (all float32)."""
 
     square_distance: jax.Array  # [..., N, N] ||x_i - x_j||^2, bitwise symmetric; +inf where a point is masked
     log_density: jax.Array  # [..., N], log rho; -inf for masked points
@@ -45,7 +45,7 @@ def dpc_knn(
     mask: jax.Array | None = None,
     weighting: str = "importance",
 ) -> Clusters:
-    """Clusters points around the K that are both dense and far from any denser point.
+    """Cluster points around the K that are both dense and far from any denser point.
 
     With d_ij = ||x_i - x_j|| / sqrt(D): density rho_i = exp(-mean of d_ij^2 over the k nearest, i included);
     delta_i = least d_ij to a denser point (for the densest: the greatest distance of all); importance

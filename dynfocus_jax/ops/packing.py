@@ -16,7 +16,7 @@ def pack_frames(
     length: int,
     text: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Interleaves rod and cone tokens in time order, packed left: paper Sec. 3.2.
+    """Interleave rod and cone tokens in time order, packed left: paper Sec. 3.2.
 
     A frame gives its R rod tokens where `rod_mask` is True, then M cone tokens where a valid cone names it,
     then its text.

@@ -7,7 +7,7 @@ from dynfocus_jax.errors import UserError
 
 
 def pool_grid(features: jax.Array, grid: tuple[int, int], output: tuple[int, int]) -> jax.Array:
-    """Average-pools a row-major grid of patches exactly: [..., h*w, C] -> [..., oh*ow, C], same dtype.
+    """Average-pool a row-major grid of patches exactly: [..., h*w, C] -> [..., oh*ow, C], same dtype.
 
     Args:
       features: [..., h*w, C]; sums are accumulated in float32.

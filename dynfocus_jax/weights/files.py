@@ -268,7 +268,7 @@ def _open_gguf(file: Path) -> tuple:
 
 
 def gguf_settings(file: Path) -> dict:
-    """What a GGUF file says of its decoder, under the names of Hugging Face's config.json.
+    """Return a GGUF file's decoder settings under the names of Hugging Face's config.json.
 
     Llama 3's RoPE scaling is stored as a factor for every frequency; here it is `{"rope_type": "llama3"}`.
     """

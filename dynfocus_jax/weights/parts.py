@@ -40,7 +40,7 @@ def belongs_to_connector(path: str) -> bool:
 def check_params(
     held: Mapping, shapes: Mapping[str, jax.ShapeDtypeStruct], needed: Collection[str], where: str
 ) -> None:
-    """Whether parameters fit a model.
+    """Check that parameters fit a model; raise UserError otherwise.
 
     Which parts a connector has differs between stages and variants: of them only the shapes must fit.
 
@@ -128,7 +128,7 @@ def read_model(config: ConfigDict, dtype: str | None) -> dict:
 def _read_part(
     part: str, path: str, shapes: dict, config: ConfigDict, dtype: str | None
 ) -> dict[str, Merged]:
-    """What a file holds of a part, and of the text encoder's projection if it is the connector's."""
+    """Read a part from a file; with the connector also the text encoder's projection."""
     if part not in shapes:
         raise UserError(
             f"{path!r} is named, but the model has no {part}: its connector reads no text. Leave "
