@@ -50,7 +50,7 @@ def answer(
     threads: int,
     progress: Callable[[Progress], None] = lambda done: None,
 ) -> Progress:
-    """Answer those of `questions` that have no answer yet, and adds an entry for each.
+    """Answer those of `questions` that have no answer yet, and add an entry for each.
 
     settings: the benchmark's section of configs/benchmarks.py. What cannot be read or answered gets an entry
     without a prediction, with its reason.

@@ -86,7 +86,7 @@ def run(
     file_name: str = "predictions.jsonl",
     wait: float = 1.0,
 ) -> dict:
-    """Answer this process's questions; the first process waits for the others' and writes the results.
+    """Answer this process's questions; the first process waits for the others and writes the results.
 
     Every process returns the results. The folder is one that all processes see.
     """
@@ -143,7 +143,7 @@ def report(
 
 
 def _await(files: Sequence[Path], seconds: float) -> None:
-    """Look every so many seconds whether the files are there. (A process that dies ends the others.)"""
+    """Wait until the files exist, checking at an interval; a process that dies ends the others."""
     while not all(path.exists() for path in files):
         time.sleep(seconds)
 

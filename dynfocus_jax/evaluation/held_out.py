@@ -30,7 +30,7 @@ from dynfocus_jax.visualize.focus import Strip, draw_focus
 def evaluate_run(
     config: ConfigDict, params: dict, *, data_root: Path, tokenizer, workdir: Path, mesh: Mesh
 ) -> dict:
-    """Answer all questions of `config.evaluation.annotations`; writes predictions.jsonl and focus.png.
+    """Answer all questions of `config.evaluation.annotations`; write predictions.jsonl and focus.png.
 
     The devices of the mesh share each batch of questions. All processes return the results, the first writes.
     params: as the last stage has left them on the mesh; see `Engine` for which of them are copied.

@@ -76,7 +76,7 @@ class Endpoint:
         )
 
     def close(self) -> None:
-        """End the waits under way and closes the connections."""
+        """End the waits under way and close the connections."""
         self.stopped.set()
         self._client.close()
 

@@ -55,7 +55,8 @@ class DynFocus(lmms):
             raise UserError(
                 "lmms-eval was started in several processes; start one: it uses all devices of the machine."
             )
-        from dynfocus_jax.evaluation.lmms_requests import Answerer
+        # Not before the arguments are checked: importing JAX takes seconds and takes the accelerators.
+        from dynfocus_jax.evaluation.lmms_requests import Answerer  # noqa: PLC0415
 
         self._answerer = Answerer.of(Path(str(checkpoint)), num_frames)
         is_auto = str(batch_size).startswith("auto")

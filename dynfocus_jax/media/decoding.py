@@ -124,7 +124,7 @@ def _is_cover(stream: av.video.stream.VideoStream) -> bool:
 
 
 def scan(video: Video) -> Timeline:
-    """Read all packets, without decoding them, and checks that the file is not truncated.
+    """Read all packets, without decoding them, and check that the file is not truncated.
 
     A file that lacks bytes, or does not say how many it should have, must hold what its header claims.
 

@@ -56,7 +56,7 @@ class _Job:
 
 
 class BatchAnswers(NamedTuple):
-    """Answer to a batch: its `index [B]`, answers (none for padding rows) and encoded clips."""
+    """Answers to a batch: its `index [B]`, answers (none for padding rows) and encoded clips."""
 
     index: np.ndarray
     tokens: list[list[int]]

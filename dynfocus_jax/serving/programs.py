@@ -59,7 +59,7 @@ class Look(NamedTuple):
 
 
 class State(NamedTuple):
-    """Answer that are decoded together, `[B]` each: the last token, how many there are and may be.
+    """Answers that are decoded together, `[B]` each: last token, numbers of tokens so far and at most.
 
     done: bool, whether an answer has ended; rows: how tokens are chosen.
     """

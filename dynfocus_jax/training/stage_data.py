@@ -114,7 +114,7 @@ class StageData:
         return self.stage.steps / self.order.steps_per_epoch(0)
 
     def digest(self) -> str:
-        """Return a digest of records and buckets in order: a data position is only valid for the same data."""
+        """Return a digest of records and buckets in order: a data position is valid for these only."""
         names = "\n".join(f"{record.source} {record.id}" for record in self.loader.records)
         return hashlib.sha256(names.encode() + self._bucket_of.tobytes()).hexdigest()[:12]
 

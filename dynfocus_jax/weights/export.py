@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
+from safetensors.numpy import save_file
 
 from dynfocus_jax import trees
 from dynfocus_jax.connectors.registry import find_connector
@@ -118,8 +119,6 @@ def family_of(part: str, tree: Mapping) -> str:
 
 def write_safetensors(folder: Path, arrays: Mapping[str, np.ndarray], shard_bytes: int) -> None:
     """Write `model.safetensors`, or shards of at most `shard_bytes` (or one array) and their index."""
-    from safetensors.numpy import save_file
-
     shards: list[dict[str, np.ndarray]] = [{}]
     size = 0
     for name, array in arrays.items():
