@@ -5,10 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynfocus_jax.connectors.registry import change_kind
 from dynfocus_jax.models.vit import VisionTransformer
 from dynfocus_jax.training.losses import answer_loss
-from tests.tiny import change, forward, make_sample, model_of, pad, random_params, shaken, stack, tiny_config
+from tests.tiny import (
+    change,
+    forward,
+    make_sample,
+    model_of,
+    pad,
+    random_params,
+    shaken,
+    stack,
+    tiny_config,
+    with_kind,
+)
 
 
 def test_bfloat16_runs_and_is_close():
@@ -68,7 +78,7 @@ def test_class_token_does_not_reach_the_connector_but_the_text_encoder():
 def test_subtitles_stand_behind_their_frames(kind):
     """The visual tokens are those without subtitles; the words are embedded as any text."""
     config = tiny_config()
-    config.stages[-1].connector = change_kind(config.model.connector, kind, "connector")
+    config.stages[-1].connector = with_kind(config, kind)
     model = model_of(config)
     rng = np.random.default_rng(2)
     places = [(0, 0, 2, 4, 4, 4), (5,), ()]  # of five, six and one frames
@@ -103,7 +113,7 @@ def _tokens(focus, row, frame):
 def test_subtitles_are_read_and_can_be_learned_from():
     """They change what is answered, by words that are there alone; and what is known of them is trained."""
     config = tiny_config()
-    config.stages[-1].connector = change_kind(config.model.connector, "pooled", "connector")  # small
+    config.stages[-1].connector = with_kind(config, "pooled")  # small
     model = model_of(config)
     sample = make_sample(np.random.default_rng(5), 4, 8, 3, subtitle_frames=(1, 3))
     batch = stack([pad(sample, 5, 9, subtitle=4)])

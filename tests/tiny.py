@@ -9,6 +9,7 @@ import numpy as np
 
 from dynfocus_jax import trees
 from dynfocus_jax.batch import Batch, padding_sample
+from dynfocus_jax.connectors.registry import change_kind
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.training.losses import answer_loss
 from dynfocus_jax.video_language_model import build_model, row_randomness
@@ -61,6 +62,11 @@ def change(config, **fields):
         model = config.model.connector if in_connector else config.model
         (model[section] if section else model)[field] = value
     return config
+
+
+def with_kind(config, kind):
+    """The section of a connector of another kind, with the configuration's values of the fields of both."""
+    return change_kind(config.model.connector, kind, "connector")
 
 
 def make_sample(

@@ -190,7 +190,7 @@ def _problem_entries(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def _problem_parser(origin: Origin) -> ParseRecord:
-    """ParseRecord ScienceQA as LLaVA does ("QCM-LEA"): question, context and choices; then the answer.
+    """Parse ScienceQA as LLaVA does ("QCM-LEA"): question, context and choices; then the answer.
 
     Images are at train/id/image.png or id/image.png.
     """

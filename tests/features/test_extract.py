@@ -29,7 +29,7 @@ from dynfocus_jax.validation import validate
 from dynfocus_jax.video_language_model import VideoLanguageModel, build_model
 from tests.features.conftest import entry
 from tests.features.small import CALL, FRAMES, make_config
-from tests.tiny import make_sample, mesh_of, pad, shaken, stack
+from tests.tiny import make_sample, mesh_of, pad, shaken, stack, with_kind
 
 RNG = np.random.default_rng(0)
 # What only shifts all scores, or all logits of a query: Adam makes steps of a zero gradient's rounding.
@@ -144,7 +144,7 @@ def test_features_are_not_a_setting_that_matters(config, folder, extracted, tmp_
 
 def test_evaluation_gives_the_same_answers(config, folder, extracted, tmp_path):
     for each in config.stages:
-        each.connector = "pooled"
+        each.connector = with_kind(config, "pooled")
     config.evaluation.update({"annotations": "align.json", "media_frames": 16, "batch_size": 4})
     params = init_like(config)
     tokenizer = make_tokenizer(config, folder / "vocabulary.json")

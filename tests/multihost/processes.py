@@ -26,7 +26,6 @@ def get_config(arg=""):
             num_frames=16,
             max_text=96,
             max_turns=2,
-            connector="dynfocus",
             trainable=(".*",),
             random_steps=1,
         ),

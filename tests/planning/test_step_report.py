@@ -16,7 +16,7 @@ from dynfocus_jax.planning.program import Collective
 from dynfocus_jax.planning.report_table import format_step, misfit
 from dynfocus_jax.planning.step_report import gathered_stacks, parameters_by_part, plan_step
 from dynfocus_jax.planning.steps import Step, train_step
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, with_kind
 
 pytestmark = pytest.mark.usefixtures("no_cache")
 
@@ -168,7 +168,9 @@ def test_a_train_step_of_the_model():
     machine, mesh = plan("a100-80gb:4", tensor=2)
     config = tiny_config()
     config.stages = config.stages[-1:]
-    config.stages[0].update({"connector": "pooled", "trainable": ("language/.*", "connector/.*")})
+    config.stages[0].update(
+        {"connector": with_kind(config, "pooled"), "trainable": ("language/.*", "connector/.*")}
+    )
     config.model.language.update({"depth": 3, "kv_heads": 2})
     step = train_step(config, 0, mesh)
     report = plan_step(step, machine, mesh)

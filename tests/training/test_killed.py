@@ -19,7 +19,7 @@ from dynfocus_jax.json_lines import read_json_lines
 from tests.commands import REPOSITORY
 
 CONFIG = """
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, with_kind
 
 
 def get_config():
@@ -27,8 +27,9 @@ def get_config():
     config = tiny_config()
     config.stages = config.stages[-1:]
     config.stages[0].update(
-        {"steps": STEPS, "connector": "CONNECTOR", "trainable": (".*",), "lr_scale": (), "copy": ()}
+        {"steps": STEPS, "trainable": (".*",), "lr_scale": (), "copy": ()}
     )
+    config.stages[0].connector = with_kind(config, "CONNECTOR")
     config.checkpoint.update({"every": 2, "keep": 2, "keep_every": 8, "best": "loss"})
     config.evaluation.annotations = None
     config.log_every = 1
@@ -159,10 +160,18 @@ def test_what_is_kept(whole):
     assert whole.kept() == sorted({8, best, 14, 16})
 
 
+def test_killed_three_times(whole, tmp_path):
+    """Inside a save, at a step, and at a random moment: the run ends with the bits of an uninterrupted one."""
+    run, rng = whole.another(tmp_path / "killed"), random.Random(0)
+    for where in ("save", "step", "anywhere"):
+        kill(run, where, whole, rng)
+    run.finish()
+    assert_same_end(run, whole)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("connector", "seed"),
-    [("pooled", 0), pytest.param("dynfocus", None, marks=pytest.mark.slow)],
-    ids=["pooled", "dynfocus"],
+    ("connector", "seed"), [("pooled", 0), ("dynfocus", None)], ids=["pooled", "dynfocus"]
 )
 def test_killed_ten_times_at_random_moments(data_root, tmp_path, connector, seed):
     whole = uninterrupted(tmp_path / "whole", data_root, connector, 64)
