@@ -276,7 +276,7 @@ def ours(options: argparse.Namespace, part: str, published: dict[str, tuple[int,
 
         def method(decoder, tokens):
             batch, length = tokens.shape
-            hidden, _ = decoder(decoder.embed(tokens), jnp.full(batch, length))
+            hidden = decoder(decoder.embed(tokens), jnp.full(batch, length))
             return decoder.logits(hidden)
 
     dtype = DTYPES[options.dtype]

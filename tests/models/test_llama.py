@@ -15,7 +15,7 @@ def make_llama(**changes):
     model = Llama(**(SIZES | changes))
 
     def everything(module, tokens, lengths):
-        hidden, _ = module(module.embed(tokens), lengths)
+        hidden = module(module.embed(tokens), lengths)
         return module.logits(hidden)
 
     tokens = jnp.zeros((1, 3), jnp.int32)
@@ -164,7 +164,7 @@ def test_cache_in_padded_chunks_equals_the_full_forward(changes):
     @jax.jit
     def step(variables, tokens, lengths, cache):
         def call(module):
-            hidden, extended = module(module.embed(tokens), lengths, cache)
+            hidden, extended = module.extend(module.embed(tokens), lengths, cache)
             return module.logits(hidden), extended
 
         return model.apply(variables, method=call)

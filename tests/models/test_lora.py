@@ -43,7 +43,7 @@ def language_of(config):
     tokens, lengths = np.random.default_rng(0).integers(0, 40, (2, 9)), np.array([9, 5])
 
     def run(module):
-        hidden, _ = module(module.embed(tokens), lengths)
+        hidden = module(module.embed(tokens), lengths)
         return module.logits(hidden)
 
     params = jax.jit(lambda key: model.init(key, method=run)["params"])(jax.random.key(0))

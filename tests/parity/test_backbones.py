@@ -358,7 +358,11 @@ def torch_language(kind: str, fields: dict) -> torch.nn.Module:
 
 def read_text(module: Llama, tokens, lengths, shift=0.0, cache=None):
     """Logits, hidden states and cache; `shift` is added to the embeddings."""
-    hidden, cache = module(module.embed(tokens) + shift, lengths, cache)
+    embeddings = module.embed(tokens) + shift
+    if cache is None:
+        hidden = module(embeddings, lengths)
+    else:
+        hidden, cache = module.extend(embeddings, lengths, cache)
     return module.logits(hidden), hidden, cache
 
 

@@ -93,7 +93,7 @@ def test_logits(engine, reference, prompts):
     @jax.jit
     def forward(params):
         def call(module):
-            return module.language.logits(module.language(module.language.embed(tokens), lengths)[0])
+            return module.language.logits(module.language(module.language.embed(tokens), lengths))
 
         return model.apply({"params": params}, method=call)
 
