@@ -1,4 +1,4 @@
-"""A sample's visual tokens and loss must not depend on its company nor on the bucket that it is padded to."""
+"""A sample's visual tokens and loss depend neither on the other samples of its batch nor on its bucket."""
 
 import jax
 import numpy as np
