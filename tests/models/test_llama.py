@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dynfocus_jax.connectors.registry import change_kind
 from dynfocus_jax.models.llama import Llama, rope_frequencies
 from tests.tiny import forward, make_sample, model_of, pad, random_params, shaken, stack, tiny_config
 
@@ -219,7 +220,7 @@ def test_cache_in_padded_chunks_equals_the_full_forward(changes):
 def test_text_only_sample_equals_the_language_model():
     """Logits and loss of a sample without frames are those of the language model on its tokens."""
     config = tiny_config()
-    config.stages[-1].connector = "pooled"  # a small program
+    config.stages[-1].connector = change_kind(config.model.connector, "pooled", "connector")  # small
     model = model_of(config)
     rng = np.random.default_rng(6)
     batch = stack([pad(make_sample(rng, 0, 7, 3), 5, 9), pad(make_sample(rng, 5, 7, 3), 5, 9)])

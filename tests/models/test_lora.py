@@ -121,7 +121,7 @@ def test_only_the_updates_are_trained():
     assert len(trees.flatten(abstract.trained)) == 6
     for path, leaf in trees.flatten(abstract.frozen).items():  # the connector is trained by an earlier stage
         assert leaf.dtype == (jnp.float32 if path.startswith("connector/") else jnp.bfloat16), path
-    model, optimizer = build_model(config, stage.connector), make_optimizer(stage, abstract.trained)
+    model, optimizer = build_model(config), make_optimizer(stage, abstract.trained)
     wanted = trees.flatten(trees.merge(abstract.trained, abstract.frozen))
     trained, frozen = trees.split(
         trees.unflatten(init_params(model, jax.random.key(0), wanted)), lambda path: "lora_" in path
