@@ -119,14 +119,18 @@ def ours(options: argparse.Namespace, frames: int, mode: str) -> Program:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # PyTorch shares the accelerator
     import jax
     import jax.numpy as jnp
-    from dynfocus_jax.connectors.connectors_old import build_connector
 
     from benchmarks.published_weights import our_params, random_published
     from dynfocus_jax.config import default_config
-    from dynfocus_jax.connectors.dynfocus.event_prototypes import ScoreNet, min_max
+    from dynfocus_jax.connectors.dynfocus.event_prototypes import EventPrototypes
+    from dynfocus_jax.connectors.dynfocus.scores import ScoreNet
+    from dynfocus_jax.connectors.dynfocus.selection import kept_counts, min_max
+    from dynfocus_jax.connectors.interface import ConnectorInputs
+    from dynfocus_jax.connectors.registry import make_connector
     from dynfocus_jax.ops.kmeans import kmeans
     from dynfocus_jax.ops.perturbed_topk import hard_topk
     from dynfocus_jax.ops.pooling import pool_grid
+    from dynfocus_jax.video_language_model import row_randomness
 
     try:
         device = jax.devices()[0]
@@ -135,11 +139,12 @@ def ours(options: argparse.Namespace, frames: int, mode: str) -> Program:
 
     config = default_config().model
     config.dtype = config.param_dtype = options.dtype
-    config.mode = mode
+    settings = config.connector
+    settings.mode = mode
     if mode == "released":
-        config.dpe.update({"clustering": "kmeans", "num_prototypes": RELEASED_EVENTS, "ratio": 0.45})
-        config.cce.levels = ((16, 8), (RELEASED_GATES, 3))
-    connector = build_connector(config)
+        settings.dpe.update({"clustering": "kmeans", "num_prototypes": RELEASED_EVENTS, "ratio": 0.45})
+        settings.cce.levels = ((16, 8), (RELEASED_GATES, 3))
+    connector = make_connector(config)
 
     params = our_params(random_published(WIDTH, LANGUAGE_WIDTH, RELEASED_GATES))
     if mode == "paper":
@@ -159,8 +164,13 @@ def ours(options: argparse.Namespace, frames: int, mode: str) -> Program:
         executable = jax.jit(function).lower(*arguments).compile()
         return lambda: jax.block_until_ready(executable(*arguments))
 
+    def connector_inputs(features, queries, initial):
+        given = {} if initial is None else {"initial_frames": initial}
+        randomness = row_randomness(jax.random.key(0), 1, **given)  # of which evaluation draws nothing
+        return ConnectorInputs(features, mask, text_queries=queries, randomness=randomness)
+
     def whole(params, features, queries, initial):
-        return connector.apply({"params": params}, features, mask, queries, initial=initial)
+        return connector.apply({"params": params}, connector_inputs(features, queries, initial))
 
     begin = time.perf_counter()
     run = compiled(whole, params, features, queries, initial)
@@ -173,31 +183,40 @@ def ours(options: argparse.Namespace, frames: int, mode: str) -> Program:
         return connector.apply({"params": params}, features, method=lambda bound, x: bound.cce.spatial(x))
 
     def temporal(features, initial):
-        pooled = pool_grid(features, connector.grid, connector.pool)
-        return connector.dpe.prototypes(pooled, mask, train=False, initial=initial)
+        grid, pool = connector.dimensions.grid, connector.settings.pool
+        dpe = EventPrototypes(connector.settings.dpe, mode, grid, pool, options.dtype, options.dtype)
+        inputs = connector_inputs(features, None, initial)
+        return dpe.cluster_frames(pool_grid(features, grid, pool), mask, inputs.randomness)
 
     def select(params, events, valid):
         summary = jnp.concatenate([events.mean(axis=2), events.max(axis=2)], axis=-1)
         score_net = ScoreNet(options.dtype, options.dtype)
         scores = min_max(score_net.apply({"params": params["dpe"]["score_net"]}, summary, valid), valid)
-        chosen = hard_topk(scores, connector.dpe.num_slots(frames), mask=valid)
+        chosen = hard_topk(scores, max(kept_counts(connector.settings.dpe, frames)), mask=valid)
         return jnp.take_along_axis(events, chosen[..., None, None], axis=1)
 
-    def encode(params, features, grains, selection, queries):
-        arguments = (features, mask, grains, selection, queries)
-        return connector.apply({"params": params}, *arguments, method="encode")
+    def selection(params, features, queries, initial):
+        """What DPE decides, for the time of encoding alone."""
+        inputs = connector_inputs(features, queries, initial)
+        return connector.apply({"params": params}, inputs, method=lambda bound, x: bound.dpe(x, train=False))
+
+    def encode(params, features, grains, chosen, queries):
+        inputs = connector_inputs(features, queries, None)
+        return connector.apply({"params": params}, inputs, grains, chosen, method="encode")
 
     def parts():
         patches, events = compiled(spatial, params, features), compiled(temporal, features, initial)
         prototypes, _, valid, _ = events()
+        chosen = compiled(selection, params, features, queries, initial)
         if starts:
-            pooled = pool_grid(features, connector.grid, connector.pool).reshape(1, frames, -1)
+            grid, pool = connector.dimensions.grid, connector.settings.pool
+            pooled = pool_grid(features, grid, pool).reshape(1, frames, -1)
             facts["iterations"] = int(kmeans(pooled, initial).iterations[0])
         return {
             "spatial": patches,
             "temporal": events,
             "selection": compiled(select, params, prototypes, valid),
-            "encoding": compiled(encode, params, features, patches(), run().selection, queries),
+            "encoding": compiled(encode, params, features, patches(), chosen(), queries),
         }
 
     return Program(

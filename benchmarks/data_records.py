@@ -38,6 +38,7 @@ from dynfocus_jax.data.skipped import Skipped
 from dynfocus_jax.data.synthetic import write_video
 from dynfocus_jax.records.records import Record
 from dynfocus_jax.text.conversation import TEMPLATES, encode_conversation
+from dynfocus_jax.text.tokenizer_files import read_tokenizer
 from dynfocus_jax.text.tokenizers import PublishedTokenizer
 
 BATCH = 32
@@ -63,7 +64,7 @@ def make_tokenizer(folder: Path, texts: list[str]) -> PublishedTokenizer:
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
-    return PublishedTokenizer.from_path(folder)
+    return read_tokenizer(folder)
 
 
 def text_turns(rng: np.random.Generator, vocabulary: list[str], count: int) -> tuple[tuple[str, str], ...]:

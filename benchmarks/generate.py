@@ -36,7 +36,7 @@ from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.serving.engine import Engine
 from dynfocus_jax.serving.requests import Request
 from dynfocus_jax.text.conversation import TEMPLATES, encode_prompt
-from dynfocus_jax.text.tokenizers import PublishedTokenizer
+from dynfocus_jax.text.tokenizer_files import read_tokenizer
 from dynfocus_jax.video_language_model import build_model, make_init
 from dynfocus_jax.weights.merge import load
 
@@ -59,7 +59,7 @@ def questions(count: int) -> list[str]:
 
 def our_engine(config) -> Engine:
     """The language model as published; the rest, which text alone does not use, is zeros."""
-    tokenizer = PublishedTokenizer.from_path(config.data.tokenizer)
+    tokenizer = read_tokenizer(config.data.tokenizer)
     shapes = jax.eval_shape(make_init(build_model(config)), jax.random.key(0))
     zeros = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in shapes.items()}
     language = trees.unflatten({path: shapes[path] for path in shapes if path.startswith("language/")})

@@ -69,7 +69,7 @@ def initial_state(config, state: TrainState, mesh) -> TrainState:
     """Random parameters and zero moments, made where they lie."""
     stage = config.stages[_STAGE.value]
     params = trees.flatten(trees.merge(state.trained, state.frozen))
-    made = init_params(build_model(config, stage.connector), jax.random.key(0), params)
+    made = init_params(build_model(config, _STAGE.value), jax.random.key(0), params)
     trained = trees.unflatten({path: made[path] for path in trees.flatten(state.trained)})
     frozen = trees.unflatten({path: made[path] for path in trees.flatten(state.frozen)})
     optimizer = make_optimizer(stage, trained)

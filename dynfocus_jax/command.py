@@ -77,7 +77,11 @@ def run_command(main: Callable[[], None]) -> None:
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
         if not any(re.match(r"--?help", argument) for argument in argv):
-            argv = _take_config(argv)
+            config, argv = _take_config(argv)
+            if config is not None:
+                CONFIG_FLAG.value = config
+                del flags.FLAGS.config  # the flag that --help lists, which only takes a file
+                config_flags.DEFINE_config_dict("config", config, "configuration", sys_argv=argv)
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}; arguments have the form --name=value.")
@@ -108,21 +112,20 @@ def _one_sentence(error: Exception) -> str:
 # --- --config and its overrides -----------------------------------------------------------------------
 
 
-def _take_config(argv: Sequence[str]) -> list[str]:
-    """Load the file that --config names and define the flags of its overrides; return the other arguments."""
+def _take_config(argv: Sequence[str]) -> tuple[ConfigDict | None, list[str]]:
+    """Return the configuration that --config names and the other arguments.
+
+    The fields that they override exist in it, and connectors have the kinds that they name.
+    """
     argument, rest = _split_config(argv)
     if argument is None:
-        return rest
+        return None, rest
     config = load_config(argument)
     overrides = [flag.lstrip("-").partition("=") for flag in rest if re.match(r"--?config\.", flag)]
     _change_connectors(config, overrides)
     for path, _, _ in overrides:
         _check_override(config, path)
-    if isinstance(config, ConfigDict):
-        CONFIG_FLAG.value = config
-        del flags.FLAGS.config  # the flag of --help, which only takes a file
-        config_flags.DEFINE_config_dict("config", config, "configuration", sys_argv=rest)
-    return rest
+    return config, rest
 
 
 def _split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -176,7 +179,9 @@ def _walk(config: ConfigDict, path: str) -> Iterator[_Node]:
         name, *indices = re.findall(r"\w+", part)
         if not isinstance(node, ConfigDict) or name not in node:
             known = node if isinstance(node, ConfigDict) else ()
-            raise UserError(f"{where}.{name} is not a field of the configuration{suggest(name, known)}.")
+            is_connector = "kind" in known and where.endswith(".connector")
+            owner = f"connector {node.kind!r}" if is_connector else "the configuration"
+            raise UserError(f"{where}.{name} is not a field of {owner}{suggest(name, known)}.")
         node, where = node[name], f"{where}.{name}"
         for index in map(int, indices):
             if index >= len(node):

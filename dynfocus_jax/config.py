@@ -296,6 +296,7 @@ STAGE: Section = {
 def default_config() -> ConfigDict:
     """Return all fields with their defaults, the paper's model and settings; unknown fields are errors."""
     config = new_section(CONFIG)
+    del config.model["connector"]  # a placeholder, in which a section would not be locked with the others
     config.model.connector = connector("dynfocus")
     return config.lock()
 

@@ -72,15 +72,15 @@ def test_to_dict_and_back(arg):
     again = from_dict(fields)
     assert to_dict(again) == to_dict(config)
     assert again == config
-    assert again.model.cce.levels == ((4, 5), (2, 2))
+    assert again.model.connector.cce.levels == ((4, 5), (2, 2))
     assert isinstance(again.stages[0], ConfigDict)
     validate(again)
 
 
 def test_from_dict_refuses_unknown_fields():
     fields = to_dict(toy())
-    fields["model"]["dpe"]["num_prototype"] = 3
-    with pytest.raises(UserError, match=r"model\.dpe\.num_prototype .*did you mean 'num_prototypes'"):
+    fields["model"]["connector"]["dpe"]["num_prototype"] = 3
+    with pytest.raises(UserError, match=r"connector.*dpe\.num_prototype .*did you mean 'num_prototypes'"):
         from_dict(fields)
 
 
@@ -88,9 +88,9 @@ def test_from_dict_refuses_unknown_fields():
     ("section", "field", "value", "parts"),
     [
         ("dpe", "num_selected", 9, ("num_selected (J) is 9", "num_prototypes (K) = 8")),
-        ("dpe", "num_selected", 0, ("num_selected (J) is 0",)),
-        ("dpe", "ratio", 0.0, ("dpe.ratio is 0.0", "(0, 1]")),
-        ("dpe", "ratio", 1.01, ("dpe.ratio is 1.01", "(0, 1]")),
+        ("dpe", "num_selected", 0, ("num_selected is 0", "at least 1")),
+        ("dpe", "ratio", 0.0, ("dpe.ratio is 0.0", "greater than 0 and at most 1")),
+        ("dpe", "ratio", 1.01, ("dpe.ratio is 1.01", "greater than 0 and at most 1")),
         ("dpe", "ratio", -0.5, ("dpe.ratio",)),
         ("dpe", "ratio", float("nan"), ("dpe.ratio",)),
         ("dpe", "sigma", -0.1, ("dpe.sigma",)),
@@ -133,7 +133,8 @@ def test_from_dict_refuses_unknown_fields():
 )
 def test_values_of_the_model(section, field, value, parts):
     config = toy()
-    config.model[section][field] = value
+    of_connector = section in config.model.connector
+    (config.model.connector if of_connector else config.model)[section][field] = value
     refuse(config, *parts)
 
 
@@ -148,8 +149,7 @@ def test_values_of_the_model(section, field, value, parts):
         ({"trainable": ()}, ("stages[1].trainable is empty",)),
         ({"trainable": ("language/(",)}, ("'language/('", "regular expression")),
         ({"schedule": "step"}, ("schedule is 'step'", "cosine")),
-        ({"warmup": 1.0}, ("warmup is 1.0", "[0, 1)")),
-        ({"connector": "resampler"}, ("connector is 'resampler'", "dynfocus")),
+        ({"warmup": 1.0}, ("warmup is 1.0", "at least 0 and less than 1")),
         ({"batch_size": 15}, ("stages[1].batch_size is 15", "2 devices")),
         ({"microbatches": 3}, ("batch_size is 16", "3 microbatches on the 2 devices", "a multiple of 6")),
         ({"microbatches": 0}, ("stages[1].microbatches is 0",)),
@@ -183,7 +183,7 @@ def test_values_of_a_stage(fields, parts):
         ("batch", (0, 4), ("generation.batch is (0, 4)",)),
         ("frames", (4, 4), ("generation.frames is (4, 4)",)),
         ("cache", 0, ("generation.cache is 0",)),
-        ("looks", -1, ("looks is -1",)),
+        ("cached_clips", -1, ("cached_clips is -1",)),
     ],
 )
 def test_values_of_generation(field, value, parts):
@@ -209,14 +209,14 @@ def test_other_values():
     config.initial = "/nowhere/checkpoints/s/1"
     refuse(config, "config.initial", "/nowhere")
     config = toy()
-    config.model.cce.update({"cones": "none", "rods": ()})
+    config.model.connector.cce.update({"cones": "none", "rods": ()})
     refuse(config, "neither cones nor rods")
     config = toy("variant=released")
-    config.model.cce.levels = ((4, 5),)
+    config.model.connector.cce.levels = ((4, 5),)
     refuse(config, "1 levels", "released")
     for changes in ({"cones": "single_grained"}, {"rods": ("coarse", "context")}):
         config = toy("variant=released")
-        config.model.cce.update(changes)
+        config.model.connector.cce.update(changes)
         refuse(config, "'released' merges the levels")
     config = toy()
     config.weights.skip = ("lm_head(",)
@@ -279,15 +279,15 @@ def test_unknown_and_mistyped_fields():
     """A config file need not start from default_config(), whose lock would catch these."""
     config = toy()
     with config.unlocked():
-        config.model.dpe.num_prototype = 3
-    refuse(config, "config.model.dpe.num_prototype", "did you mean 'num_prototypes'")
+        config.model.connector.dpe.num_prototype = 3
+    refuse(config, "config.model.connector.dpe.num_prototype", "did you mean 'num_prototypes'")
     config = toy()
     with config.unlocked():
-        del config.model.dpe["ratio"]
-    refuse(config, "config.model.dpe.ratio is missing")
+        del config.model.connector.dpe["ratio"]
+    refuse(config, "config.model.connector.dpe.ratio is missing")
     config = toy()
     with config.ignore_type(), config.unlocked():
-        config.model.dpe.num_prototypes = "8"
+        config.model.connector.dpe.num_prototypes = "8"
     refuse(config, "num_prototypes is '8' of type str, expected int")
     config = toy()
     with config.ignore_type():
@@ -325,30 +325,33 @@ def test_missing_data(tmp_path):
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
-        ("--config.model.dpe.ration=0.5", r"config.model.dpe.ration .*did you mean 'ratio'"),
-        ("--config.modle.dpe.ratio=0.5", r"config.modle .*did you mean 'model'"),
+        (
+            "--config.model.connector.dpe.ration=0.5",
+            r"config.model.connector.dpe.ration .*did you mean 'ratio'",
+        ),
+        ("--config.modle.connector.dpe.ratio=0.5", r"config.modle .*did you mean 'model'"),
         ("--config.stages[1].step=3", r"config.stages\[1\].step .*did you mean 'steps'"),
         ("--config.mesh.fdsp=8", r"config.mesh.fdsp .*did you mean 'fsdp'"),
         ("--config.stages[9].steps=3", r"config.stages has 4 entries"),
-        ("--config.model.dpe.ratio.x=3", r"config.model.dpe.ratio.x is not a field"),
+        ("--config.model.connector.dpe.ratio.x=3", r"config.model.connector.dpe.ratio.x is not a field"),
     ],
 )
 def test_overrides_that_name_nothing(argument, sentence):
     with pytest.raises(UserError, match=sentence):
-        command_lib._check_overrides(["train", f"--config={TOY}", argument])
+        command_lib._take_config(["train", f"--config={TOY}", argument])
 
 
 def test_overrides_that_name_something():
-    arguments = ["--config.stages[2].steps=7", "--config.model.dpe.num_selected=2", "--workdir=x"]
-    command_lib._check_overrides(["train", "--config", str(TOY), *arguments])
-    command_lib._check_overrides(["train", f"--config={TOY}:variant=uniform", *arguments])
+    arguments = ["--config.stages[2].steps=7", "--config.model.connector.dpe.num_selected=2", "--workdir=x"]
+    command_lib._take_config(["train", "--config", str(TOY), *arguments])
+    command_lib._take_config(["train", f"--config={TOY}:variant=uniform", *arguments])
 
 
 def test_missing_config_file():
     with pytest.raises(UserError, match=r"--config names 'configs/tyo.py', which is not a file"):
-        command_lib._check_overrides(["train", "--config", "configs/tyo.py"])
+        command_lib._take_config(["train", "--config", "configs/tyo.py"])
     with pytest.raises(UserError, match=r"has no variant 'x'"):
-        command_lib._check_overrides(["train", f"--config={TOY}:variant=x"])
+        command_lib._take_config(["train", f"--config={TOY}:variant=x"])
 
 
 def train(*arguments, config=TOY):
@@ -364,8 +367,11 @@ def test_help():
 
 
 MISTAKES = {
-    "value": (["--config.model.dpe.num_selected=9"], "error: config.model.dpe.num_selected (J) is 9"),
-    "type": (["--config.model.dpe.num_prototypes=many"], "error: "),
+    "value": (
+        ["--config.model.connector.dpe.num_selected=9"],
+        "error: config.model.connector.dpe.num_selected (J) is 9",
+    ),
+    "type": (["--config.model.connector.dpe.num_prototypes=many"], "error: "),
     "batch": (["--config.stages[0].batch_size=31"], "error: config.stages[0].batch_size is 31"),
 }
 
@@ -391,7 +397,7 @@ def test_an_unknown_key_in_the_config_file(tmp_path):
         "from dynfocus_jax.config import default_config\n"
         "def get_config(arg=''):\n"
         "    config = default_config()\n"
-        "    config.model.dpe.rato = 0.5\n"
+        "    config.model.connector.dpe.rato = 0.5\n"
         "    return config\n"
     )
     code, stdout, stderr = train(f"--workdir={tmp_path}/run", config=file)

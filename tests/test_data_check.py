@@ -118,7 +118,9 @@ def test_too_much_that_cannot_be_used(root):
 def test_without_the_tokenizer(root):
     code, out, _ = check(root, "--config.data.tokenizer=none")
     assert code == 0
-    assert out.startswith("note: text tokens are not counted, as there is no tokenizer: none is no tokenizer")
+    assert out.startswith(
+        "note: text tokens are not counted, as there is no tokenizer: none is not a tokenizer"
+    )
     assert "text tokens of a conversation" not in out
     assert "frames of a decoded file" in out
 

@@ -60,7 +60,7 @@ def test_stages_of_the_paper(name, arg):
     assert (stage.schedule, stage.warmup, stage.weight_decay) == ("cosine", 0.03, 0.0)
     assert (config.model.dtype, config.model.language.remat) == ("bfloat16", "full")
     assert config.data.max_query == 256
-    assert (config.model.dpe.samples, config.model.dpe.sigma) == (500, 0.1)
+    assert (config.model.connector.dpe.samples, config.model.connector.dpe.sigma) == (500, 0.1)
 
 
 def test_option_that_there_is_not():
@@ -202,10 +202,11 @@ def test_without_data_or_tokenizers(name, folder, tmp_path):
     config.data.root = str(tmp_path / "absent")
     with pytest.raises(UserError, match=r"config.data.root is '.*absent', which is not a folder"):
         prepare(config.data)
-    with pytest.raises(UserError, match=rf"{config.data.tokenizer} is no tokenizer: expected a folder"):
+    with pytest.raises(UserError, match=rf"{config.data.tokenizer} is not a tokenizer: expected a folder"):
         make_tokenizer(config, tmp_path / "vocabulary.json")
     config.data.tokenizer = str(folder(tmp_path / "published"))
-    with pytest.raises(UserError, match=r"published/bert-base-uncased is no BERT vocabulary: .*vocab\.txt"):
+    message = r"published/bert-base-uncased is not a BERT vocabulary: .*vocab\.txt"
+    with pytest.raises(UserError, match=message):
         make_tokenizer(config, tmp_path / "vocabulary.json")
     config.data.query_tokenizer = str(bert_folder(tmp_path / "bert"))
     tokenizer = make_tokenizer(config, tmp_path / "vocabulary.json")

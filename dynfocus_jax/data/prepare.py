@@ -12,7 +12,8 @@ from dynfocus_jax.errors import UserError
 from dynfocus_jax.features.store import blank_frame, open_features
 from dynfocus_jax.media.frame_sampling import Sampling
 from dynfocus_jax.text.conversation import check_template
-from dynfocus_jax.text.tokenizers import BertTokenizer, PublishedTokenizer, WithQueries, WordTokenizer
+from dynfocus_jax.text.tokenizer_files import read_query_tokenizer, read_tokenizer
+from dynfocus_jax.text.tokenizers import TextAndQueryTokenizer, Tokenizer, WordTokenizer
 
 
 def prepare(data: ConfigDict) -> Path:
@@ -45,40 +46,40 @@ def check_weights(config: ConfigDict) -> None:
         )
 
 
-def make_tokenizer(
-    config: ConfigDict, vocabulary: Path, *, strict: bool = True
-) -> WordTokenizer | PublishedTokenizer | WithQueries:
-    """The tokenizer of a configuration, with the text encoder's own for the questions when it names one.
+def make_tokenizer(config: ConfigDict, vocabulary: Path, *, strict: bool = True) -> Tokenizer:
+    """Return the tokenizer of a configuration, with the text encoder's own for queries if it names one.
 
-    vocabulary: word list, read when `config.data.tokenizer` names no published tokenizer.
-    strict: words outside that list are errors.
+    Args:
+      config: the configuration.
+      vocabulary: word list, read if `config.data.tokenizer` is None.
+      strict: raise UserError for a word outside that list, see `WordTokenizer`.
 
     Raises:
-      UserError: a file is missing, there are more ids than the model has embeddings, or a special token of
-        the conversation's template is none of the tokenizer's.
+      UserError: if a file cannot be read, a vocabulary is larger than the model's, or the tokenizer lacks a
+        special token of `config.data.template`.
     """
-    data, remedy = config.data, "raise it"
+    data, remedy = config.data, "Raise it"
     if data.tokenizer is None:
-        tokenizer = WordTokenizer.from_file(vocabulary, strict=strict)
-        holds = f"{vocabulary} has {tokenizer.vocab_size} words"
+        tokenizer: Tokenizer = WordTokenizer.from_file(vocabulary, strict=strict)
+        found = f"{vocabulary} has {tokenizer.vocab_size} words"
     else:
-        tokenizer = PublishedTokenizer.from_path(data.tokenizer)
-        holds = f"{data.tokenizer} has {tokenizer.vocab_size} tokens"
-    _check_size(config, "language", tokenizer.vocab_size, f"{holds}; {remedy}")
+        tokenizer = read_tokenizer(data.tokenizer)
+        found = f"{data.tokenizer} has {tokenizer.vocab_size} tokens"
+    _check_size(config, "language", tokenizer.vocab_size, f"{found}. {remedy}")
     check_template(tokenizer, data.template)
     if data.query_tokenizer is None:
-        remedy += ", or name the text encoder's own vocabulary in config.data.query_tokenizer"
-        _check_size(config, "text_encoder", tokenizer.vocab_size, f"{holds}; {remedy}")
+        remedy += ", or set config.data.query_tokenizer to the text encoder's own vocabulary"
+        _check_size(config, "text_encoder", tokenizer.vocab_size, f"{found}. {remedy}")
         return tokenizer
     if data.max_query < 3:
         raise UserError(
-            f"config.data.max_query is {data.max_query}, expected at least 3: two of the tokens of "
-            "config.data.query_tokenizer are [CLS] and [SEP]."
+            f"config.data.max_query is {data.max_query}, expected at least 3: config.data.query_tokenizer "
+            "adds the tokens [CLS] and [SEP]."
         )
-    query = BertTokenizer(data.query_tokenizer)
-    holds = f"{data.query_tokenizer} has {query.vocab_size} tokens"
-    _check_size(config, "text_encoder", query.vocab_size, f"{holds}; {remedy}")
-    return WithQueries(tokenizer, query)
+    query_tokenizer = read_query_tokenizer(data.query_tokenizer)
+    found = f"{data.query_tokenizer} has {query_tokenizer.vocab_size} tokens"
+    _check_size(config, "text_encoder", query_tokenizer.vocab_size, f"{found}. {remedy}")
+    return TextAndQueryTokenizer(tokenizer, query_tokenizer)
 
 
 def make_media_reader(config: ConfigDict, data_root: Path | None = None) -> MediaReader:

@@ -15,11 +15,11 @@ from dynfocus_jax.records.records import Record
 from dynfocus_jax.text.conversation import (
     Conversation,
     Template,
-    Tokenizer,
     encode_conversation,
     encode_prompt,
     query_text,
 )
+from dynfocus_jax.text.tokenizers import Tokenizer
 
 Turns = Sequence[tuple[str, str]]
 

@@ -1,57 +1,45 @@
-"""Conversations as tokens: templates, loss masks, and where the visual tokens stand."""
+"""Conversations as token ids: chat templates, loss masks and the position of the visual tokens."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from dynfocus_jax.errors import SampleError, UserError
-
-
-class Tokenizer(Protocol):
-    """What is needed of a tokenizer: ids of the special tokens, and text to ids without them."""
-
-    pad_id: int
-    bos_id: int | None  # None: nothing stands before a text
-    eos_id: int
-    special_ids: frozenset[int]  # those that no text may hold
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text alone."""
-
-    def encode_parts(self, parts: Sequence[str | None]) -> list[list[int]]:
-        """Ids of each part of one text, encoded as a whole; None is the end-of-sequence token."""
-
-    def encode_query(self, text: str, max_length: int) -> list[int]:
-        """Ids of a question for the text encoder, at most `max_length`: the end of a longer one."""
+from dynfocus_jax.text.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
 class Template:
-    """The literal text around the turns; an answer is always closed by the end-of-sequence token.
+    """The literal text around the turns of a conversation.
 
-    A conversation reads <bos> system and, for each turn, user_prefix question answer_prefix answer <eos>;
-    `between` stands after every <eos> but the last. The visual tokens are before or after the first question,
-    set off by `visual_separator`. What stands before them and what stands after them are two texts for the
-    tokenizer, as in LLaVA: a tokenizer that marks the start of a text with a space does so after the visual
-    tokens too. An answer is not a text of its own: the tokens are those of question and answer together,
-    predicted from the answer's first on. The literal text may hold special tokens, the turns may not.
+    A conversation is <bos> system, and for each turn user_prefix question answer_prefix answer <eos>, with
+    `between` after every <eos> but the last. The literal text may hold special tokens, the turns may not.
+
+    The visual tokens go before or after the first question, set off by `visual_separator`. As in LLaVA, the
+    text before them and the text after them are tokenized apart: a tokenizer that puts a space before a text
+    does so after the visual tokens too. An answer is tokenized together with the text before it; the loss
+    covers the tokens from the answer's first on, and <eos>.
+
+    The Jinja templates that come with published tokenizers are not used: vicuna_v1 and plain have none, and
+    those for llama3 and chatml do not mark answers (`{% generation %}`), which the loss mask needs. The tests
+    compare llama3 and chatml with them, by `apply_chat_template` of transformers.
     """
 
     system: str = ""
     user_prefix: str = ""
     answer_prefix: str = ""
-    answer_space: str = ""  # between answer_prefix and the answer; part of what is predicted
+    answer_space: str = ""  # between answer_prefix and the answer; covered by the loss
     between: str = ""
     visual_separator: str = ""
-    show_question: bool = True  # False: the human text reaches the text encoder only, one turn a sample
-    end: str | None = None  # what the end-of-sequence token must be; None: that of any tokenizer
+    show_question: bool = True  # False: only the text encoder reads the question, and a sample has one turn
+    end: str | None = None  # the end-of-sequence token that the tokenizer must have; None: any
 
 
-# The chat form of Vicuna v1.1 and later, as LLaVA-v1.5 uses it. The loss covers what it covers there: each
-# answer from the token after "ASSISTANT:" on, and the </s> behind it.
+# Vicuna v1.1 and later, as in LLaVA-v1.5. As there, the loss covers each answer from the token after
+# "ASSISTANT:" on, and the </s> after it.
 _VICUNA = Template(
     system=(
         "A chat between a curious user and an artificial intelligence assistant. "
@@ -65,20 +53,20 @@ _VICUNA = Template(
 
 TEMPLATES = {
     "plain": Template(answer_space=" "),
-    # Guided captions of the first published stage: visual tokens, then the caption (paper, C.1). The
-    # published code closes a caption with a newline; here it is the end token, so that an answer can end.
+    # Captions of the first published stage: visual tokens, then the caption (paper, C.1). A caption ends with
+    # the end token, so that generation stops; in the published code it ends with a newline.
     "plain_guided": Template(show_question=False),
     "vicuna_v1": _VICUNA,
-    "imgsp_v1": _VICUNA,  # its name in LLaMA-VID, from which the second published stage is taken
-    # Llama 3 and its successors, as their published chat template without a system message; for a tokenizer
-    # of the Instruct models, whose end token closes a turn.
+    "imgsp_v1": _VICUNA,  # its name in LLaMA-VID, whose second stage is used here
+    # Llama 3 and its successors, without a system message. It needs the tokenizer of an Instruct model, whose
+    # end token closes a turn.
     "llama3": Template(
         user_prefix="<|start_header_id|>user<|end_header_id|>\n\n",
         answer_prefix="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
         visual_separator="\n",
         end="<|eot_id|>",
     ),
-    # ChatML as Qwen 2 and 2.5 are published with it, default system message included.
+    # ChatML of Qwen 2 and 2.5, with their default system message.
     "chatml": Template(
         system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
         user_prefix="<|im_start|>user\n",
@@ -89,27 +77,23 @@ TEMPLATES = {
     ),
 }
 
-GUIDANCE = ("joined", "first_turn", "each_turn")  # what the text encoder reads, see `query_text`
+GUIDANCE = ("joined", "first_turn", "each_turn")  # text that the text encoder reads, see `query_text`
 
 
 def check_template(tokenizer: Tokenizer, name: str) -> None:
-    """Whether a tokenizer has the special tokens of a template, and ends its answers as the template does.
-
-    Raises:
-      UserError: it has not.
-    """
+    """Check that a tokenizer has the special and end tokens of a template; raise UserError if not."""
     template = TEMPLATES[name]
     literal = template.system + template.user_prefix + template.answer_prefix + template.between
     for token in sorted(set(re.findall(r"<\|\w+\|>", literal))):
         if len(tokenizer.encode(token)) != 1 or tokenizer.special_ids.isdisjoint(tokenizer.encode(token)):
             raise UserError(
-                f"config.data.template is {name!r}, but {token} is no special token of the tokenizer; choose "
-                "the template of the language model, or its tokenizer in config.data.tokenizer."
+                f"config.data.template is {name!r}, but {token} is not a special token of the tokenizer. "
+                "Choose the template of the language model, or set config.data.tokenizer to its tokenizer."
             )
     if template.end is not None and tokenizer.encode(template.end) != [tokenizer.eos_id]:
         raise UserError(
-            f"config.data.template is {name!r}, which closes answers with {template.end}, but that is not "
-            "the tokenizer's eos_token; set it in its tokenizer_config.json, as the chat models have it."
+            f"config.data.template is {name!r}, which ends answers with {template.end}, but that is not the "
+            "tokenizer's eos_token. Set eos_token in its tokenizer_config.json, as in the chat models."
         )
 
 
@@ -117,15 +101,15 @@ class Conversation(NamedTuple):
     """Token ids of a conversation, without visual tokens."""
 
     tokens: np.ndarray  # int32 [L]
-    loss_mask: np.ndarray  # bool [L], True for answers and the end token of each
+    loss_mask: np.ndarray  # bool [L], True for each answer and its end token
     visual_position: int  # number of tokens before the visual tokens
-    ends: tuple[int, ...]  # number of tokens up to the end of each answer: of the conversation cut there
+    ends: tuple[int, ...]  # number of tokens up to the end of each answer
 
 
 class _Piece(NamedTuple):
     text: str | None  # None: the end-of-sequence token
-    predicted: bool = False
-    said: bool = False  # by somebody, in contrast to the template
+    in_loss: bool = False
+    from_user: bool = False  # text of a turn, not of the template: must not hold special tokens
 
 
 def encode_conversation(
@@ -138,13 +122,21 @@ def encode_conversation(
     visual_at_end: bool = False,
     learn: str = "all",
 ) -> Conversation:
-    """Tokens of (question, answer) turns; visual tokens go before or after the first question.
+    """Encode the turns of a conversation.
 
-    learn: the answers of the loss mask, "all" or the "last" one.
-    Raises SampleError when the tokens are more than `max_length` (a conversation is never cut), or when a
-    text holds a special token, such as a literal "</s>".
+    Args:
+      tokenizer: the tokenizer of the language model.
+      turns: (question, answer) pairs.
+      template: text around the turns, one of `TEMPLATES`.
+      max_length: largest number of tokens; a longer conversation is an error, it is never truncated.
+      has_visual: whether there are visual tokens.
+      visual_at_end: put them after the first question, not before it.
+      learn: the answers that the loss covers, "all" or "last".
+
+    Raises:
+      SampleError: if there are too many tokens, or a turn holds a special token, such as "</s>".
     """
-    conversation = _encode(tokenizer, _chunks(turns, template, has_visual, visual_at_end))
+    conversation = _encode(tokenizer, _render(turns, template, has_visual, visual_at_end))
     _check_length(conversation, max_length)
     if learn == "last":
         conversation.loss_mask[: conversation.ends[-2] if len(conversation.ends) > 1 else 0] = False
@@ -162,26 +154,37 @@ def encode_prompt(
     visual_at_end: bool = False,
     answer_start: str = "",
 ) -> Conversation:
-    """Tokens up to where the answer to `question` starts: a prefix of what `encode_conversation` gives.
+    """Encode a conversation up to the start of its last answer: a prefix of `encode_conversation`.
 
-    answer_start: words that the answer is made to begin with, at the end of the prompt then.
-    Raises SampleError as `encode_conversation` does.
+    Args:
+      tokenizer: the tokenizer of the language model.
+      question: the question to be answered.
+      template: text around the turns, one of `TEMPLATES`.
+      history: earlier (question, answer) pairs.
+      max_length: as in `encode_conversation`, like `has_visual` and `visual_at_end`.
+      answer_start: text that the answer has to begin with; it becomes the end of the prompt.
+
+    Raises:
+      SampleError: as `encode_conversation`.
     """
     turns = [*history, (question, None)]
-    chunks = _chunks(turns, template, has_visual, visual_at_end)
+    texts = _render(turns, template, has_visual, visual_at_end)
     if answer_start:
-        chunks[-1].append(_Piece(template.answer_space + answer_start, said=True))
-    conversation = _encode(tokenizer, chunks)
+        texts[-1].append(_Piece(template.answer_space + answer_start, from_user=True))
+    conversation = _encode(tokenizer, texts)
     _check_length(conversation, max_length)
     return conversation._replace(loss_mask=np.zeros_like(conversation.loss_mask))
 
 
 def query_text(turns: Sequence[tuple[str, str]], guidance: str = "joined") -> str:
-    """The human text of a conversation, for the text encoder: `guidance` is one of `GUIDANCE`.
+    """Return the questions of a conversation that the text encoder reads.
 
-    "joined": all questions; "first_turn": the first one only; "each_turn": the last one, as each turn of a
-    conversation is a sample then, of which it is the last.
-    Line breaks stay and separate words; the published code removes them, so that words may run together.
+    Line breaks are kept; the published code removes them, which joins the words on either side.
+
+    Args:
+      turns: (question, answer) pairs.
+      guidance: "joined" for all questions, "first_turn" for the first one, "each_turn" for the last one
+        (with "each_turn", each turn of a conversation becomes a sample that ends with it).
     """
     chosen = {"joined": turns, "first_turn": turns[:1], "each_turn": turns[-1:]}[guidance]
     return " ".join(question for question, _ in chosen)
@@ -195,58 +198,58 @@ def _check_length(conversation: Conversation, max_length: int | None) -> None:
         )
 
 
-def _chunks(
+def _render(
     turns: Sequence[tuple[str, str | None]], template: Template, has_visual: bool, visual_at_end: bool
 ) -> list[list[_Piece]]:
-    """The conversation as text: one chunk, or two with the visual tokens between them."""
+    """Return the pieces of a conversation's text, or of the two texts around the visual tokens."""
     if not template.show_question and len(turns) > 1:
         raise SampleError(
-            f"the conversation has {len(turns)} turns, but its template hides the questions: "
-            "use one turn a sample or another template"
+            f"the conversation has {len(turns)} turns, expected 1 with a template that leaves out the "
+            "questions: use one turn per sample or another template"
         )
-    chunks, text = [[]], template.system
+    texts: list[list[_Piece]] = [[]]
+    opening = template.system
     for i, (question, answer) in enumerate(turns):
-        before, after = text + template.user_prefix, template.answer_prefix
-        said = [_Piece(question, said=True)] if template.show_question else []
+        before, after = opening + template.user_prefix, template.answer_prefix
+        shown = [_Piece(question, from_user=True)] if template.show_question else []
         if has_visual and i == 0 and visual_at_end:
-            chunks[-1] += [_Piece(before), *said, _Piece(template.visual_separator)]
-            chunks.append([_Piece(after)])
+            texts[-1] += [_Piece(before), *shown, _Piece(template.visual_separator)]
+            texts.append([_Piece(after)])
         elif has_visual and i == 0:
-            chunks[-1].append(_Piece(before))
-            chunks.append([_Piece(template.visual_separator), *said, _Piece(after)])
+            texts[-1].append(_Piece(before))
+            texts.append([_Piece(template.visual_separator), *shown, _Piece(after)])
         else:
-            chunks[-1] += [_Piece(before), *said, _Piece(after)]
+            texts[-1] += [_Piece(before), *shown, _Piece(after)]
         if answer is not None:
-            answer = _Piece(template.answer_space + answer, predicted=True, said=True)
-            chunks[-1] += [answer, _Piece(None, predicted=True)]
-        text = template.between
-    return chunks
+            texts[-1].append(_Piece(template.answer_space + answer, in_loss=True, from_user=True))
+            texts[-1].append(_Piece(None, in_loss=True))
+        opening = template.between
+    return texts
 
 
-def _encode(tokenizer: Tokenizer, chunks: list[list[_Piece]]) -> Conversation:
+def _encode(tokenizer: Tokenizer, texts: list[list[_Piece]]) -> Conversation:
     tokens = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    predicted = [False] * len(tokens)
+    in_loss = [False] * len(tokens)
     visual_position, ends = len(tokens), []
-    for number, chunk in enumerate(chunks):
+    for number, pieces in enumerate(texts):
         if number == 1:
             visual_position = len(tokens)
-        encoded = tokenizer.encode_parts([piece.text for piece in chunk])
-        for piece, ids in zip(chunk, encoded, strict=True):
-            if piece.said and not tokenizer.special_ids.isdisjoint(ids):
-                raise SampleError(f"the text {_short(piece.text)} holds a special token: leave it out")
+        encoded = tokenizer.encode_parts([piece.text for piece in pieces])
+        for piece, ids in zip(pieces, encoded, strict=True):
+            if piece.text is not None and piece.from_user and not tokenizer.special_ids.isdisjoint(ids):
+                raise SampleError(f"the text {_abbreviate(piece.text)} holds a special token: remove it")
             tokens += ids
-            predicted += [piece.predicted] * len(ids)
+            in_loss += [piece.in_loss] * len(ids)
             if piece.text is None:
                 ends.append(len(tokens))
-    if len(chunks) == 1 and not tokens:
+    has_visual = len(texts) > 1
+    if not has_visual and not tokens:
         raise SampleError("the conversation has neither text nor visual tokens: ask a question")
-    if len(chunks) == 1 or visual_position > 0:
-        predicted[0] = False  # nothing stands before it from which it could be predicted
-    return Conversation(
-        np.asarray(tokens, np.int32), np.asarray(predicted, bool), visual_position, tuple(ends)
-    )
+    if not has_visual or visual_position > 0:
+        in_loss[0] = False  # no token comes before it that could predict it
+    return Conversation(np.asarray(tokens, np.int32), np.asarray(in_loss, bool), visual_position, tuple(ends))
 
 
-def _short(text: str) -> str:
+def _abbreviate(text: str) -> str:
     text = text.strip()
     return repr(text if len(text) <= 60 else text[:30] + " ... " + text[-30:])

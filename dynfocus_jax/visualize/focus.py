@@ -1,4 +1,4 @@
-"""The focus picture: which frames of a video became cones, and what the model answered."""
+"""The focus picture: the frames that a connector chose, their scores, and the model's answer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +8,13 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-CONE, ROD, SCORE = "#c1272d", "#9aa0a6", "#1f4e79"
+CHOSEN, OTHER = "#c1272d", "#9aa0a6"  # colours
 
 
 class Strip(NamedTuple):
-    """One video: frames uint8 `[T, H, W, 3]`, times (seconds), scores and focus (bool) `[T]` each.
+    """One video: `frames` uint8 `[T, H, W, 3]`; `times` (seconds), `scores` and `focus` (bool) `[T]`.
 
-    answer: the right one, None when unknown.
+    answer: the correct answer, None if unknown.
     """
 
     frames: np.ndarray
@@ -27,7 +27,7 @@ class Strip(NamedTuple):
 
 
 def draw_focus(path: str | Path, strips: Sequence[Strip]) -> None:
-    """Writes a picture (format by suffix) with a frame strip, score curve and answer for each video."""
+    """Write a picture of the frames, scores and answer of each video; the suffix sets the format."""
     columns = max(len(strip.frames) for strip in strips)
     figure = Figure(figsize=(0.62 * columns + 1.0, 2.05 * len(strips)), dpi=200, layout="constrained")
     rows = figure.subfigures(len(strips), 1, squeeze=False)[:, 0]
@@ -45,22 +45,22 @@ def _draw_strip(figure, strip: Strip, columns: int) -> None:
         axes.imshow(strip.frames[index], interpolation="nearest")
         axes.set_xticks([])
         axes.set_yticks([])
-        color, width = (CONE, 2.2) if strip.focus[index] else (ROD, 0.6)
+        color, width = (CHOSEN, 2.2) if strip.focus[index] else (OTHER, 0.6)
         for spine in axes.spines.values():
             spine.set(color=color, linewidth=width)
         axes.set_xlabel(f"{strip.times[index]:.1f} s", fontsize=5.5, labelpad=1.5)
 
     axes = figure.add_subplot(grid[1, :])
-    colors = [CONE if chosen else ROD for chosen in strip.focus]
+    colors = [CHOSEN if chosen else OTHER for chosen in strip.focus]
     axes.bar(np.arange(count), np.maximum(strip.scores, 0.012), color=colors, width=0.55)
     axes.set(xlim=(-0.5, columns - 0.5), ylim=(0, 1.12), yticks=(0, 1), xticks=())
     axes.set_ylabel("score", labelpad=-2)
     axes.spines[["top", "right"]].set_visible(False)
-    for chosen, label in ((True, "cones"), (False, "rods")):
-        axes.bar([0], [0], color=CONE if chosen else ROD, label=label)
+    for color, label in ((CHOSEN, "in focus"), (OTHER, "other frames")):
+        axes.bar([0], [0], color=color, label=label)
     axes.legend(loc="upper right", frameon=False, ncols=2, fontsize=6, borderpad=0, bbox_to_anchor=(1, 1.28))
 
     title = f"“{strip.question}”  →  {strip.prediction or '(no answer)'}"
     if strip.answer is not None:
-        title += "  ✓" if strip.prediction == strip.answer else f"  ✗ (right: {strip.answer})"
+        title += "  ✓" if strip.prediction == strip.answer else f"  ✗ (correct: {strip.answer})"
     figure.suptitle(title, x=0.01, ha="left", fontsize=8, fontweight="bold")

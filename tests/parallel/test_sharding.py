@@ -85,9 +85,9 @@ def variants():
     config.model.language.lora.update(
         {"rank": 8, "targets": ("query", "key", "value", "out", "gate", "up", "down")}
     )
-    config.model.dpe.question_conditioned = True
+    config.model.connector.dpe.question_conditioned = True
     config.model.connector.projector = "residual"
-    config.model.cce.cones = "cross_attention"
+    config.model.connector.cce.cones = "cross_attention"
     config.model.vision.update({"pre_norm": True, "final_norm": True})
     for each in (instruct_7b.get_config(), config, released_7b.get_config()):
         yield param_shapes(each, -1)

@@ -69,7 +69,7 @@ def train(config, mesh, params, batch, steps=2):
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
     step_number = place(np.zeros((), np.int32), abstract.step)
     state = TrainState(step_number, trained, placed(abstract.frozen), opt_state)
-    model = build_model(config, stage.connector)
+    model = build_model(config)
     step = make_train_step(model, optimizer, schedule(stage), stage, jax.random.key(3), shardings)
     metrics = []
     for _ in range(steps):

@@ -12,13 +12,13 @@ import jax
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from dynfocus_jax import trees
 from dynfocus_jax.serving.engine import Engine
 from dynfocus_jax.serving.requests import Request
 from dynfocus_jax.text.conversation import TEMPLATES, encode_prompt
-from dynfocus_jax.text.tokenizers import PublishedTokenizer
+from dynfocus_jax.text.tokenizer_files import read_tokenizer
 from dynfocus_jax.video_language_model import build_model, make_init
 from dynfocus_jax.weights.merge import load
 from tests.commands import command
@@ -44,7 +44,7 @@ def engine():
     target = {path: shape for path, shape in shapes.items() if path.startswith("language/")}
     language = load(Path(config.weights.language), target=trees.unflatten(target)["language"])
     params = trees.unflatten(zeros) | {"language": language}
-    return Engine(config, params, PublishedTokenizer.from_path(config.data.tokenizer), mesh_of(data=1))
+    return Engine(config, params, read_tokenizer(config.data.tokenizer), mesh_of(data=1))
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,31 @@ def hugging_face(reference, engine, prompts, **options):
 @pytest.fixture(scope="module")
 def expected(reference, engine, prompts):
     return hugging_face(reference, engine, prompts)
+
+
+def test_tokenizer(engine):
+    """Ids and chat template as transformers reads them from the same file.
+
+    White space before a digit, such as "\\n 3", is left out: transformers ignores the file's pre-tokenizer
+    (smollm), which splits text at digits.
+    """
+    file, tokenizer = Path(engine.config.data.tokenizer), engine.tokenizer
+    published = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    assert (tokenizer.eos_id, tokenizer.pad_id) == (published.eos_token_id, published.pad_token_id)
+    assert tokenizer.vocab_size == len(published)
+    source = Path(__file__).read_text(encoding="utf-8").splitlines()
+    for text in (*QUESTIONS, *source, "in 2024, 1234 naïve  cafés ☃\n\n\t是", "<|im_start|>user<|im_end|>"):
+        ids = tokenizer.encode(text)
+        assert ids == published.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(ids) == published.decode(ids, skip_special_tokens=True).strip()
+    system = {"role": "system", "content": "You are a helpful assistant."}  # chatml's; this model has its own
+    roles = ("user", "assistant", "user")
+    texts = ("1 + 2 ?", " three \n", QUESTIONS[-1])
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    prompt = encode_prompt(tokenizer, texts[-1], TEMPLATES["chatml"], [texts[:2]], has_visual=False)
+    assert prompt.tokens.tolist() == published.apply_chat_template(
+        [system, *messages], add_generation_prompt=True, return_dict=False
+    )
 
 
 def test_logits(engine, reference, prompts):

@@ -65,8 +65,8 @@ def test_the_plain_step_computes_nothing_twice(config):
 def test_tokens_of_a_step(config):
     step = train_step(config, 0, mesh_of(fsdp=2))
     selected, levels, pool = (
-        config.model.dpe.num_selected,
-        config.model.cce.levels,
+        config.model.connector.dpe.num_selected,
+        config.model.connector.cce.levels,
         config.model.connector.pool,
     )
     cone = int(np.prod(pool)) + sum(count for count, _ in levels)

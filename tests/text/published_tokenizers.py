@@ -21,7 +21,7 @@ def write_json(path: Path, content) -> None:
 
 
 def llama_folder(folder: Path, **settings) -> Path:
-    """Vicuna's layout: tokenizer.model and tokenizer_config.json (`settings` override its fields)."""
+    """Write a tokenizer like Vicuna's: tokenizer.model, and tokenizer_config.json with `settings` added."""
     folder.mkdir(parents=True, exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES),
@@ -50,7 +50,7 @@ def llama_folder(folder: Path, **settings) -> Path:
 
 
 def byte_pairs(specials: tuple[str, ...], *before) -> Tokenizer:
-    """A byte-level tokenizer whose text is split by `before` and then as in GPT-2."""
+    """Train a byte-level tokenizer; text is split by `before`, then as in GPT-2."""
     tokenizer = Tokenizer(models.BPE())
     splits = [*before, pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
@@ -66,7 +66,7 @@ def byte_pairs(specials: tuple[str, ...], *before) -> Tokenizer:
 
 
 def qwen_folder(folder: Path, **settings) -> Path:
-    """Qwen's layout: tokenizer.json; no token at the start of a text; an end token besides the padding."""
+    """Write a tokenizer like Qwen's: tokenizer.json, no start token, different end and padding tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = byte_pairs(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -77,7 +77,7 @@ def qwen_folder(folder: Path, **settings) -> Path:
 
 
 def gguf_file(path: Path, tokenizer: Tokenizer, *, pre: str, **numbers: int) -> Path:
-    """A GGUF file that holds no tensor but the tokenizer; `numbers` are ids of its special tokens."""
+    """Write a GGUF file with a tokenizer and no tensors; `numbers` are ids of its special tokens."""
     content = json.loads(tokenizer.to_str())
     ids = content["model"]["vocab"]
     specials = {token["id"] for token in content["added_tokens"]}
@@ -105,7 +105,7 @@ BERT_WORDS = (
 
 
 def bert_folder(folder: Path) -> Path:
-    """The layout of bert-base-uncased, with few words."""
+    """Write a vocabulary like that of bert-base-uncased, with few words."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in BERT_WORDS), encoding="utf-8")
     return folder

@@ -1,4 +1,4 @@
-"""Token sequences and loss masks, against lists written by hand."""
+"""Token sequences and loss masks against lists written by hand."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ TURNS = [("what ?", "red disc"), ("where ?", "left")]
 
 
 class Characters:
-    """One token a character, so that sequences can be read back as text."""
+    """A tokenizer with one token per character, whose sequences can be read as text."""
 
     pad_id, bos_id, eos_id = 0, 1, 2
     special_ids = frozenset()
@@ -33,13 +33,13 @@ def test_plain():
     assert (got.tokens.dtype, got.loss_mask.dtype) == (np.int32, bool)
 
 
-def test_plain_with_the_picture_after_the_first_question():
+def test_plain_with_visual_tokens_after_the_first_question():
     got = encode_conversation(WORDS, TURNS, TEMPLATES["plain"], max_length=11, visual_at_end=True)
     assert got.tokens.tolist() == [BOS, 4, 6, 7, 8, EOS, 5, 6, 9, EOS]
     assert got.visual_position == 3
 
 
-def test_plain_guided_hides_the_question():
+def test_plain_guided_leaves_out_the_question():
     got = encode_conversation(WORDS, TURNS[:1], TEMPLATES["plain_guided"], max_length=4)
     assert got.tokens.tolist() == [BOS, 7, 8, EOS]
     assert got.loss_mask.astype(int).tolist() == [0, 1, 1, 1]
@@ -62,7 +62,7 @@ SYSTEM = (
         ({"has_visual": False}, "what ?"),
     ],
 )
-def test_vicuna_is_the_published_string(options, first):
+def test_vicuna_equals_the_published_text(options, first):
     tokenizer = Characters()
     got = encode_conversation(tokenizer, TURNS, TEMPLATES["vicuna_v1"], max_length=999, **options)
     before, after = (tokenizer.text(part) for part in np.split(got.tokens, [got.visual_position]))
@@ -80,7 +80,7 @@ def test_vicuna_is_the_published_string(options, first):
 @pytest.mark.parametrize("options", [{}, {"visual_at_end": True}, {"has_visual": False}])
 @pytest.mark.parametrize("tokenizer", [WORDS, Characters()])
 @pytest.mark.parametrize("turns", [TURNS, TURNS[:1]])
-def test_prompt_is_the_start_of_the_conversation(name, options, tokenizer, turns):
+def test_prompt_is_a_prefix_of_the_conversation(name, options, tokenizer, turns):
     if name == "vicuna_v1" and tokenizer is WORDS:
         tokenizer = WordTokenizer(["what", "where", "?", "red", "disc", "left"], strict=False)
     template, (*history, (question, _)) = TEMPLATES[name], turns
@@ -92,12 +92,12 @@ def test_prompt_is_the_start_of_the_conversation(name, options, tokenizer, turns
     assert not prompt.loss_mask.any()
 
 
-def test_guided_prompt_is_the_start_of_the_conversation():
+def test_guided_prompt_is_a_prefix_of_the_conversation():
     prompt = encode_prompt(WORDS, "what ?", TEMPLATES["plain_guided"])
     assert (prompt.tokens.tolist(), prompt.visual_position) == ([BOS], 1)
 
 
-def test_nothing_is_cut():
+def test_too_long_raises():
     assert len(encode_conversation(WORDS, TURNS, TEMPLATES["plain"], max_length=10).tokens) == 10
     with pytest.raises(SampleError, match="10 text tokens, over the limit of 9"):
         encode_conversation(WORDS, TURNS, TEMPLATES["plain"], max_length=9)
@@ -106,7 +106,7 @@ def test_nothing_is_cut():
         encode_prompt(WORDS, "what ?", TEMPLATES["plain"], max_length=2)
 
 
-def test_a_special_token_in_a_text_is_refused():
+def test_special_token_in_a_turn_raises():
     words = WordTokenizer(["what", "red"], strict=False)
     for turn in (("what <eos>", "red"), ("what", "<bos> red"), ("<pad>", "red")):
         with pytest.raises(SampleError, match="holds a special token"):
@@ -115,5 +115,5 @@ def test_a_special_token_in_a_text_is_refused():
     assert got.tokens.tolist() == [BOS, 3, 3, 5, EOS]
 
 
-def test_query_text_is_what_the_human_said():
+def test_query_text_joins_the_questions():
     assert query_text(TURNS) == "what ? where ?"

@@ -1,4 +1,4 @@
-"""Published tokenizers from files: against SentencePiece, transformers and LLaVA's way of joining text."""
+"""Tokenizers read from files, against SentencePiece, transformers and LLaVA's conversations."""
 
 import random
 import shutil
@@ -13,8 +13,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import BertTokenizer as HuggingFaceBert
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
 from dynfocus_jax.data.budget import Budget
 from dynfocus_jax.data.media_reader import MediaReader
@@ -23,7 +22,7 @@ from dynfocus_jax.data.samples import SampleLoader
 from dynfocus_jax.errors import SampleError, UserError
 from dynfocus_jax.records.records import Record
 from dynfocus_jax.text.conversation import TEMPLATES, encode_conversation, encode_prompt
-from dynfocus_jax.text.tokenizers import BertTokenizer, PublishedTokenizer
+from dynfocus_jax.text.tokenizer_files import read_query_tokenizer, read_tokenizer
 from tests.text.published_tokenizers import (
     bert_folder,
     byte_pairs,
@@ -62,7 +61,7 @@ def joined(parts):
 
 
 class Slow:
-    """Llama's original tokenizer, by the SentencePiece library alone; text behind </s> as `legacy` says."""
+    """Llama's original tokenizer, with SentencePiece alone; `legacy`: a space before text after </s>."""
 
     def __init__(self, folder, legacy):
         content = (folder / "tokenizer.model").read_bytes()
@@ -79,8 +78,8 @@ class Slow:
 
 @pytest.mark.parametrize("name", ["vicuna", "vicuna_legacy", "vicuna_bare"])
 def test_vicuna_against_sentencepiece(folders, name):
-    """A folder without tokenizer_config.json, or without the field `legacy` in it, is of the legacy kind."""
-    tokenizer, slow = PublishedTokenizer.from_path(folders / name), Slow(folders / "vicuna", name != "vicuna")
+    """Without tokenizer_config.json, or without `legacy` in it, a tokenizer is of the legacy kind."""
+    tokenizer, slow = read_tokenizer(folders / name), Slow(folders / "vicuna", name != "vicuna")
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.pad_id) == (1, 2, 0, 0)
     assert tokenizer.vocab_size == slow.start.vocab_size()
     assert tokenizer.special_ids == {1, 2}
@@ -95,11 +94,11 @@ def test_vicuna_against_sentencepiece(folders, name):
 
 
 def llava(slow, turns, *, at_end=False, image=True):
-    """LLaVA v1.5 on a conversation: ids with -200 for the image, and which are predicted (legacy kind).
+    """Return a conversation's ids in LLaVA v1.5, with -200 for the image, and which of them are predicted.
 
-    Restated from its published description: the prompt is one string; the text before and that after <image>
-    are tokenized apart and lose their <s>; a round's length and its instruction's length are counted with the
-    same function, the latter less two for <s> and the space before the answer.
+    As published: the prompt is one string; the text before <image> and the text after it are tokenized apart
+    and lose their <s>; the same function counts the tokens of a round and of its instruction, the latter less
+    two for <s> and the space before the answer. For tokenizers of the legacy kind.
     """
 
     def image_tokens(text):
@@ -129,7 +128,7 @@ def llava(slow, turns, *, at_end=False, image=True):
 @pytest.mark.parametrize("turns", [TURNS[:1], TURNS[1:], TURNS, TURNS[::-1]])
 @pytest.mark.parametrize("options", [{}, {"at_end": True}, {"image": False}])
 def test_conversations_as_in_llava(folders, turns, options):
-    tokenizer = PublishedTokenizer.from_path(folders / "vicuna_legacy")
+    tokenizer = read_tokenizer(folders / "vicuna_legacy")
     got = encode_conversation(
         tokenizer,
         turns,
@@ -149,25 +148,25 @@ def test_conversations_as_in_llava(folders, turns, options):
 
 
 def test_guided_captions_as_in_llava(folders):
-    """<s>, image, the caption as a text of its own; an end token where the published code has a newline."""
+    """<s>, image, the caption tokenized apart, and an end token, where the published code has a newline."""
     caption, slow = "12 dogs are on the grass", Slow(folders / "vicuna", legacy=True)
-    tokenizer = PublishedTokenizer.from_path(folders / "vicuna_legacy")
+    tokenizer = read_tokenizer(folders / "vicuna_legacy")
     got = encode_conversation(tokenizer, [("describe", caption)], TEMPLATES["plain_guided"], max_length=99)
     assert (got.tokens.tolist(), got.visual_position) == ([*slow(caption), 2], 1)
     assert got.loss_mask.tolist() == [False] + [True] * (len(got.tokens) - 1)
 
 
 @pytest.mark.parametrize("at_end", [False, True])
-def test_conversations_with_text_as_it_is_behind_the_end_token(folders, at_end):
-    """As present tokenizers of Vicuna v1.5 treat it (`legacy` false)."""
-    tokenizer = PublishedTokenizer.from_path(folders / "vicuna")
+def test_conversations_without_a_space_after_the_end_token(folders, at_end):
+    """As the current tokenizer of Vicuna v1.5 does (`legacy` false)."""
+    tokenizer = read_tokenizer(folders / "vicuna")
     got = encode_conversation(tokenizer, TURNS, CHAT, max_length=999, visual_at_end=at_end)
     ids, predicted = llava(Slow(folders / "vicuna", legacy=True), TURNS, at_end=at_end)
     expected = llava(Slow(folders / "vicuna", legacy=False), TURNS[:1], at_end=at_end)[0]
     rest = Slow(folders / "vicuna", legacy=False)("</s>USER: {} ASSISTANT: {}</s>".format(*TURNS[1]))[2:]
     expected = [i for i in [*expected, *rest] if i != -200]
     assert got.tokens.tolist() == expected
-    assert len(got.tokens) != len(ids) - 1, "the two kinds do not differ here"
+    assert len(got.tokens) != len(ids) - 1, "both kinds of tokenizer give the same ids here"
     assert got.loss_mask.sum() == sum(predicted)
     answers = tokenizer.decode(got.tokens[got.loss_mask])
     assert "".join(answers.split()) == "areddisc12dogs;naïve☃"
@@ -176,8 +175,8 @@ def test_conversations_with_text_as_it_is_behind_the_end_token(folders, at_end):
 @pytest.mark.parametrize("name", ["vicuna", "vicuna_legacy", "qwen"])
 @pytest.mark.parametrize("template", ["vicuna_v1", "plain"])
 @pytest.mark.parametrize("options", [{}, {"visual_at_end": True}, {"has_visual": False}])
-def test_a_prompt_is_the_start_of_its_conversation(folders, name, template, options):
-    tokenizer, template = PublishedTokenizer.from_path(folders / name), TEMPLATES[template]
+def test_prompt_is_a_prefix_of_the_conversation(folders, name, template, options):
+    tokenizer, template = read_tokenizer(folders / name), TEMPLATES[template]
     whole = encode_conversation(tokenizer, TURNS, template, max_length=999, **options)
     prompt = encode_prompt(tokenizer, TURNS[1][0], template, TURNS[:1], **options)
     start = np.flatnonzero(np.diff(whole.loss_mask.astype(int)) == 1)[-1] + 1
@@ -186,7 +185,7 @@ def test_a_prompt_is_the_start_of_its_conversation(folders, name, template, opti
 
 
 def test_qwen_against_transformers(folders):
-    tokenizer = PublishedTokenizer.from_path(folders / "qwen")
+    tokenizer = read_tokenizer(folders / "qwen")
     reference = PreTrainedTokenizerFast(tokenizer_file=str(folders / "qwen" / "tokenizer.json"))
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id) == (None, 2, 0, None)
     assert tokenizer.vocab_size == len(reference)
@@ -206,8 +205,28 @@ def test_qwen_against_transformers(folders):
     assert [reference.decode(run) for run in runs[1::2]] == [f" {a1}<|im_end|>", f" {a2}<|im_end|>"]
 
 
-def test_without_a_start_token_the_first_token_is_predicted_after_visual_tokens_only(folders):
-    tokenizer = PublishedTokenizer.from_path(folders / "qwen")
+@pytest.mark.parametrize("name", ["vicuna", "vicuna_legacy", "qwen"])
+def test_against_auto_tokenizer(folders, name):
+    """Without texts that start with a space, for which LlamaTokenizer differs from SentencePiece."""
+    reference = AutoTokenizer.from_pretrained(folders / name, local_files_only=True)
+    tokenizer = read_tokenizer(folders / name)
+    assert tokenizer.vocab_size == len(reference)
+    assert (tokenizer.eos_id, tokenizer.unk_id) == (reference.eos_token_id, reference.unk_token_id)
+    eos = reference.eos_token
+    for text in random_texts(100):
+        if text and text[0] not in " ▁":
+            for case in (text, f"{text}{eos}", f"{text}{eos}{text}"):
+                assert tokenizer.encode(case) == reference.encode(case, add_special_tokens=False)
+                assert (
+                    tokenizer.decode(tokenizer.encode(case))
+                    == reference.decode(
+                        reference.encode(case, add_special_tokens=False), skip_special_tokens=True
+                    ).strip()
+                )
+
+
+def test_without_start_token_the_loss_covers_the_first_token_only_after_visual_tokens(folders):
+    tokenizer = read_tokenizer(folders / "qwen")
     caption, guided = tokenizer.encode(" a red disc"), TEMPLATES["plain_guided"]
     options = {"template": guided, "max_length": 99}
     got = encode_conversation(tokenizer, [("describe", " a red disc")], **options)
@@ -222,8 +241,8 @@ def test_without_a_start_token_the_first_token_is_predicted_after_visual_tokens_
 
 
 @pytest.mark.parametrize(("name", "token"), [("vicuna", "</s>"), ("vicuna", "<s>"), ("qwen", "<|im_start|>")])
-def test_a_special_token_in_a_text_is_refused(folders, name, token):
-    tokenizer = PublishedTokenizer.from_path(folders / name)
+def test_special_token_in_a_turn_raises(folders, name, token):
+    tokenizer = read_tokenizer(folders / name)
     for turn in ((f"what {token} is red", "disc"), ("what", f"{token}disc")):
         with pytest.raises(SampleError, match=f"{token[:2]}.*holds a special token".replace("|", r"\|")):
             encode_conversation(tokenizer, [turn], CHAT, max_length=999)
@@ -237,45 +256,45 @@ def edited(folders, tmp_path, name="qwen", **settings):
     return tmp_path / name
 
 
-def test_the_start_token_is_what_the_tokenizer_puts_first(folders, tmp_path):
-    """Llama 3 names it in tokenizer.json alone; `add_bos_token`, where it is given, decides."""
+def test_start_token(folders, tmp_path):
+    """Llama 3 adds it in tokenizer.json alone; `add_bos_token` takes precedence."""
     folder, names = edited(folders, tmp_path), {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}
     write_json(folder / "tokenizer_config.json", names)
-    assert PublishedTokenizer.from_path(folder).bos_id is None
+    assert read_tokenizer(folder).bos_id is None
     write_json(folder / "tokenizer_config.json", names | {"add_bos_token": True})
-    assert PublishedTokenizer.from_path(folder).bos_id == 1
+    assert read_tokenizer(folder).bos_id == 1
     backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.post_processor = TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
     )
     backend.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", names)
-    tokenizer = PublishedTokenizer.from_path(folder)
+    tokenizer = read_tokenizer(folder)
     assert tokenizer.bos_id == 1
     assert 1 not in tokenizer.encode("what")
     write_json(folder / "tokenizer_config.json", names | {"add_bos_token": False})
-    assert PublishedTokenizer.from_path(folder).bos_id is None
+    assert read_tokenizer(folder).bos_id is None
 
 
 def test_padding_without_a_padding_token(folders, tmp_path):
     folder = edited(folders, tmp_path, eos_token="<|im_end|>")
-    assert PublishedTokenizer.from_path(folder).pad_id == 2
+    assert read_tokenizer(folder).pad_id == 2
     write_json(folder / "tokenizer_config.json", {"eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"})
-    assert PublishedTokenizer.from_path(folder).pad_id == 0
+    assert read_tokenizer(folder).pad_id == 0
     names = {"eos_token": "<|im_end|>", "pad_token": "<pad> that was never added"}
     write_json(folder / "tokenizer_config.json", names)
-    assert PublishedTokenizer.from_path(folder).pad_id == 2
+    assert read_tokenizer(folder).pad_id == 2
 
 
-def test_truncation_and_padding_saved_in_the_file_are_not_used(folders, tmp_path):
+def test_saved_truncation_and_padding_are_ignored(folders, tmp_path):
     folder = edited(folders, tmp_path)
     backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.enable_truncation(4)
     backend.enable_padding(length=9)
     backend.save(str(folder / "tokenizer.json"))
-    plain = PublishedTokenizer.from_path(folders / "qwen")
+    plain = read_tokenizer(folders / "qwen")
     for text in ("a", "which came first, red or blue ?"):
-        assert PublishedTokenizer.from_path(folder).encode(text) == plain.encode(text)
+        assert read_tokenizer(folder).encode(text) == plain.encode(text)
 
 
 # --- GGUF ---------------------------------------------------------------------------------------------
@@ -287,7 +306,7 @@ def test_truncation_and_padding_saved_in_the_file_are_not_used(folders, tmp_path
 def test_gguf(tmp_path, pre, splits):
     reference = byte_pairs(("<|endoftext|>", "<|im_start|>", "<|im_end|>"), *splits)
     path = gguf_file(tmp_path / "m.gguf", reference, pre=pre, bos=1, eos=2, unknown=0, padding=2)
-    tokenizer = PublishedTokenizer.from_path(path)
+    tokenizer = read_tokenizer(path)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.pad_id) == (None, 2, 0, 2)
     assert tokenizer.special_ids == {0, 1, 2}
     assert tokenizer.vocab_size == reference.get_vocab_size()
@@ -297,11 +316,14 @@ def test_gguf(tmp_path, pre, splits):
         assert tokenizer.decode(ids) == text.strip()
 
 
-def test_gguf_that_cannot_be_read(tmp_path):
+def test_unreadable_gguf(tmp_path):
     path = gguf_file(tmp_path / "m.gguf", byte_pairs(("<|end|>",)), pre="llama-bpe", eos=0)
     refuse(path, "gpt2/llama-bpe", "gpt2/smollm", "tokenizer.json")
     content = path.read_bytes()
-    for wrong in (b"GGML" + content[4:], content[:2], content[: len(content) // 2]):
+    gguf_file(path, byte_pairs(("<|end|>",)), pre="smollm", eos=0)
+    bad_merge = path.read_bytes().replace("Ġ a".encode(), "Ġ ".encode() + b"\xff")
+    assert bad_merge != path.read_bytes()
+    for wrong in (b"GGML" + content[4:], content[:2], content[: len(content) // 2], bad_merge):
         path.write_bytes(wrong)
         refuse(path, "not a GGUF file")
     writer = gguf.GGUFWriter(path, "llama")
@@ -311,23 +333,55 @@ def test_gguf_that_cannot_be_read(tmp_path):
     refuse(path, "None/None")
 
 
-def test_neither_torch_nor_transformers_is_needed(folders):
-    """Of what is installed for the tests, the package itself takes the light libraries only."""
+def test_readers_do_not_import_torch(folders, tmp_path):
+    """PyTorch is installed for the tests, and transformers imports it for many of its classes."""
+    gguf = gguf_file(tmp_path / "m.gguf", byte_pairs(("<|end|>",)), pre="smollm", eos=0)
     program = (
-        "import sys; from dynfocus_jax.text.tokenizers import PublishedTokenizer, BertTokenizer; "
-        f"BertTokenizer({str(folders / 'bert')!r}); "
-        f"[PublishedTokenizer.from_path({str(folders)!r} + name) for name in ('/vicuna', '/qwen')]; "
-        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'jax')))"
+        "import sys; from dynfocus_jax.text.tokenizer_files import read_query_tokenizer, read_tokenizer\n"
+        f"for path in ({str(folders / 'qwen')!r}, {str(gguf)!r}): read_tokenizer(path)\n"
+        "assert not {'torch', 'transformers', 'jax'} & set(sys.modules)\n"
+        f"read_tokenizer({str(folders / 'vicuna')!r}); read_query_tokenizer({str(folders / 'bert')!r})\n"
+        "assert not {'torch', 'jax'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY)
 
 
-# --- Files that cannot be used ------------------------------------------------------------------------
+def test_without_torch_nothing_is_printed(folders):
+    """transformers warns on import that PyTorch is missing; other warnings of it still appear."""
+    program = (
+        "import importlib.util; find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n"
+        "from dynfocus_jax.text.tokenizer_files import read_tokenizer\n"
+        f"read_tokenizer({str(folders / 'vicuna')!r})\n"
+        "from transformers.utils import is_torch_available, logging\n"
+        "assert not is_torch_available()\n"
+        "logging.get_logger('transformers').warning('a warning')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.stdout == ""
+    assert done.stderr.strip().endswith("a warning")
+    assert "PyTorch" not in done.stderr
+
+
+def test_ids_are_compared_with_sentencepiece(folders, monkeypatch):
+    """As if an installed version of transformers converted SentencePiece models wrongly."""
+    other = PreTrainedTokenizerFast(tokenizer_file=str(folders / "qwen" / "tokenizer.json"))
+    monkeypatch.setattr(
+        PreTrainedTokenizerFast,
+        "convert_to_native_format",
+        lambda **_: {"tokenizer_object": other.backend_tokenizer},
+    )
+    refuse(folders / "vicuna", "tokenizer.model: transformers 5.", "other token ids than SentencePiece")
+
+
+# --- Unusable files -----------------------------------------------------------------------------------
 
 
 def refuse(path, *parts):
     with pytest.raises(UserError) as error:
-        PublishedTokenizer.from_path(path)
+        read_tokenizer(path)
     sentence = str(error.value)
     assert sentence.endswith(".")
     assert "\n" not in sentence
@@ -335,7 +389,7 @@ def refuse(path, *parts):
         assert part in sentence
 
 
-def test_no_tokenizer(folders, tmp_path):
+def test_missing_tokenizer(folders, tmp_path):
     for path in (tmp_path / "absent", tmp_path, folders / "bert", tmp_path / "absent.gguf"):
         refuse(path, "tokenizer.json or tokenizer.model")
 
@@ -346,8 +400,14 @@ def test_broken_files(folders, tmp_path):
         (folder / "tokenizer.json").write_text(content)
         refuse(folder, "tokenizer.json cannot be read")
     folder = edited(folders, tmp_path, name="vicuna")
-    (folder / "tokenizer_config.json").write_text("[")
-    refuse(folder, "tokenizer_config.json is not JSON")
+    for content, problem in [
+        ("[", "tokenizer_config.json is not JSON"),
+        ("[]", "tokenizer_config.json is not a JSON object"),
+        ('{"eos_token": 2}', "eos_token is 2, expected text"),
+        ('{"pad_token": {"id": 0}}', "pad_token is {'id': 0}, expected text"),
+    ]:
+        (folder / "tokenizer_config.json").write_text(content)
+        refuse(folder, problem)
     (folder / "tokenizer_config.json").unlink()
     content = (folder / "tokenizer.model").read_bytes()
     for wrong in (content[:1000], b"<html>not found</html>", b""):
@@ -355,7 +415,7 @@ def test_broken_files(folders, tmp_path):
         refuse(folder, "is not a SentencePiece model")
 
 
-def test_sentencepiece_models_of_another_kind(folders, tmp_path):
+def test_unsupported_sentencepiece_models(folders, tmp_path):
     folder = edited(folders, tmp_path, name="vicuna")
     content = (folder / "tokenizer.model").read_bytes()
     for section, field, value in [
@@ -370,13 +430,13 @@ def test_sentencepiece_models_of_another_kind(folders, tmp_path):
         refuse(folder, "not a SentencePiece model of Llama's kind", "save_pretrained")
 
 
-def test_special_tokens_that_are_not_named(folders, tmp_path):
+def test_missing_special_tokens(folders, tmp_path):
     folder = edited(folders, tmp_path, pad_token="<|endoftext|>")
     refuse(folder, "does not name its eos_token", "tokenizer_config.json")
     write_json(folder / "special_tokens_map.json", {"eos_token": {"content": "<|im_end|>"}})
-    assert PublishedTokenizer.from_path(folder).eos_id == 2
+    assert read_tokenizer(folder).eos_id == 2
     write_json(folder / "tokenizer_config.json", {"eos_token": "<|fin|>"})
-    refuse(folder, "eos_token '<|fin|>'", "vocabulary")
+    refuse(folder, "eos_token is '<|fin|>', which is not in the vocabulary")
 
 
 # --- The text encoder's -------------------------------------------------------------------------------
@@ -390,10 +450,10 @@ def test_bert_against_transformers(folders, tmp_path, max_length, lower):
     folder = edited(folders, tmp_path, name="bert")
     if lower is not None:
         write_json(folder / "tokenizer_config.json", {"do_lower_case": lower})
-    reference = HuggingFaceBert.from_pretrained(folder, truncation_side="left")
+    reference = BertTokenizer.from_pretrained(folder, truncation_side="left")
     reference.add_special_tokens({"bos_token": "[DEC]"})
     for path in (folder, folder / "vocab.txt"):
-        tokenizer = BertTokenizer(path)
+        tokenizer = read_query_tokenizer(path)
         assert tokenizer.vocab_size == len(reference)
         for text in (*QUESTIONS, *random_texts(50, letters="redishapcWHATé ?!;,'12是☃\n")):
             expected = reference(text, max_length=max_length, truncation=True).input_ids
@@ -402,13 +462,13 @@ def test_bert_against_transformers(folders, tmp_path, max_length, lower):
 
 def test_no_bert_vocabulary(folders, tmp_path):
     for path in (tmp_path, tmp_path / "absent.txt"):
-        with pytest.raises(UserError, match=rf"{path} is no BERT vocabulary: expected vocab\.txt"):
-            BertTokenizer(path)
+        with pytest.raises(UserError, match=rf"{path} is not a BERT vocabulary: expected vocab\.txt"):
+            read_query_tokenizer(path)
     wrong = tmp_path / "words.txt"
     for content in (b"red\nblue\n[SEP]\n", b"", b"\xff\xfe\x00"):
         wrong.write_bytes(content)
-        with pytest.raises(UserError, match=r"words\.txt is no BERT vocabulary: it lacks \[UNK\]"):
-            BertTokenizer(wrong)
+        with pytest.raises(UserError, match=r"words\.txt is not a BERT vocabulary: it lacks \[UNK\]"):
+            read_query_tokenizer(wrong)
 
 
 def configured(folders, text="vicuna", query="bert"):
@@ -419,25 +479,25 @@ def configured(folders, text="vicuna", query="bert"):
     return config
 
 
-def test_questions_go_to_the_text_encoder_in_its_own_tokens(folders):
+def test_queries_are_encoded_by_the_query_tokenizer(folders):
     config = configured(folders)
     tokenizer = make_tokenizer(config, folders / "no_vocabulary.json")
     record = Record("t", None, (("What shape is the red disc ?", "a red disc"),))
     loader = SampleLoader([record], tokenizer, CHAT, MediaReader(8), Budget.of([(1, 99)]), max_query=6)
     sample, _ = loader(0, np.random.default_rng(0))
-    bert = HuggingFaceBert.from_pretrained(folders / "bert", truncation_side="left")
+    bert = BertTokenizer.from_pretrained(folders / "bert", truncation_side="left")
     expected = bert("What shape is the red disc ?", max_length=6, truncation=True).input_ids
     assert sample.query_tokens.tolist() == expected
     assert sample.query_length == 6
     conversation = encode_conversation(
-        PublishedTokenizer.from_path(folders / "vicuna"), record.turns, CHAT, max_length=99, has_visual=False
+        read_tokenizer(folders / "vicuna"), record.turns, CHAT, max_length=99, has_visual=False
     )
     assert sample.tokens[: sample.length].tolist() == conversation.tokens.tolist()
     assert (sample.tokens[sample.length :] == tokenizer.pad_id).all()
 
 
-def test_query_padding_is_an_id_of_every_vocabulary(folders):
-    """The padding id of the text may lie outside the text encoder's vocabulary."""
+def test_query_padding_is_zero(folders):
+    """The text's padding id may lie outside the text encoder's vocabulary."""
     tokenizer = make_tokenizer(configured(folders, text="qwen"), folders)
     record = Record("t", None, (("red ?", "disc"),))
     loader = SampleLoader([record], tokenizer, CHAT, MediaReader(8), Budget.of([(1, 99)]), max_query=20)
@@ -446,7 +506,7 @@ def test_query_padding_is_an_id_of_every_vocabulary(folders):
     assert not loader.padding().sample.query_tokens.any()
 
 
-def test_make_tokenizer_refuses(folders):
+def test_make_tokenizer_errors(folders):
     def refused(config, *parts):
         with pytest.raises(UserError) as error:
             make_tokenizer(config, folders / "vocabulary.json")
@@ -456,10 +516,10 @@ def test_make_tokenizer_refuses(folders):
 
     config = configured(folders)
     config.model.language.vocab_size = 419
-    refused(config, "config.model.language.vocab_size is 419", "vicuna has 420 tokens; raise it")
+    refused(config, "config.model.language.vocab_size is 419", "vicuna has 420 tokens. Raise it")
     config = configured(folders)
     config.model.text_encoder.vocab_size = 25
-    refused(config, "config.model.text_encoder.vocab_size is 25", "bert has 27 tokens; raise it")
+    refused(config, "config.model.text_encoder.vocab_size is 25", "bert has 27 tokens. Raise it")
     config = configured(folders, query=None)
     refused(config, "text_encoder.vocab_size is 40", "vicuna has 420", "config.data.query_tokenizer")
     config = configured(folders)

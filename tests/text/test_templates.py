@@ -1,11 +1,11 @@
-"""Chat templates token by token, against sequences written by hand and the published Jinja templates."""
+"""Chat templates against token sequences written by hand and against the published Jinja templates."""
 
 import json
 
 import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from dynfocus_jax.data.prepare import make_tokenizer
 from dynfocus_jax.errors import SampleError, UserError
@@ -16,7 +16,8 @@ from dynfocus_jax.text.conversation import (
     encode_prompt,
     query_text,
 )
-from dynfocus_jax.text.tokenizers import PublishedTokenizer, WordTokenizer
+from dynfocus_jax.text.tokenizer_files import read_tokenizer
+from dynfocus_jax.text.tokenizers import WordTokenizer
 from tests.tiny import tiny_config
 
 WORDS = (
@@ -25,7 +26,7 @@ WORDS = (
 )
 TURNS = (("what shape ?", "a red disc"), ("where ?", "left"))
 
-# How the published models split text before they join bytes to words.
+# Regular expressions by which the published models split text before merging bytes.
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -43,7 +44,7 @@ SPECIALS = {
     "chatml": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
 }
 
-# A token a word, "*" before those that are learned, "|" where the visual tokens stand.
+# One word per token; "*" marks tokens in the loss mask, "|" the position of the visual tokens.
 EXPECTED = {
     ("llama3", "visual first"): """
         <|begin_of_text|> <|start_header_id|> user <|end_header_id|> ĊĊ
@@ -105,7 +106,7 @@ JINJA = {
 
 
 def chat_folder(folder, template):
-    """A tokenizer in a published model's layout that knows `WORDS`, besides the bytes."""
+    """Write a tokenizer in the layout of a published model; its tokens are the bytes and `WORDS`."""
     vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges = []
     for word in WORDS:
@@ -127,6 +128,7 @@ def chat_folder(folder, template):
         names = {"bos_token": bos, "eos_token": "<|eot_id|>"}
     else:
         names = {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    names["chat_template"] = JINJA[template]
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
@@ -140,13 +142,13 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("template", "place"), EXPECTED)
-def test_token_by_token(folders, template, place):
-    tokenizer = PublishedTokenizer.from_path(folders[template])
+def test_tokens(folders, template, place):
+    tokenizer = read_tokenizer(folders[template])
     words = Tokenizer.from_file(str(folders[template] / "tokenizer.json"))
     got = encode_conversation(tokenizer, TURNS, TEMPLATES[template], **PLACES[place])
     tokens = [
-        "*" * int(learned) + words.id_to_token(token)
-        for token, learned in zip(got.tokens.tolist(), got.loss_mask, strict=True)
+        "*" * int(in_loss) + words.id_to_token(token)
+        for token, in_loss in zip(got.tokens.tolist(), got.loss_mask, strict=True)
     ]
     tokens.insert(got.visual_position, "|")
     assert tokens == EXPECTED[template, place].split()
@@ -155,24 +157,19 @@ def test_token_by_token(folders, template, place):
 
 
 @pytest.mark.parametrize("template", SPECIALS)
-def test_the_published_jinja_templates(folders, template):
-    """The same ids, but for the line break behind the last end token, which nothing follows."""
-    names = json.loads((folders[template] / "tokenizer_config.json").read_text())
-    names = {key: value for key, value in names.items() if value}
-    published = PreTrainedTokenizerFast(
-        tokenizer_file=str(folders[template] / "tokenizer.json"), chat_template=JINJA[template], **names
-    )
+def test_against_published_jinja_templates(folders, template):
+    """Equal ids, except for the line break after the last end token, after which nothing is predicted."""
+    published = AutoTokenizer.from_pretrained(folders[template], local_files_only=True)
     roles = ("user", "assistant")
     turns = [("what shape ?\n\n1 dog's <b>", "a naïve\ncafé ☃"), ("where ?", "left")]
     messages = [
         {"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)
     ]
-    tokenizer = PublishedTokenizer.from_path(folders[template])
+    tokenizer = read_tokenizer(folders[template])
     options = {"has_visual": False}
 
     def ids(messages, **choice):
-        text = published.apply_chat_template(messages, tokenize=False, **choice)
-        return published(text, add_special_tokens=False).input_ids
+        return published.apply_chat_template(messages, return_dict=False, **choice)
 
     whole = encode_conversation(tokenizer, turns, TEMPLATES[template], **options).tokens.tolist()
     assert whole == ids(messages)[: len(whole)]
@@ -183,8 +180,8 @@ def test_the_published_jinja_templates(folders, template):
 
 @pytest.mark.parametrize("template", SPECIALS)
 @pytest.mark.parametrize("place", PLACES)
-def test_a_conversation_cut_after_a_turn_is_its_beginning(folders, template, place):
-    tokenizer, form = PublishedTokenizer.from_path(folders[template]), TEMPLATES[template]
+def test_conversation_of_the_first_turns_is_a_prefix(folders, template, place):
+    tokenizer, form = read_tokenizer(folders[template]), TEMPLATES[template]
     turns = (*TURNS, ("", "what\n"), ("\n1  2", " left"))
     whole = encode_conversation(tokenizer, turns, form, **PLACES[place])
     for number, end in enumerate(whole.ends, 1):
@@ -198,8 +195,8 @@ def test_a_conversation_cut_after_a_turn_is_its_beginning(folders, template, pla
         assert last.loss_mask[begin:].tolist() == part.loss_mask[begin:].tolist()
 
 
-def test_vicuna_word_by_word():
-    """Also under the name that it has in LLaMA-VID."""
+def test_vicuna_tokens():
+    """Under its own name and LLaMA-VID's."""
     text = """
         a chat between a curious user and an artificial intelligence assistant. the assistant gives helpful,
         detailed, and polite answers to the user's questions. user: | what shape ?
@@ -211,30 +208,30 @@ def test_vicuna_word_by_word():
     for name in ("vicuna_v1", "imgsp_v1"):
         got = encode_conversation(tokenizer, TURNS, TEMPLATES[name])
         tokens = [
-            "*" * int(learned) + tokenizer.decode([token], skip_special=False)
-            for token, learned in zip(got.tokens, got.loss_mask, strict=True)
+            "*" * int(in_loss) + tokenizer.decode([token], skip_special=False)
+            for token, in_loss in zip(got.tokens, got.loss_mask, strict=True)
         ]
         tokens.insert(got.visual_position, "|")
         assert tokens == ["<bos>", *chat]
 
 
-def test_special_tokens_that_somebody_says_are_refused(folders):
+def test_special_tokens_in_turns_raise(folders):
     for template, special in (("llama3", "<|eot_id|>"), ("chatml", "<|im_end|>")):
-        tokenizer = PublishedTokenizer.from_path(folders[template])
+        tokenizer = read_tokenizer(folders[template])
         for turn in ((f"what {special}", "left"), ("what", f"left{special}")):
             with pytest.raises(SampleError, match="holds a special token"):
                 encode_conversation(tokenizer, [turn], TEMPLATES[template])
 
 
-def test_a_template_needs_its_tokens(folders, tmp_path):
-    llama, qwen = (PublishedTokenizer.from_path(folders[name]) for name in ("llama3", "chatml"))
+def test_check_template(folders, tmp_path):
+    llama, qwen = (read_tokenizer(folders[name]) for name in ("llama3", "chatml"))
     check_template(llama, "llama3")
     check_template(qwen, "chatml")
     for name in ("plain", "plain_guided", "vicuna_v1", "imgsp_v1"):
         check_template(llama, name)
-    with pytest.raises(UserError, match=r"template is 'chatml', but <\|im_end\|> is no special token"):
+    with pytest.raises(UserError, match=r"template is 'chatml', but <\|im_end\|> is not a special token"):
         check_template(llama, "chatml")
-    with pytest.raises(UserError, match=r"template is 'llama3', but <\|end_header_id\|> is no special"):
+    with pytest.raises(UserError, match=r"template is 'llama3', but <\|end_header_id\|> is not a special"):
         check_template(qwen, "llama3")
     config = tiny_config()
     config.model.language.vocab_size = config.model.text_encoder.vocab_size = 1000
@@ -244,12 +241,12 @@ def test_a_template_needs_its_tokens(folders, tmp_path):
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
     config.data.tokenizer = str(folder)
     with pytest.raises(
-        UserError, match=r"closes answers with <\|im_end\|>, but that is not the tokenizer's eos"
+        UserError, match=r"ends answers with <\|im_end\|>, but that is not the tokenizer's eos"
     ):
         make_tokenizer(config, tmp_path / "none")
 
 
-def test_what_the_text_encoder_reads():
+def test_query_text():
     assert query_text(TURNS) == query_text(TURNS, "joined") == "what shape ? where ?"
     assert query_text(TURNS, "first_turn") == "what shape ?"
     assert query_text(TURNS, "each_turn") == "where ?"

@@ -135,7 +135,7 @@ def test_the_checkpoint_of_a_finished_stage_is_what_run_returned(stages, run_sta
     ("field", "change"),
     [
         ("learning_rate", lambda config: config.stages[INSTRUCT].update({"learning_rate": 0.5})),
-        ("sigma", lambda config: config.model.dpe.update({"sigma": 0.5})),
+        ("sigma", lambda config: config.model.connector.dpe.update({"sigma": 0.5})),
         ("seed", lambda config: config.update({"seed": 1})),
         ("template", lambda config: config.data.update({"template": "plain_guided"})),
     ],

@@ -287,7 +287,7 @@ def variant(name: str):
     fields = dict(VARIANTS[name])
     mode = fields.pop("mode", "paper")
     config = small_config(**fields)
-    config.model.mode = mode
+    config.model.connector.mode = mode
     return config
 
 
