@@ -1,8 +1,12 @@
-"""The batch: the one structure that passes from the data to the model."""
+"""The batch: the structure that passes from the data to the model."""
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
+from jaxtyping import Bool, Float, Int32, UInt8
+
+Array = jax.Array | np.ndarray
 
 
 class Batch(NamedTuple):
@@ -10,23 +14,22 @@ class Batch(NamedTuple):
 
     Frames and text are padded on the right. A text-only sample has no true `frame_mask` entry, an image has
     one. A padding row (the end of an evaluation set, or a sample that could not be read) has index -1, no
-    frame and a single pad token, so that no row of a batch is empty.
+    frames and a single padding token, so that no row of a batch is empty.
     """
 
-    # Pixels, uint8 [B, T, H, W, 3], RGB; or in their place what the vision tower makes of them, in the dtype
-    # of the model: [B, T, N, C], with a class token [B, T, 1 + N, C]
-    frames: np.ndarray
-    frame_mask: np.ndarray  # bool [B, T], True for frames that exist
-    query_tokens: np.ndarray  # int32 [B, Lq], the human text alone, for the text encoder
-    query_length: np.ndarray  # int32 [B]
-    tokens: np.ndarray  # int32 [B, Lt], the chat text without visual tokens
-    length: np.ndarray  # int32 [B]
-    visual_position: np.ndarray  # int32 [B], number of text tokens before the visual tokens
-    loss_mask: np.ndarray  # bool [B, Lt], True where the token itself is to be predicted
-    oracle_frames: np.ndarray  # bool [B, T], frames known to matter; all False when unknown
-    index: np.ndarray  # int32 [B], number of the record, -1 for a padding row
-    subtitles: np.ndarray  # int32 [B, S], text tokens that stand behind the visual tokens of their frames
-    subtitle_frames: np.ndarray  # int32 [B, S], frame of each, ascending; -1 for padding, on the right
+    # RGB pixels, or the vision tower's features in their place (N: the class token, if any, and the patches)
+    frames: UInt8[Array, "B T H W 3"] | Float[Array, "B T N C"]
+    frame_mask: Bool[Array, "B T"]  # True for frames that exist
+    query_tokens: Int32[Array, "B Lq"]  # the human text alone, for the text encoder
+    query_length: Int32[Array, " B"]
+    tokens: Int32[Array, "B Lt"]  # the chat text without visual tokens
+    length: Int32[Array, " B"]
+    visual_position: Int32[Array, " B"]  # text tokens before the visual tokens
+    loss_mask: Bool[Array, "B Lt"]  # True where the token itself is predicted
+    oracle_frames: Bool[Array, "B T"]  # frames known to matter; all False if unknown
+    index: Int32[Array, " B"]  # number of the record, -1 for a padding row
+    subtitles: Int32[Array, "B S"]  # text tokens that follow the visual tokens of their frames
+    subtitle_frames: Int32[Array, "B S"]  # frame of each, ascending; -1 for padding, on the right
 
 
 def padding_sample(
@@ -39,10 +42,10 @@ def padding_sample(
     max_subtitle: int = 0,
     blank: np.ndarray | None = None,
 ) -> Batch:
-    """A sample without content: T = num_frames, H = W = image_size, Lt = max_text, Lq = max_query,
-    S = max_subtitle.
+    """Return a sample without content.
 
-    blank: a frame without content, where features [(1 +) N, C] stand in place of pixels.
+    T = num_frames, H = W = image_size, Lt = max_text, Lq = max_query, S = max_subtitle.
+    blank: an empty frame `[N, C]`, for features in place of pixels.
     """
     blank = np.zeros((image_size, image_size, 3), np.uint8) if blank is None else blank
     return Batch(

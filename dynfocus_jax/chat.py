@@ -70,17 +70,17 @@ class Chat:
         self._shown: Shown | None = None
 
     def open(self, path: Path) -> None:
-        """Begins anew, about this file. Raises MediaError when it cannot be read."""
+        """Begin anew, about this file. Raises MediaError when it cannot be read."""
         record = Record("clip", path.expanduser(), ())
         self._clip = self._media.read(record, self._engine.num_frames, np.random.default_rng(0))
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the conversation."""
+        """Forget the conversation."""
         self._messages, self._shown = (), None
 
     def ask(self, question: str) -> None:
-        """Writes the answer while it comes, and what it took.
+        """Write the answer while it comes, and what it took.
 
         Raises:
           UserError: there is none; the conversation stays as it was.
@@ -108,7 +108,7 @@ class Chat:
         self._write(_summary(self._engine, completion, visual, self._clip, bool(compiled)))
 
     def draw(self, path: Path) -> None:
-        """Draws what the latest answer was made from.
+        """Draw what the latest answer was made from.
 
         Raises:
           UserError: nothing was asked yet, there is no clip, the model has no focus, or it cannot be written.
@@ -166,7 +166,7 @@ def _compilations() -> Iterator[list[str]]:
 def _summary(
     engine: Engine, completion: Completion, visual: Visual | None, clip: Clip | None, compiled: bool
 ) -> str:
-    """What was looked at, and how fast the answer came."""
+    """Return the line below an answer: frames and tokens that were used, and the speed."""
     rate = completion.tokens_per_second
     speed = f"first token after {completion.seconds_to_first_token:.2f} s"
     speed += "" if rate is None else f", {rate:.1f} tokens/s"

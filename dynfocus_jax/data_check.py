@@ -102,7 +102,7 @@ def as_json(source: SourceSurvey) -> dict:
 
 
 def format_stage(stage: ConfigDict, sources: Sequence[SourceSurvey]) -> str:
-    """What was found out about a stage's sources, as tables."""
+    """Return the survey of a stage's sources as tables."""
     total = sum(source.epoch for source in sources)
     parts = [
         f"stage {stage.name}: {total} samples an epoch",
@@ -134,7 +134,7 @@ def _losses(sources: Sequence[SourceSurvey]) -> str:
 
 
 def _lengths(title: str, lengths: Sequence[tuple[str, Sequence[int]]]) -> str:
-    """How often each length occurs, by powers of two."""
+    """Return a histogram of lengths by powers of two."""
     known = [(name, distribution(values)) for name, values in lengths if values]
     if not known:
         return ""

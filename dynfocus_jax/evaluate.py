@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def evaluate(name: str, output: Path, config: ConfigDict, settings: ConfigDict, judge: Judge | None) -> None:
-    """Answers the questions of this process; the first one reports."""
+    """Answer the questions of this process; the first one reports."""
 
     # --- Questions ------------------------------------------------------------------------------------
     questions = read_benchmark(name, Path(_ANNOTATIONS.value).expanduser(), Path(_MEDIA.value).expanduser())
@@ -160,7 +160,7 @@ def _load(trained: Run, axes: ConfigDict) -> tuple[Engine, str]:
 
 
 def _described(trained: Run, weights: str, num_frames: int) -> dict:
-    """What the answers depend on besides the questions and how they are asked."""
+    """Return what the answers depend on, besides the questions and their prompts."""
     config, (stage, step) = trained.config, trained.folder.parts[-2:]
     model = to_dict(config.model) | {"num_frames": num_frames}
     model |= {key: config.data[key] for key in ("template", "text_guidance", "max_query", "image_layout")}

@@ -79,7 +79,7 @@ def extract_features(
     movies: Path | None = None,
     batch_size: int = 32,
 ) -> Done:
-    """Writes the features that `output` does not have yet; returns what all processes have done.
+    """Write the features that `output` does not have yet; returns what all processes have done.
 
     stage: whose media, None for all; movies: folder of movie features that are converted instead.
     batch_size: frames that go through the tower at once on each device.
@@ -150,7 +150,7 @@ def _settings(config: ConfigDict) -> ConfigDict:
 
 
 def _check_room(frames: int, config: ConfigDict, output: Path) -> None:
-    """Says how much will be written, about.
+    """Print how much will be written, about.
 
     Raises:
       UserError: there is not that much room.

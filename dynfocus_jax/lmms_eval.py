@@ -8,8 +8,8 @@ lmms-eval loads this whichever model it runs: neither JAX nor the model is impor
 
 
 def manifest():
-    """What lmms-eval asks a plugin for: the model's names, and the class to import when one is chosen."""
-    from lmms_eval.models.registry_v2 import ModelManifest
+    """Return the manifest that lmms-eval asks plugins for: the model's names and the class to import."""
+    from lmms_eval.models.registry_v2 import ModelManifest  # noqa: PLC0415 (an optional dependency)
 
     return ModelManifest(
         model_id="dynfocus_jax",

@@ -1,4 +1,4 @@
-"""What a configuration needs on a machine, without the machine: memory, work, traffic, speed at best.
+"""Plan a configuration for a machine that is not here: memory, FLOPs, traffic and best-case time.
 
     python -m dynfocus_jax.plan --config configs/instruct_7b.py --machine a100-80gb:8
     python -m dynfocus_jax.plan --config configs/instruct_7b.py:train=lora --machine h200:1 --steps train

@@ -1,4 +1,4 @@
-"""Which code a checkpoint was made by."""
+"""Version of the code that made a checkpoint."""
 
 import hashlib
 import subprocess

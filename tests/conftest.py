@@ -22,6 +22,9 @@ def pytest_configure():
     import jax
 
     jax.config.update("jax_num_cpu_devices", 8)
+    from tests import shapes
+
+    shapes.install()
 
 
 @pytest.fixture(scope="session")

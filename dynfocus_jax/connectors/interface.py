@@ -6,7 +6,7 @@ or `"my_module:MyConnector"`. Nothing else in the package knows the methods by n
 through an example.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.ops.packing import pack_frames
+from dynfocus_jax.published_names import Family, own_names
 from dynfocus_jax.sections import Section
 
 
@@ -43,7 +44,7 @@ class Subtitles(NamedTuple):
 
 
 class Randomness(NamedTuple):
-    """What a connector may draw from in training; None in evaluation, which is deterministic.
+    """Sources of randomness in training; evaluation has none and is deterministic.
 
     keys: one PRNG key per row, so that a row draws the same values in whatever microbatch it is.
     select_at_random: True while a stage selects at random (`stage.random_steps`).
@@ -70,7 +71,7 @@ class ConnectorInputs(NamedTuple):
 
 
 class Focus(NamedTuple):
-    """Which frames a connector gives most tokens to, in one form for the pictures of all methods."""
+    """Frames that a connector gives most tokens to, in the same form for the pictures of all methods."""
 
     frames: Int32[Array, "B J"]  # chosen frames
     valid: Bool[Array, "B J"]  # slots that are in use
@@ -106,6 +107,10 @@ class Connector(nn.Module):
     """(regular expression, mesh axes of the last dimensions) pairs over parameter paths below "connector/".
     A parameter that none matches is replicated."""
 
+    PUBLISHED: ClassVar[Mapping[str, Family]] = {}
+    """Tables of published names by family: reading prefers the first that fits, export writes the last.
+    Without any, the parameters are published under their own paths."""
+
     TRAINABLE: ClassVar[tuple[str, ...]] = ("connector/.*",)
     """What a stage trains that does not say: regular expressions over parameter paths of the whole model."""
 
@@ -115,6 +120,11 @@ class Connector(nn.Module):
 
         model: the section `config.model`, of which only the sizes of the other parts are meant to be read.
         """
+
+    @classmethod
+    def families(cls, paths: Iterable[str]) -> Mapping[str, Family]:
+        """Return the tables of published names; without any, the one of the parameters' own paths."""
+        return cls.PUBLISHED or {"own_names": own_names("connector", cls.__name__, paths)}
 
     @property
     def needs_text_queries(self) -> bool:

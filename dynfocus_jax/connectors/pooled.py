@@ -8,6 +8,7 @@ from dynfocus_jax.connectors.interface import Connector, ConnectorInputs, Visual
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.models.projector import PROJECTOR_FIELD, Projector
 from dynfocus_jax.ops.pooling import pool_grid
+from dynfocus_jax.published_names import Family, Rule, linear
 from dynfocus_jax.sections import Field
 
 POOL_FIELD = Field((4, 4), "rows and columns that a frame's patches are average-pooled to, P tokens in all")
@@ -15,6 +16,11 @@ PROJECTOR_SHARDING = (
     (r"projector/up/kernel", ("fsdp", "tensor")),  # [C, D]
     (r"projector/down/kernel", ("tensor", "fsdp")),  # [D, D]
     (r"projector/linear/kernel", ("fsdp", None)),  # [C, D]
+)
+PROJECTOR_NAMES: tuple[Rule, ...] = (  # as in LLaVA
+    *linear("model.mm_projector.0", "projector/up"),
+    *linear("model.mm_projector.2", "projector/down"),
+    *linear("model.mm_projector.linear", "projector/linear"),
 )
 
 
@@ -31,6 +37,9 @@ class PooledConnector(Connector):
 
     FIELDS: ClassVar = {"pool": POOL_FIELD, "projector": PROJECTOR_FIELD}
     SHARDING = PROJECTOR_SHARDING
+    PUBLISHED: ClassVar = {
+        "mm_projector": Family("connector", "projector (model.mm_projector.*)", r"model\.", PROJECTOR_NAMES)
+    }
 
     @classmethod
     def check(cls, settings: ConfigDict, model: ConfigDict, where: str) -> None:

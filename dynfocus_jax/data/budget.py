@@ -1,4 +1,4 @@
-"""What fits: frames and text of a sample in the shape of a batch, and in the longest sequence allowed."""
+"""Length budget: buckets of frames and text tokens, and the longest sequence allowed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ class Budget:
         return max(holds, key=lambda bucket: self.buckets[bucket][1])
 
     def overflow(self, text: int, frames: int, bucket: int) -> SampleError:
-        """Why a sample is not used: its text and the visual tokens of its frames are too long."""
+        """Return the error of a sample whose text and visual tokens are too long."""
         most_text = self.buckets[bucket][1]
         if text > most_text:
             return SampleError(

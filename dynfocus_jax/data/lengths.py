@@ -1,4 +1,4 @@
-"""How long samples are, known before any is read: text tokens and frames, kept in a file."""
+"""Lengths of samples, measured before training: text tokens and frames, kept in a file."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ _CHUNK = 1000  # measurements that are written together
 
 
 class Lengths:
-    """What was measured of conversations and files, also by earlier runs.
+    """Measured lengths of conversations and files, those of earlier runs included.
 
     path: a file of json lines: {"text": key, "ends": text tokens up to the end of each answer} and {"media":
       path, "info": the fields of MediaInfo}, with null for what cannot be used. What it holds is not measured
@@ -78,14 +78,14 @@ class Lengths:
         return blake2b(repr(about).encode(), digest_size=12).hexdigest()
 
     def _measure(self, load: SampleLoader) -> None:
-        """Adds what is missing, to the file too."""
+        """Add what is missing, to the file too."""
         texts = {self._text_key(record): index for index, record in enumerate(load.records)}
         self._fill(self._ends, texts, lambda key: load.text_ends(texts[key]), ("text", "ends"))
         files = sorted({str(record.media) for record in load.records if record.modality == "video"})
         self._fill(self._infos, files, lambda path: load.media.info(Path(path)), ("media", "info"))
 
     def _fill(self, known: dict, keys: Iterable[str], measure: Callable, fields: tuple[str, str]) -> None:
-        """Measures those of the keys that are not known; a line of the file has them under `fields`."""
+        """Measure those of the keys that are not known; a line of the file has them under `fields`."""
 
         def attempt(key: str):
             try:

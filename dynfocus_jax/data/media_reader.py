@@ -90,7 +90,7 @@ class MediaReader:
         return clip
 
     def subtitles(self, record: Record) -> list[Subtitle]:
-        """Those of the record's own file, else those that were kept with its features, else none.
+        """Return the subtitles of the record's own file, or those stored with its features, or none.
 
         Raises:
           MediaError: as `read`.
@@ -102,7 +102,7 @@ class MediaReader:
         return []
 
     def info(self, path: Path) -> MediaInfo:
-        """What a file holds, without decoding it.
+        """Return the header of a file, without decoding it.
 
         Raises:
           MediaError: as `read`.
@@ -111,7 +111,7 @@ class MediaReader:
         return self._attempt(path, lambda: look(path))
 
     def count(self, info: MediaInfo, record: Record, limit: int) -> int:
-        """How many frames `read` gives of a record whose file holds `info`."""
+        """Return the number of frames that `read` returns for a record whose file has the header `info`."""
         return count(info, self._sampling, limit, span=record.span)
 
     def _attempt(self, path: Path, read: Callable[[], Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Which sample stands in which row of which batch: a function of the step alone."""
+"""Order of samples: the sample of each row of each batch, as a function of the step alone."""
 
 import bisect
 import functools

@@ -1,4 +1,4 @@
-"""What a configuration takes from disk: its data folder (which may be generated), tokenizers, weights."""
+"""Inputs of a configuration on disk: the data folder (which may be generated), tokenizers, media readers."""
 
 import sys
 from pathlib import Path
@@ -31,7 +31,7 @@ def prepare(data: ConfigDict) -> Path:
 
 
 def check_weights(config: ConfigDict) -> None:
-    """Whether a configuration that builds on published weights (`config.weights`) starts from them.
+    """Check that a configuration that names published weights (`config.weights`) starts from a checkpoint.
 
     Raises:
       UserError: `config.initial` is not set; the sentence says which files are needed, and what to do.
@@ -83,7 +83,7 @@ def make_tokenizer(config: ConfigDict, vocabulary: Path, *, strict: bool = True)
 
 
 def make_media_reader(config: ConfigDict, data_root: Path | None = None) -> MediaReader:
-    """What reads the files of a configuration; worker processes share the memory for decoded frames.
+    """Return the reader of a configuration's media files; worker processes share its memory for frames.
 
     data_root: folder of annotations and media; with it features are read where `config.data.features` names
       them, without it pixels.
@@ -112,7 +112,7 @@ def _check_size(config: ConfigDict, section: str, tokens: int, clause: str) -> N
 
 
 def _generate(root: Path, data: ConfigDict) -> Path:
-    """Makes the needles benchmark unless it is there, with a progress bar on a terminal."""
+    """Make the needles benchmark unless it is there, with a progress bar on a terminal."""
     with tqdm.tqdm(desc="generating needles", unit="file", disable=not sys.stderr.isatty()) as bar:
 
         def progress(done: int, total: int) -> None:

@@ -25,7 +25,7 @@ Turns = Sequence[tuple[str, str]]
 
 
 class Change(NamedTuple):
-    """What a sample lost because it was too long."""
+    """Part of a sample that was left out because the sample was too long."""
 
     what: str  # "turns" | "frames" | "subtitles"
     action: str  # in a few words, with numbers
@@ -193,7 +193,7 @@ class SampleLoader:
         return encode_conversation(self._tokenizer, turns, self._template, learn=learn, **options)
 
     def _turns_within(self, conversation: Conversation, room: int) -> int:
-        """How many turns may stay; 0 when none may be dropped, or none fits."""
+        """Return the number of turns that fit; 0 if none may be dropped, or none fits."""
         return sum(end <= room for end in conversation.ends) if self._may_drop else 0
 
     @property

@@ -1,4 +1,4 @@
-"""What became of samples that were not used, or not as they are: told once for each record."""
+"""Lists of samples that were skipped or shortened, each record once."""
 
 import threading
 from collections import Counter
@@ -22,7 +22,7 @@ class Listing:
         self._listed = set(map(self._key, self.records))
 
     def add(self, entry: dict) -> None:
-        """Lists `entry` ("id", "source" and more) unless one of that record is listed."""
+        """List `entry` ("id", "source" and more) unless one of that record is listed."""
         if self._key(entry) in self._listed:
             return
         self._listed.add(self._key(entry))
@@ -56,11 +56,11 @@ class Skipped:
 
     @property
     def records(self) -> list[dict]:
-        """What is listed."""
+        """The listed entries."""
         return self._listing.records
 
     def note(self, record: Record, reason: str | None) -> None:
-        """Counts one sample; `reason` says why it was skipped, None that it was used."""
+        """Count one sample; `reason` says why it was skipped, None that it was used."""
         with self._lock:
             self.seen += 1
             if reason is None:
@@ -75,7 +75,7 @@ class Skipped:
                 )
 
     def refuse(self, refused: Iterable[tuple[str, Refused]], entries: int) -> None:
-        """Lists the entries of annotation files, of `entries` in all, that are no records.
+        """List the entries of annotation files, of `entries` in all, that are no records.
 
         Raises:
           UserError: they are too many.
@@ -102,11 +102,11 @@ class Shortened:
 
     @property
     def records(self) -> list[dict]:
-        """What is listed."""
+        """The listed entries."""
         return self._listing.records
 
     def note(self, record: Record, changes: Iterable[tuple[str, str]]) -> None:
-        """Counts one sample; changes: "turns", "frames" or "subtitles", and a few words with numbers."""
+        """Count one sample; changes: "turns", "frames" or "subtitles", and a few words with numbers."""
         with self._lock:
             self.counts.update(what for what, _ in changes)
             self._listing.add({**_name(record), "action": ", ".join(action for _, action in changes)})

@@ -1,4 +1,4 @@
-"""What the sources of a stage hold and what training would make of it: every record, and files at random."""
+"""Survey of a stage's sources before training: all records, and a random sample of files."""
 
 import sys
 from collections import Counter
@@ -22,7 +22,7 @@ _CHUNK = 1000  # tasks that are handed to the threads together
 
 
 class Problem(NamedTuple):
-    """Why an entry or record cannot be used."""
+    """An entry or record that cannot be used, with the reason."""
 
     id: str
     # of `sources.Refused`, or "missing" | "words" | "conversation" | "too long" | "unreadable" | "subtitles"
@@ -48,12 +48,12 @@ class SourceSurvey(NamedTuple):
 
     @property
     def faults(self) -> Counter[str]:
-        """How many entries have which fault."""
+        """Return the number of entries by fault."""
         return Counter(problem.fault for problem in self.problems)
 
     @property
     def unusable(self) -> float:
-        """How many entries cannot be used: those found so, and unreadable files as often as when decoding."""
+        """Estimate the number of unusable entries, with unreadable files at the decoded sample's rate."""
         faults = self.faults
         del faults["unreadable"]
         files = self.records - self.modalities["text"] - faults["missing"]
@@ -61,7 +61,7 @@ class SourceSurvey(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What a pass over records came to."""
+    """Results of a pass over records."""
 
     values: list[int]
     problems: list[tuple[int, Problem]]  # with the number of the record
@@ -134,7 +134,7 @@ class Surveyor:
         return _Found([], problems)
 
     def _files_of(self, record: Record) -> list[Path]:
-        """What is read of a record: not the file of its frames where features stand in for them."""
+        """Return the files that are read for a record: with features, not the file of its frames."""
         frames = record.media if self.media.features is None else None
         read = (frames, record.subtitles if self.budget.max_subtitle else None)
         return [path for path in read if path is not None]
@@ -214,7 +214,7 @@ def distribution(values: Sequence[int]) -> dict | None:
 
 
 def _fate(ends: Sequence[int], frames: int, budget: Budget) -> str:
-    """What becomes of a sample: "" it is used as it is, "shortened", or the reason why it is skipped."""
+    """Return "" for a sample that is used unchanged, "shortened", or the reason why it is skipped."""
     bucket = budget.choose(ends, frames)
     room = budget.text_room(frames, bucket)
     if ends[-1] <= room:

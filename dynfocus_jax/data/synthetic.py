@@ -71,7 +71,7 @@ def generate(
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Writes the benchmark under `root` and returns its folder, at once when it is already there.
+    """Write the benchmark under `root` and returns its folder, at once when it is already there.
 
     The folder's name carries a hash of everything that decides its content. It holds a LLaVA json file a
     split (`validation`, `heldout`: one record a question; `train`, `images`, `sequences`: all questions of a
@@ -155,7 +155,7 @@ def _dump(path: Path, content: object) -> None:
 def _write_items(
     folder: Path, seed: int, split: str, indices: range
 ) -> list[tuple[str, list[Scene], list[dict]]]:
-    """Writes the media of some items of a split; (media path, objects, records) of each."""
+    """Write the media of some items of a split; (media path, objects, records) of each."""
     items = []
     for index in indices:
         rng = np.random.default_rng((seed, SPLITS.index(split), index))
@@ -379,7 +379,7 @@ def _draw_object(
     quadrant: int,
     color: np.ndarray,
 ) -> None:
-    """Blends a shape at a random place of a quadrant into some of `frames` [T, H, W, 3], in place."""
+    """Blend a shape at a random place of a quadrant into some of `frames` [T, H, W, 3], in place."""
     row, column = divmod(quadrant, 2)
     top = row * QUADRANT + int(rng.integers(0, QUADRANT - size + 1))
     left = column * QUADRANT + int(rng.integers(0, QUADRANT - size + 1))
@@ -388,7 +388,7 @@ def _draw_object(
 
 
 def write_video(path: str | Path, frames: np.ndarray, options: dict[str, str] = X264) -> None:
-    """Encodes uint8 [T, H, W, 3] as H.264 (yuv420p); one thread, so that the bytes are reproducible."""
+    """Encode uint8 [T, H, W, 3] as H.264 (yuv420p); one thread, so that the bytes are reproducible."""
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options=dict(options))
         stream.height, stream.width = frames.shape[1:3]

@@ -15,14 +15,14 @@ from dynfocus_jax.serving.engine import Completion, Request
 
 
 class Answerer(Protocol):
-    """What is needed of `serving.engine.Engine`."""
+    """The part of `serving.engine.Engine` that answering needs."""
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """An answer for each request, in their order."""
 
 
 class Progress(NamedTuple):
-    """What became of the questions so far."""
+    """Numbers of questions processed so far."""
 
     answered: int = 0
     failed: int = 0
@@ -50,7 +50,7 @@ def answer(
     threads: int,
     progress: Callable[[Progress], None] = lambda done: None,
 ) -> Progress:
-    """Answers those of `questions` that have no answer yet, and adds an entry for each.
+    """Answer those of `questions` that have no answer yet, and add an entry for each.
 
     settings: the benchmark's section of configs/benchmarks.py. What cannot be read or answered gets an entry
     without a prediction, with its reason.
@@ -100,7 +100,7 @@ def answer(
 
 
 def request_of(question: Question, clip: Clip, clips: Clips, settings: Mapping) -> Request:
-    """What the engine is asked, greedily.
+    """Return the greedy request of a question.
 
     Raises:
       MediaError: the subtitles cannot be read.

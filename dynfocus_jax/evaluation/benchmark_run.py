@@ -23,7 +23,7 @@ RESULTS, RUN, SUBMISSION, TABLE = "results.json", "run.json", "submission.json",
 
 
 class Share(NamedTuple):
-    """Which process of how many this is."""
+    """This process's number among all processes."""
 
     process: int = 0
     processes: int = 1
@@ -35,7 +35,7 @@ ALONE = Share()
 def begin(
     output: Path, name: str, questions: Sequence[Question], about: Mapping, checkpoint: str = ""
 ) -> None:
-    """Keeps what the predictions of a folder depend on, and takes old results away. Process 0 calls it.
+    """Keep what the predictions of a folder depend on, and takes old results away. Process 0 calls it.
 
     about: of the weights, the model and how it is asked, JSON-able; the same in every run of a folder.
     checkpoint: where the weights are; this and the code may change, and are kept of every run.
@@ -86,7 +86,7 @@ def run(
     file_name: str = "predictions.jsonl",
     wait: float = 1.0,
 ) -> dict:
-    """Answers this process's questions; the first process waits for the others' and writes the results.
+    """Answer this process's questions; the first process waits for the others and writes the results.
 
     Every process returns the results. The folder is one that all processes see.
     """
@@ -122,7 +122,7 @@ def report(
     predictions: Predictions,
     judge: Judge | None,
 ) -> dict:
-    """Writes and returns the results of all questions.
+    """Write and returns the results of all questions.
 
     Raises:
       RunError: a question has no entry, the judge does not answer, or the results cannot be written.
@@ -143,7 +143,7 @@ def report(
 
 
 def _await(files: Sequence[Path], seconds: float) -> None:
-    """Looks every so many seconds whether the files are there. (A process that dies ends the others.)"""
+    """Wait until the files exist, checking at an interval; a process that dies ends the others."""
     while not all(path.exists() for path in files):
         time.sleep(seconds)
 

@@ -21,7 +21,7 @@ class Graded(NamedTuple):
 
 
 def understand(question: Question, prediction: str) -> object:
-    """What the words of an answer mean; None is what cannot be understood."""
+    """Parse an answer; return None if it cannot be understood."""
     if question.form == "choice":
         return parsing.letter(prediction, question.options)
     if question.form == "yes_no":
@@ -62,5 +62,5 @@ def grade(questions: Sequence[Question], entries: Mapping[str, Mapping]) -> list
 
 
 def _unless_open(question: Question, correct: Callable[[], bool]) -> bool | None:
-    """Where there is nothing to compare with (open answers, a key that the benchmark keeps): None."""
+    """Return None for questions without a public key (open answers, hidden keys)."""
     return None if question.form in ("open", "span") or question.answer is None else correct()

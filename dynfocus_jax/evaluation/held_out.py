@@ -30,7 +30,7 @@ from dynfocus_jax.visualize.focus import Strip, draw_focus
 def evaluate_run(
     config: ConfigDict, params: dict, *, data_root: Path, tokenizer, workdir: Path, mesh: Mesh
 ) -> dict:
-    """Answers all questions of `config.evaluation.annotations`; writes predictions.jsonl and focus.png.
+    """Answer all questions of `config.evaluation.annotations`; write predictions.jsonl and focus.png.
 
     The devices of the mesh share each batch of questions. All processes return the results, the first writes.
     params: as the last stage has left them on the mesh; see `Engine` for which of them are copied.
@@ -70,7 +70,7 @@ def evaluate_run(
 
 
 def check_features(config: ConfigDict, data_root: Path) -> None:
-    """Whether features that are read in place of pixels are there for the evaluation too.
+    """Check that features exist for the held-out questions too; raise UserError otherwise.
 
     Raises:
       UserError: they are not.

@@ -66,7 +66,7 @@ class Judge:
         self.close()
 
     def close(self) -> None:
-        """Ends the connections."""
+        """End the connections."""
         self._endpoint.close()
 
     def grade(self, items: Sequence[Item]) -> list[Verdict]:
@@ -96,7 +96,7 @@ class Judge:
         return verdicts
 
     def record(self) -> dict:
-        """What a report has to say of the judge of all that was graded so far."""
+        """Return the description of the judge for the report of all answers graded so far."""
         return {
             "endpoint": self._endpoint.url,
             "model": self.settings.model,
@@ -110,7 +110,7 @@ class Judge:
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     def _ask(self, chats: dict[str, tuple[Rubric, list[dict]]]) -> dict[str, str | Reply]:
-        """Asks and keeps the readable replies. Returns, for the rest, the reason or the unreadable reply."""
+        """Ask and keeps the readable replies. Returns, for the rest, the reason or the unreadable reply."""
         failures: dict[str, str | Reply] = {}
         if not chats:
             return failures
@@ -224,7 +224,7 @@ class Replies:
         return self._replies.get(key, _NOTHING)
 
     def keep(self, key: str, reply: Reply) -> None:
-        """Adds a reply; it is in the file when this returns."""
+        """Add a reply; it is in the file when this returns."""
         with self._lock:
             self._replies[key] = reply
             if self._path is not None:

@@ -16,7 +16,7 @@ from dynfocus_jax.media.deadline import TimedOut, within
 
 
 class JudgeSettings(NamedTuple):
-    """Which judge, and how patiently it is asked. Times are in seconds."""
+    """Endpoint, model and retry settings of a judge. Times are in seconds."""
 
     model: str
     base_url: str = "https://api.openai.com/v1"
@@ -76,12 +76,12 @@ class Endpoint:
         )
 
     def close(self) -> None:
-        """Ends the waits under way and closes the connections."""
+        """End the waits under way and close the connections."""
         self.stopped.set()
         self._client.close()
 
     def body(self, messages: list[dict[str, str]]) -> dict:
-        """What is sent for a chat."""
+        """Return the request body of a chat."""
         return {**self.settings.parameters, "model": self.settings.model, "messages": messages}
 
     def ask(self, messages: list[dict[str, str]]) -> Reply:
@@ -141,7 +141,7 @@ class Endpoint:
             return response.status_code, response.headers, bytes(content)
 
     def _complaint(self, content: bytes) -> str:
-        """What an error's body says, as `: text`; never the key."""
+        """Return the message in an error's body as `: text`, without the key."""
         try:
             error = json.loads(content)["error"]
             said = f"{error.get('code') or ''} {error['message']}" if isinstance(error, dict) else str(error)

@@ -1,4 +1,4 @@
-"""What a judge is asked about an open answer, and how its reply is read."""
+"""Prompts for a judge of open answers, and parsers of its replies."""
 
 import hashlib
 import re
@@ -12,7 +12,7 @@ from dynfocus_jax.errors import UserError, suggest
 
 
 class Marks(NamedTuple):
-    """What a reply says. correct: None where the rubric asks for no yes or no; scores: by key."""
+    """Parsed reply of a judge. correct: None if the rubric has no yes or no; scores: by key."""
 
     correct: bool | None
     scores: dict[str, float]
@@ -38,7 +38,7 @@ class Rubric(NamedTuple):
 
     @property
     def fields(self) -> frozenset[str]:
-        """What a question has to bring."""
+        """Fields of a question that the prompt needs."""
         return frozenset(self.user.get_identifiers())
 
     def messages(self, fields: dict[str, str]) -> list[dict[str, str]]:
@@ -49,7 +49,7 @@ class Rubric(NamedTuple):
         ]
 
     def read(self, reply: str) -> Marks | None:
-        """What the reply's last {...} with all keys says; None without one or with a value out of its range.
+        """Parse the reply's last {...} with all keys; return None without one or if a value is out of range.
 
         The braces hold a Python or JSON dictionary, or what judges write for one (doubled quotes, sums).
         """
@@ -89,7 +89,7 @@ def rubrics() -> dict[str, Rubric]:
 
 
 def rubric_named(name: str) -> Rubric:
-    """Raises UserError if there is none of that name."""
+    """Raise UserError if there is none of that name."""
     if name not in rubrics():
         raise UserError(f"there is no rubric {name!r} for the judge{suggest(name, rubrics())}.")
     return rubrics()[name]

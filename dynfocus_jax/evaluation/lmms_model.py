@@ -55,7 +55,8 @@ class DynFocus(lmms):
             raise UserError(
                 "lmms-eval was started in several processes; start one: it uses all devices of the machine."
             )
-        from dynfocus_jax.evaluation.lmms_requests import Answerer
+        # Not before the arguments are checked: importing JAX takes seconds and takes the accelerators.
+        from dynfocus_jax.evaluation.lmms_requests import Answerer  # noqa: PLC0415
 
         self._answerer = Answerer.of(Path(str(checkpoint)), num_frames)
         is_auto = str(batch_size).startswith("auto")
@@ -86,13 +87,13 @@ class DynFocus(lmms):
         return GenerationResult(text=completion.text, token_counts=counts)
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Raises UserError: the model writes answers, it does not score given ones."""
+        """Raise UserError: the model writes answers, it does not score given ones."""
         raise UserError(
             f"{_tasks(requests)} scores given answers, which dynfocus_jax does not do; use a generating task."
         )
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        """Raises UserError: a task's rounds are not played."""
+        """Raise UserError: a task's rounds are not played."""
         raise UserError(
             f"{_tasks(requests)} has several rounds, which dynfocus_jax does not play; use another task."
         )

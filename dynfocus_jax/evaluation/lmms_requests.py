@@ -38,7 +38,7 @@ class Answerer:
 
     @classmethod
     def of(cls, checkpoint: Path, num_frames: int | None) -> "Answerer":
-        """Of a run's checkpoint, on all devices of this machine.
+        """Load a run's checkpoint onto all devices of this machine.
 
         Raises:
           UserError: the checkpoint cannot be used.
@@ -57,7 +57,7 @@ class Answerer:
 
     @property
     def most_at_once(self) -> int:
-        """How many questions the engine answers together."""
+        """Largest number of questions that the engine answers together."""
         return self._engine.config.generation.batch[-1]
 
     def answer(self, chats: Sequence[Chat]) -> list[Completion]:
@@ -151,7 +151,7 @@ def split(messages: Sequence[Mapping]) -> tuple[tuple[tuple[str, str], ...], lis
 
 
 def sampling_of(settings: Mapping, seed: int) -> SamplingParams:
-    """How a task wants its tokens chosen: greedily, unless it names a temperature and lets sample.
+    """Return a task's sampling settings: greedy, unless it sets a temperature and allows sampling.
 
     Raises:
       UserError: it wants beam search.

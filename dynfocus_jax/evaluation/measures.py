@@ -8,7 +8,7 @@ from dynfocus_jax.evaluation.grading import Graded
 
 
 class Measured(NamedTuple):
-    """What a benchmark reports.
+    """Results of a benchmark.
 
     overall: {measure: value}, shares from 0 to 1 and scores as the benchmark has them; None: not measured.
     by: {group: {category: {"questions": number, measure: value}}}.

@@ -32,7 +32,7 @@ def offline(graded: Sequence[Graded]) -> dict | None:
 
 
 def judged(graded: Sequence[Graded], judge: judging.Judge, mean_name: str, dimensions: int) -> dict | None:
-    """What a judge says of all free answers, by dimension; None of none.
+    """Return the judge's results for all free answers, by dimension; None if there are none.
 
     mean_name: of the mean over the benchmark's `dimensions`.
 
@@ -66,7 +66,7 @@ def _free(graded: Sequence[Graded]) -> list[Graded]:
 
 
 def _items(whole: Sequence[Graded], rubric: str) -> list[judging.Item]:
-    """What the judge is asked about questions that belong together: one thing, or one of each."""
+    """Return the judge's items for a group of questions: one for all, or one for each."""
 
     def fields(each: Graded) -> dict[str, str]:
         known = {"question": each.question.question, "answer": each.question.answer}

@@ -1,4 +1,4 @@
-"""What a model's words mean: a letter, yes or no, a span of time. None is what cannot be understood.
+"""Parsers of answers: a letter, yes or no, a span of time; None if an answer cannot be understood.
 
 No answer is ever guessed: what names several options, or none, is not understood, and counts as wrong.
 """

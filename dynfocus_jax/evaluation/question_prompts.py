@@ -1,4 +1,4 @@
-"""What the model reads for a question, and the frames and subtitles that go with it."""
+"""Prompts of benchmark questions, with their frames and subtitles."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ def prompt_of(question: Question, settings: Mapping, subtitles: Sequence[str] = 
 
 
 def guidance_of(question: Question, settings: Mapping) -> str:
-    """What the text encoder reads of a question: without the instructions, which would fill its few tokens.
+    """Return the text encoder's input: the question without instructions, which would fill its few tokens.
 
     Raises:
       UserError: as `prompt_of`.

@@ -99,8 +99,8 @@ def table_entries(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def _parquet_entries(path: Path) -> Iterator[tuple[int, object]]:
-    import pyarrow
-    from pyarrow import parquet
+    import pyarrow  # noqa: PLC0415 (takes 0.6 s, which other formats need not wait for)
+    from pyarrow import parquet  # noqa: PLC0415
 
     try:
         with parquet.ParquetFile(path) as file:
@@ -141,7 +141,7 @@ def media_file(folder: MediaFolder, key: str, names: Sequence[str]) -> Path:
 
 
 def with_suffixes(name: str, *folders: str) -> list[str]:
-    """Places of a video that is named without its suffix (or with it): in each folder, below `folders`."""
+    """Path of a video that is named without its suffix (or with it): in each folder, below `folders`."""
     names = [name] if name.lower().endswith(VIDEO_SUFFIXES) else [name + suffix for suffix in VIDEO_SUFFIXES]
     return [f"{parent}/{each}" if parent else each for parent in ("", *folders) for each in names]
 

@@ -58,7 +58,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def format_table(results: Mapping) -> str:
-    """What a person wants to see: every measure by category and overall, and what is missing."""
+    """Return the table of results: every measure by category and overall, and missing answers."""
     failed, unclear = results["failed"], results["not_understood"]
     lines = [
         f"{results['benchmark']}: {results['questions']} questions, {results['answered']} answered, "

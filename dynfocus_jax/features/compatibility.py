@@ -15,7 +15,7 @@ TOWER = "vision/"  # how the paths of its parameters begin
 
 
 def check_frozen(name: str, paths: Iterable[str], is_trained: Callable[[str], bool]) -> None:
-    """Whether a stage leaves the tower as it is; paths: of its parameters, of which it trains some.
+    """Check that a stage does not train the vision tower. paths: all parameters of the stage.
 
     Raises:
       UserError: it does not.
@@ -30,7 +30,7 @@ def check_frozen(name: str, paths: Iterable[str], is_trained: Callable[[str], bo
 
 
 def check_tower(features: FeatureStore | None, params: Mapping[str, jax.Array], mesh: Mesh) -> None:
-    """Whether features were computed by the tower among the parameters {path: array}; None is no features.
+    """Check that features come from the vision tower in the parameters {path: array}; None: no features.
 
     Raises:
       UserError: they were not.

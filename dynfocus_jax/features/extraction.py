@@ -18,7 +18,7 @@ from dynfocus_jax.features.tower import Tower
 
 
 class Done(NamedTuple):
-    """What became of the media of this process."""
+    """Numbers of media processed by this process."""
 
     media: int = 0
     frames: int = 0
@@ -35,7 +35,7 @@ def extract(
     threads: int,
     progress: Callable[[Done], None],
 ) -> Done:
-    """Stores the features of this process's media.
+    """Store the features of this process's media.
 
     Frames of several media share a call of the tower, for which the processes wait for each other until none
     has a frame left; tower: None where all media are features already.
@@ -57,7 +57,7 @@ def extract(
         progress(done)
 
     def deliver() -> None:
-        """Hands the features of the call before to the media that wait for them."""
+        """Hand the features of the call before to the media that wait for them."""
         for call, count in running:
             for row in tower.finish(call, count):
                 key, looked, features = opened[0]
@@ -99,7 +99,7 @@ def extract(
 def _in_order(
     pool: ThreadPoolExecutor, look: Callable, work: Sequence[tuple[Key, Wanted]], ahead: int
 ) -> Iterator[tuple[Key, Wanted, Looked | str]]:
-    """What `look` gives of each medium, or why it gives nothing; `ahead` of them are being read."""
+    """Yield `look`'s result for each medium, or its error, in order, reading `ahead` media in advance."""
 
     def attempt(wanted: Wanted) -> Looked | str:
         try:

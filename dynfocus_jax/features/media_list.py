@@ -1,4 +1,4 @@
-"""Which media a configuration reads, and which frames of each are to go through the tower."""
+"""List of the media that a configuration reads, and of the frames to extract from each."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ class Wanted(NamedTuple):
 
 
 class Looked(NamedTuple):
-    """What is to be stored of a medium."""
+    """Frames of a medium that are to be stored."""
 
     info: MediaInfo
     parts: dict[int, Part]  # by limit
@@ -107,7 +107,7 @@ def _add(wanted: dict[Key, Wanted], records: Sequence[Record], limits: set[int],
 
 
 def remaining(wanted: Mapping[Key, Wanted], index: Mapping[Key, Entry]) -> list[tuple[Key, Wanted]]:
-    """What the index does not have yet; of a medium that is there for some limits, all limits."""
+    """Return the media that the index lacks; one with only some of its limits comes back with all of them."""
     rest = []
     for key, (record, limits) in wanted.items():
         there = index[key].limits if key in index else ()
@@ -180,7 +180,7 @@ class Looker:
         return Looked(_movie_info(movie), parts, features.astype(self._dtype), movie.subtitles)
 
     def frames(self, wanted: Wanted) -> int:
-        """How many frames `look` gives, at most; 0 for a medium that cannot be read."""
+        """Return the largest number of frames that `look` may return; 0 for an unreadable medium."""
         record, limits = wanted
         try:
             if record.media.suffix == SUFFIX:
@@ -193,7 +193,7 @@ class Looker:
         return min(sum(each), max(info.frames, 1))
 
     def estimate(self, work: Sequence[tuple[Key, Wanted]]) -> int:
-        """How many frames all the media have, about: some of them are looked at, without decoding."""
+        """Estimate the number of frames of all media from the headers of some."""
         chosen = np.random.default_rng(0).permutation(len(work))[:_PROBED]
         return round(sum(self.frames(work[i][1]) for i in chosen) * len(work) / max(1, len(chosen)))
 

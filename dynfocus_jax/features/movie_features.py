@@ -43,11 +43,11 @@ class Movie(NamedTuple):
 
 
 class Refusal(ValueError):
-    """What is in a file is not what movie features are made of."""
+    """The file contains something that movie features do not consist of."""
 
 
 def read_movie(path: Path) -> Movie:
-    """Reads a file of movie features; other entries of its dict are ignored.
+    """Read a file of movie features; other entries of its dict are ignored.
 
     Raises:
       MediaError: it is missing, is no pickle, is more than plain data, or its parts do not fit each other.
@@ -82,7 +82,7 @@ def _movie(content: Any) -> Movie:
 
 
 def _subtitles(text: str, frames: int) -> list[Subtitle]:
-    """What is said at each frame, where something is; a frame is shown for a second."""
+    """Return the subtitles of the frames that have any; a frame lasts one second."""
     before, *spoken = text.split(_MARKER)
     if len(spoken) != frames:
         raise Refusal(f'"inputs" has {len(spoken)} times {_MARKER}, but there are {frames} frames')
@@ -189,7 +189,7 @@ _NAMES = {
 
 
 def _load(data: memoryview) -> Any:
-    """What the pickle (of protocol 3 to 5) in `data` describes.
+    """Return the content of the pickle (protocol 3 to 5) in `data`.
 
     Raises:
       Refusal: it is no whole pickle, or has anything but plain data and arrays of floats in it.
@@ -209,7 +209,7 @@ def _load(data: memoryview) -> Any:
 
 
 class _Machine:
-    """What goes through a pickle: a stack, others below it where a mark was set, and a memory."""
+    """Interpreter of a pickle's opcodes: a stack, the stacks below its marks, and a memo."""
 
     def __init__(self):
         self.stack: list = []
@@ -267,7 +267,7 @@ class _Machine:
                 raise Refusal(f"its pickle has the operation {operation}, which plain data does not need")
 
     def _collect(self, operation: str, items: list) -> None:
-        """Ends the operations that take several items from the stack."""
+        """End the operations that take several items from the stack."""
         stack = self.stack
         if operation == "TUPLE":
             stack.append(tuple(items))

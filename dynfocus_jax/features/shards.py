@@ -28,7 +28,7 @@ _OPTIONS = "group_size:1,uncompressed"  # a frame can be read on its own; featur
 
 
 def begin_folder(folder: Path, description: dict) -> None:
-    """Makes the folder, or goes on in one whose description is the same; nothing else may be writing there.
+    """Make the folder, or goes on in one whose description is the same; nothing else may be writing there.
 
     What a killed run has left, and lists of what could not be read, are deleted: all of it is tried again.
 
@@ -92,7 +92,7 @@ class ShardWriter:
         frames: np.ndarray,
         subtitles: Sequence[Subtitle] = (),
     ) -> None:
-        """Writes a medium: `frames` [n, (1 +) N, C] that the rows of `parts` count.
+        """Write a medium: `frames` [n, (1 +) N, C] that the rows of `parts` count.
 
         Raises:
           RunError: it cannot be written.
@@ -111,7 +111,7 @@ class ShardWriter:
             self.finish()
 
     def finish(self) -> None:
-        """Finishes the shard that is being written, if there is one.
+        """Finish the shard that is being written, if there is one.
 
         Raises:
           RunError: it cannot be written.
@@ -156,6 +156,6 @@ class ShardWriter:
 
 
 def _to_disk(path: Path) -> None:
-    """Waits until a file's content is on the disk, before it is renamed to what counts as finished."""
+    """Wait until a file's content is on the disk, before it is renamed to what counts as finished."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

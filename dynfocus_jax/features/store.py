@@ -42,7 +42,7 @@ _READER = {"options": "readahead_buffer_size:0,max_parallelism:0", "file_reader_
 
 
 def check_storable(config: ConfigDict) -> None:
-    """Whether the frames of a configuration can be known before training.
+    """Check that the frames of a configuration are known before training; raise UserError otherwise.
 
     Raises:
       UserError: they are drawn at random, or as many as the text leaves room for.
@@ -62,12 +62,12 @@ def check_storable(config: ConfigDict) -> None:
 
 
 def feature_dtype(config: ConfigDict) -> np.dtype:
-    """What features are kept in: what the tower gives, bfloat16 by default."""
+    """Return the dtype of stored features: that of the vision tower's output, bfloat16 by default."""
     return np.dtype({"bfloat16": ml_dtypes.bfloat16}.get(config.model.dtype, config.model.dtype))
 
 
 def feature_shape(config: ConfigDict) -> tuple[int, int]:
-    """Of a frame's features: tokens, of which the class token comes first where there is one, and width."""
+    """Return the shape of a frame's features: tokens (the class token first, if there is one) and width."""
     vision = config.model.vision
     return (vision.image_size // vision.patch_size) ** 2 + vision.cls_token, vision.width
 
@@ -78,7 +78,7 @@ def blank_frame(config: ConfigDict) -> np.ndarray | None:
 
 
 def describe(config: ConfigDict) -> dict:
-    """What the features of a configuration depend on, apart from the tower's weights. JSON-able."""
+    """Return the settings that features depend on, apart from the tower's weights, as JSON-able values."""
     vision = to_dict(config.model.vision)
     return {
         "format": _FORMAT,
@@ -90,7 +90,7 @@ def describe(config: ConfigDict) -> dict:
 
 
 def read_description(folder: Path) -> dict | None:
-    """What `describe` said when the folder was begun, with "weights" and "code"; None for no such folder."""
+    """Return the description in a folder, with "weights" and "code"; None if there is no such folder."""
     try:
         return json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -102,7 +102,7 @@ def read_description(folder: Path) -> dict | None:
 
 
 def unlike(described: Mapping, wanted: Mapping) -> list[str]:
-    """What a description says differently from `wanted`, a few words for each field that this has."""
+    """List the fields in which a description differs from `wanted`."""
     return differences({key: described.get(key) for key in wanted}, dict(wanted), ("there", "here"))
 
 
@@ -110,7 +110,7 @@ def unlike(described: Mapping, wanted: Mapping) -> list[str]:
 
 
 class Key(NamedTuple):
-    """What features belong to."""
+    """Identity of a medium whose features are stored."""
 
     media: str  # path, relative to the data's root where it lies below it
     modality: str  # "image" | "video": a GIF can be read as either
@@ -118,7 +118,7 @@ class Key(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Where the features of a medium are."""
+    """Location of a medium's features."""
 
     shard: str  # name of the file
     record: int  # of the header; the frames come behind it
@@ -270,7 +270,7 @@ class FeatureStore:
         return Clip(pictures, np.asarray(part["times"], np.float64), np.asarray(part["indices"], np.int32))
 
     def subtitles(self, record: Record) -> list[Subtitle]:
-        """Those that came with the features.
+        """Return the subtitles stored with the features.
 
         Raises:
           MediaError: as `read`.
@@ -278,14 +278,14 @@ class FeatureStore:
         return [Subtitle(*each) for each in self._header(self._entry(record))["subtitles"]]
 
     def info(self, path: Path) -> MediaInfo:
-        """What `probe` said of the file. Raises MediaError where it was not extracted."""
+        """Return the stored header of a file; raise MediaError if it was not extracted."""
         info = self._infos.get(key_of(Record("", path, ()), self._root).media)
         if info is None:
             raise MediaError(self._nothing(path))
         return info
 
     def missing(self, record: Record, limits: Iterable[int]) -> str | None:
-        """Why a record cannot be read with all of the limits; None when it can."""
+        """Return the reason why a record cannot be read with all limits; None if it can."""
         try:
             entry = self._entry(record)
         except MediaError as error:
@@ -294,7 +294,7 @@ class FeatureStore:
         return f"{record.media}: {self._lacks(entry, lacking[0])}" if lacking else None
 
     def require(self, records: Iterable[Record], limits: Collection[int], max_share: float) -> None:
-        """Whether all but a few of the records can be read with all of the limits.
+        """Check that all but a few records can be read with all limits; raise UserError otherwise.
 
         Raises:
           UserError: more than `max_share` of them cannot.

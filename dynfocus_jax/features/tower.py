@@ -68,11 +68,11 @@ class Tower:
         self._encode = jax.jit(encode, out_shardings=batch_sharding(mesh))
 
     def start(self, frames: Sequence[np.ndarray]) -> jax.Array:
-        """Begins to compute the features of at most `rows` frames, uint8 [H, W, 3] each."""
+        """Begin to compute the features of at most `rows` frames, uint8 [H, W, 3] each."""
         padded = [*frames, *[self._blank] * (self.rows - len(frames))]
         return self._encode(self._params, to_devices(np.stack(padded), self._mesh))
 
     def finish(self, features: jax.Array, count: int) -> np.ndarray:
-        """What was begun: [count, (1 +) N, C] in the model's dtype."""
+        """Wait for the computation: features [count, (1 +) N, C] in the model's dtype."""
         shards = sorted(features.addressable_shards, key=lambda shard: shard.index[0].start or 0)
         return np.concatenate([np.asarray(shard.data) for shard in shards])[:count]

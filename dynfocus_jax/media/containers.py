@@ -1,4 +1,4 @@
-"""Whether a file holds all the bytes that its container's own sizes promise, without reading them."""
+"""Truncation of files: compare the size that a container declares with the file's, without reading it."""
 
 from pathlib import Path
 from typing import BinaryIO

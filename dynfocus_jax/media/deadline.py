@@ -10,7 +10,7 @@ class TimedOut(Exception):
 
 
 def within(seconds: float, function: Callable[[], Any]) -> Any:
-    """What `function` returns or raises, in a thread of its own.
+    """Run `function` in a thread of its own and return its result.
 
     Raises:
       TimedOut: it takes longer. Its thread is left alone (nothing can stop a decoder that hangs) and does not

@@ -58,7 +58,7 @@ class Deadline:
 
 
 class Timeline(NamedTuple):
-    """What the packets of a video stream say."""
+    """Timestamps of a video stream, from its packets."""
 
     pts: np.ndarray  # int64 [T], ascending: when each frame is shown
     end: int  # when the last one is over
@@ -98,7 +98,7 @@ class Video(NamedTuple):
 
 @contextmanager
 def open_video(path: str | Path, deadline: Deadline) -> Iterator[Video]:
-    """Opens a file's first stream of moving pictures, to be decoded by one thread.
+    """Open a file's first stream of moving pictures, to be decoded by one thread.
 
     Raises MediaError when there is none, and av.error.FFmpegError when the file is not a video.
     """
@@ -124,7 +124,7 @@ def _is_cover(stream: av.video.stream.VideoStream) -> bool:
 
 
 def scan(video: Video) -> Timeline:
-    """Reads all packets, without decoding them, and checks that the file is not truncated.
+    """Read all packets, without decoding them, and check that the file is not truncated.
 
     A file that lacks bytes, or does not say how many it should have, must hold what its header claims.
 
@@ -257,7 +257,7 @@ class _Walk:
 
 
 def fetch(video: Video, timeline: Timeline, wanted: np.ndarray) -> Iterator[av.VideoFrame]:
-    """Yields the frames whose pts are `wanted` (int64, ascending), decoding from the key frame before each.
+    """Yield the frames whose pts are `wanted` (int64, ascending), decoding from the key frame before each.
 
     Raises Unshown when one does not come, and MediaError when one of the frames decoded is damaged.
     """
@@ -309,7 +309,7 @@ class _Run:
         return self._decode_from(packet)
 
     def _packet_of(self, key: int) -> av.Packet | None:
-        """Reads on to the packet of a key frame; None when it is not ahead."""
+        """Read on to the packet of a key frame; None when it is not ahead."""
         for packet in self._packets:
             self._video.deadline.check()
             if packet.is_keyframe and packet.pts is not None and packet.pts >= key:
@@ -344,7 +344,7 @@ class _Run:
 
 
 def decode_all(video: Video) -> Iterator[av.VideoFrame]:
-    """Yields all frames of a video in the order in which they are shown.
+    """Yield all frames of a video in the order in which they are shown.
 
     Raises MediaError when one is damaged.
     """

@@ -1,4 +1,4 @@
-"""Which frames of a video are read: by their numbers, or by moments where their times are not all known."""
+"""Frame sampling: by frame number, or by time where not all timestamps are known."""
 
 import math
 from typing import NamedTuple, Protocol
@@ -34,7 +34,7 @@ UNIFORM = Sampling()
 
 
 class Measured(Protocol):
-    """What counting needs to know of a file; `video.MediaInfo` has it."""
+    """The part of `video.MediaInfo` that counting frames needs."""
 
     modality: str
     duration: float  # seconds
@@ -48,7 +48,7 @@ def sample_indices(total: int, num_frames: int) -> np.ndarray:
 
 
 def count(info: Measured, sampling: Sampling, limit: int, *, span: tuple[float, float] | None = None) -> int:
-    """How many frames reading gives, at most `limit`; as exact as what `info` says of the file."""
+    """Return the number of frames that reading returns, at most `limit`; as exact as the header `info`."""
     if info.modality == "image":
         return 1
     frames, duration = info.frames, info.duration
@@ -103,7 +103,7 @@ def shown_at(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
 
 
 def draw(sampling: Sampling, limit: int, rng: np.random.Generator | None) -> np.ndarray | None:
-    """What `choose_frames` takes as `draws`: float64 [limit], or None where nothing is random.
+    """Return the random `draws` for `choose_frames`, float64 [limit]; None if nothing is random.
 
     Raises ValueError when the rule is random and `rng` is missing.
     """
@@ -115,12 +115,12 @@ def draw(sampling: Sampling, limit: int, rng: np.random.Generator | None) -> np.
 
 
 def _ticks(duration: float, fps: float) -> int:
-    """How many multiples of 1 / fps lie within the duration, of which the beginning is one."""
+    """Return the number of multiples of 1 / fps within the duration, 0 included."""
     return max(1, math.ceil((duration - CLOCK) * fps))
 
 
 def _thin(values: np.ndarray, sampling: Sampling, limit: int) -> np.ndarray:
-    """What stays of the values chosen by "fps"."""
+    """Return the values chosen by "fps" that are kept under the cap and the limit."""
     if len(values) > sampling.cap:
         values = values[sample_indices(len(values), sampling.above)]
     return values[sample_indices(len(values), limit)]

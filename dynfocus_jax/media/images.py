@@ -41,7 +41,7 @@ def timed_out(path: str | Path, seconds: float) -> MediaTimeout:
 
 
 def check_exists(path: str | Path) -> None:
-    """Raises MediaError unless `path` is a file (or leads to one): no folder, pipe or device is opened."""
+    """Raise MediaError unless `path` is a file (or leads to one): no folder, pipe or device is opened."""
     if not Path(path).is_file():
         raise MediaError(f"{path}: no such file, check the path and the media folder")
 
@@ -59,7 +59,7 @@ def _reading(path: str | Path) -> Iterator[None]:
 def read_image(
     path: str | Path, *, size: int, layout: str = "crop", mean: Sequence[float] = CLIP_MEAN
 ) -> np.ndarray:
-    """Reads an image, or the first one of several in a file: uint8 [size, size, 3], RGB.
+    """Read an image, or the first one of several in a file: uint8 [size, size, 3], RGB.
 
     It is turned upright by its EXIF orientation; transparency is dropped, as Hugging Face's image processors
     do it; of 16 bits the upper 8 are kept. layout, mean: see `fit`.
@@ -72,14 +72,14 @@ def read_image(
 
 
 class ImageHeader(NamedTuple):
-    """What an image file says of itself."""
+    """Header of an image file."""
 
     size: tuple[int, int]  # width and height in pixels, upright
     is_animated: bool
 
 
 def image_header(path: str | Path) -> ImageHeader:
-    """Looks at an image without decoding it. Raises MediaError when it is missing or not an image."""
+    """Look at an image without decoding it. Raises MediaError when it is missing or not an image."""
     with _reading(path), Image.open(path) as image:
         turned = _orientation(image) >= 5 and image.format != "TIFF"  # of which Pillow gives the upright size
         return ImageHeader(image.size[:: -1 if turned else 1], getattr(image, "is_animated", False))
@@ -88,7 +88,7 @@ def image_header(path: str | Path) -> ImageHeader:
 def fit(
     image: Image.Image, size: int, layout: str = "crop", mean: Sequence[float] = CLIP_MEAN
 ) -> Image.Image:
-    """Makes an RGB picture a square of `size` pixels, scaled bicubically with antialiasing.
+    """Make an RGB picture a square of `size` pixels, scaled bicubically with antialiasing.
 
     layout: "crop" scales the shorter side to `size` and cuts out the centre (CLIPImageProcessor); "pad" first
       makes it a square with borders of the mean colour (LLaVA's expand2square, then CLIPImageProcessor);

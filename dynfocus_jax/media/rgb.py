@@ -45,7 +45,7 @@ class ToRgb:
 
 
 def _upright(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
-    """Turns and mirrors an image as the frame's display matrix asks for."""
+    """Rotate and mirror an image as the frame's display matrix asks for."""
     if not getattr(frame, "rotation", True):  # PyAV 14 does not say
         return image
     # Asked for its side data, a frame stays in memory until the garbage collector comes: a small one may.

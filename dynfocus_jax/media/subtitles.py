@@ -28,7 +28,7 @@ class Subtitle(NamedTuple):
 
 
 def read_subtitles(path: str | Path) -> list[Subtitle]:
-    """Reads an SRT or WebVTT file, whichever it is, in order of time; subtitles without words are left out.
+    """Read an SRT or WebVTT file, whichever it is, in order of time; subtitles without words are left out.
 
     Text is UTF-8, UTF-16 with its mark, or else Windows-1252. Formatting and positions are dropped, the lines
     of a subtitle joined by a space. The line before a timing is its number or name when it is a number, or
@@ -80,7 +80,7 @@ def _plain(words: list[str]) -> str:
 def between(
     subtitles: Sequence[Subtitle], times: Sequence[float], span: tuple[float, float] | None = None
 ) -> list[list[Subtitle]]:
-    """Which subtitles belong to which frame: one list a frame, each subtitle in one list, in order of time.
+    """Assign subtitles to frames: one list per frame, each subtitle in one of them, in time order.
 
     A subtitle goes to the first frame at which it is on the screen; one that no frame catches, to the
     frame before it, at whose time the interval begins in which it is shown; one that is over before the first

@@ -60,7 +60,7 @@ class Clip(NamedTuple):
 
 
 class MediaInfo(NamedTuple):
-    """What a file holds, by its header."""
+    """Header of a media file."""
 
     modality: str  # "image" | "video"
     duration: float  # seconds
@@ -71,7 +71,7 @@ class MediaInfo(NamedTuple):
 
 
 class _Wanted(NamedTuple):
-    """Which frames are wanted of a file."""
+    """Frames to be read from a file."""
 
     path: str | Path
     sampling: Sampling
@@ -89,7 +89,7 @@ class _Wanted(NamedTuple):
         return first + choose_frames(times[first:last], end, self.sampling, self.limit, self.draws)
 
     def moments(self, begin: float, end: float, rate: float) -> np.ndarray:
-        """When they are shown, float64, seconds, ascending; in a video from `begin` to `end`."""
+        """Return their times in a video from `begin` to `end`, float64, seconds, ascending."""
         begin, end = self._within(begin, end)
         frames = max(1, round((end - begin) * rate))
         return choose_moments(begin, end, frames, self.sampling, self.limit, self.draws)
@@ -108,7 +108,7 @@ class _Wanted(NamedTuple):
 
 
 def probe(path: str | Path) -> MediaInfo:
-    """What a file holds, without decoding it; the packets are read where the header says too little.
+    """Return the header of a file without decoding; packets are read if the header is incomplete.
 
     Raises MediaError when the file is missing or cannot be read.
     """
@@ -142,7 +142,7 @@ def read_media(
     span: tuple[float, float] | None = None,
     timeout: float | None = None,
 ) -> Clip:
-    """Reads a video (see `read_video`), or an image as a clip of one frame, by the suffix of the file.
+    """Read a video (see `read_video`), or an image as a clip of one frame, by the suffix of the file.
 
     A GIF is a video when it has several frames (as in TGIF-QA), unless `modality` is "image".
 
@@ -167,7 +167,7 @@ def read_video(
     span: tuple[float, float] | None = None,
     timeout: float | None = None,
 ) -> Clip:
-    """Reads at most `num_frames` frames of a video, chosen by `sampling`; see the head of this module.
+    """Read at most `num_frames` frames of a video, chosen by `sampling`; see the head of this module.
 
     size, layout, mean: how a frame becomes a square, see `images.fit`; a frame of that size stays as it is.
     rng: draws the frames, where the sampling is random.
@@ -203,7 +203,7 @@ _Show = Callable[[av.VideoFrame], np.ndarray]
 
 
 def _read_around(video: Video, wanted: _Wanted, show: _Show) -> Clip | None:
-    """Reads what lies around the wanted moments; None where that cannot be done exactly."""
+    """Read what lies around the wanted moments; None where that cannot be done exactly."""
     duration, rate = _duration(video), _rate(video)
     if not (duration and rate):
         return None
@@ -219,7 +219,7 @@ def _read_around(video: Video, wanted: _Wanted, show: _Show) -> Clip | None:
 
 
 def _read_near(video: Video, timeline: Timeline, wanted: _Wanted, show: _Show) -> Clip | None:
-    """Decodes what leads to the wanted frames; None where that cannot be done exactly."""
+    """Decode what leads to the wanted frames; None where that cannot be done exactly."""
     if not timeline.exact:
         return None
     indices = wanted.frames(video.seconds(timeline.pts), video.seconds(timeline.end))
@@ -237,7 +237,7 @@ def _read_near(video: Video, timeline: Timeline, wanted: _Wanted, show: _Show) -
 def _read_through(
     open_it: Callable[[], AbstractContextManager[Video]], timeline: Timeline, wanted: _Wanted, show: _Show
 ) -> Clip:
-    """Decodes everything: once where the packets announced the frames that there are, else twice."""
+    """Decode everything: once where the packets announced the frames that there are, else twice."""
 
     def decode(numbers: np.ndarray | None) -> tuple[np.ndarray, list[np.ndarray], np.ndarray, np.ndarray]:
         """Numbers and pictures of frames, times of all, and the numbers that are right by these times."""
@@ -262,7 +262,7 @@ def _read_through(
 
 
 def _times(video: Video, pts: list[int | None]) -> np.ndarray:
-    """When decoded frames are shown, float64 [T], seconds: the k-th at the k-th of all times."""
+    """Return the times of decoded frames, float64 [T], seconds: the k-th frame at the k-th of all times."""
     if None in pts:
         return np.arange(len(pts)) / (_rate(video) or 1.0)
     return video.seconds(np.sort(np.asarray(pts, np.int64)))
@@ -292,7 +292,7 @@ def _is_video(path: str | Path, modality: str) -> bool:
 
 
 def _try(path: str | Path, read: Callable, timeout: float | None):
-    """What `read` returns; whatever libav makes of bytes that are no video becomes a MediaError."""
+    """Return the result of `read`; errors of libav become MediaError."""
     check_exists(path)
     deadline = Deadline(path, timeout)
     try:

@@ -75,7 +75,7 @@ def _listen(port: int) -> socket.socket:
 
 
 def _enter(connection: socket.socket, present: dict, num_processes: int) -> UserError | None:
-    """Notes who has connected in `present`; returns what is wrong with it."""
+    """Note who has connected in `present`; return what is wrong with it."""
     said = _receive(connection, _PATIENCE)
     process_id, expects = said.get("process_id"), said.get("num_processes")
     if not isinstance(process_id, int) or not isinstance(expects, int):

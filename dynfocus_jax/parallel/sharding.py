@@ -1,4 +1,4 @@
-"""How parameters, batches and activations lie on the mesh.
+"""Layout of parameters, batches and activations on the mesh.
 
 Parameters are split over `fsdp` (gathered layer by layer where they are used) and over `tensor` (heads and
 hidden units), batches over `data` and `fsdp`, the language model's activations over `context` as well.
@@ -159,7 +159,7 @@ def shares(name: str) -> int:
 
 
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
-    """Lays an activation out by the names of its dimensions (`LOGICAL`); None is not split.
+    """Lay an activation out by the names of its dimensions (`LOGICAL`); None is not split.
 
     Without a mesh of several devices it is `x`. A dimension that its axes do not divide is not split: a
     single decoded token has no sequence to share.

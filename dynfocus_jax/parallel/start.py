@@ -20,7 +20,7 @@ _HEARTBEAT = 45  # seconds of silence after which a process counts as dead, and 
 
 
 def start(distributed: ConfigDict) -> None:
-    """Joins this process to the others, as the section `config.distributed` says.
+    """Join this process to the others, as the section `config.distributed` says.
 
     Call it before anything asks JAX for devices. "explicit" takes address, number and id from the config;
     "auto" what JAX learns from SLURM, a TPU machine, Open MPI or Kubernetes (for GPUs with the package
@@ -86,7 +86,7 @@ def check_distributed(distributed: ConfigDict) -> None:
 
 @contextlib.contextmanager
 def _deadline(seconds: float, what: str) -> Iterator[None]:
-    """Ends the process when the block takes longer: JAX would abort it, and cannot be interrupted."""
+    """End the process when the block takes longer: JAX would abort it, and cannot be interrupted."""
 
     def end():
         print(
@@ -107,7 +107,7 @@ def _deadline(seconds: float, what: str) -> Iterator[None]:
 
 
 def leave(code: int) -> None:
-    """Ends this process with an exit code, whatever the others do.
+    """End this process with an exit code, whatever the others do.
 
     At a normal exit JAX waits for the other processes, which may be waiting for this one.
     """
@@ -124,7 +124,7 @@ def is_first() -> bool:
 
 
 def say(text: str) -> None:
-    """Prints a line, once for all processes."""
+    """Print a line, once for all processes."""
     if is_first():
         print(text, flush=True)
 

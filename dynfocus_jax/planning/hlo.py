@@ -130,7 +130,7 @@ def called(instruction: Instruction) -> list[str]:
 
 
 def _turns(loop: Instruction, body: dict[str, Instruction], computations: dict) -> int:
-    """Turns of a loop in `body`: as XLA has them, or from the bound, step and start of its counter; else 1.
+    """Iterations of the loop `body`: as XLA knows them, or from its counter's bound, step and start; else 1.
 
     Matrix products that gather their weights piece by piece (TPU) are loops that count two pieces a turn.
     """

@@ -191,7 +191,7 @@ def devices(machine: Machine) -> Sequence[jax.Device]:
 
 
 def _topology(machine: Machine) -> dict:
-    """What the compiler of the platform wants to know."""
+    """Return the options that the platform's compiler needs."""
     if machine.is_tpu:
         # v4's two cores work as one device, as its runtime has it; later chips have no other way.
         cores = {"chip_config_name": "megacore"} if machine.name.startswith("v4:") else {}

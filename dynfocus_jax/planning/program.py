@@ -234,7 +234,7 @@ def _collective(
 
 
 def replica_groups(attributes: str, num_devices: int) -> np.ndarray:
-    """Partitions that talk to each other, int `[groups, size]`, from a collective's attributes.
+    """Partition that talk to each other, int `[groups, size]`, from a collective's attributes.
 
     Forms: `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)`, `mesh['a'=4,'b'=2] {'a'}`; source_target_pairs give pairs.
     """

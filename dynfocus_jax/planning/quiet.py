@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Drops what is written to stderr meanwhile; plugins that are loaded meanwhile report only fatal errors.
+    """Drop what is written to stderr meanwhile; plugins that are loaded meanwhile report only fatal errors.
 
     For importing JAX and for its search for plugins: both write before their log levels are set.
     """

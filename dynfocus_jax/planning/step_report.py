@@ -57,7 +57,7 @@ class Compiled(NamedTuple):
 
 
 def compile_step(step: Step, machine: Machine) -> Compiled:
-    """Compiles for the machine; a TPU's compiler refuses what does not fit and says how much it needs."""
+    """Compile for the machine; a TPU's compiler refuses what does not fit and says how much it needs."""
     try:
         compiled = step.function.lower(*step.arguments).compile(compiler_options=_OPTIONS[machine.platform])
     except jax.errors.JaxRuntimeError as error:
@@ -92,7 +92,7 @@ def device_bytes(tree) -> int:
 
 
 def plan_step(step: Step, machine: Machine, mesh: Mesh) -> dict:
-    """Compiles a step and reports on it, as plain dicts, lists, strings and numbers (for json)."""
+    """Compile a step and reports on it, as plain dicts, lists, strings and numbers (for json)."""
     compiled = compile_step(step, machine)
     memory = _memory(step, compiled)
     total = sum(memory.values())

@@ -23,7 +23,7 @@ _DECODER = json.JSONDecoder()
 
 
 class Invalid(Exception):
-    """What is wrong with one entry, in one sentence without its subject; `fault` names the class of it."""
+    """An unusable entry: one sentence without its subject; `fault` names the class of the problem."""
 
     def __init__(self, reason: str, fault: str = "form"):
         super().__init__(reason)
@@ -156,7 +156,7 @@ class _Window:
         self._file = file
 
     def grow(self) -> bool:
-        """Reads on; at least as much as is waiting, so that long values are not gone through too often."""
+        """Read on; at least as much as is waiting, so that long values are not gone through too often."""
         rest = self.text[self.at :]
         more = self._file.read(max(_CHUNK, len(rest)))
         self.text, self.at = rest + more, 0
@@ -188,7 +188,7 @@ def _next_value(text: _Window, path: Path, number: int) -> object:
 
 
 def _end_of_value(text: str, start: int) -> int | None:
-    """Where a value ends by its brackets alone, whatever is between them; None if that is not in `text`."""
+    """Return the end of a value by its brackets alone; None if it is not in `text`."""
     depth = 0
     for match in _TOKEN.finditer(text, start):
         token = match[0]

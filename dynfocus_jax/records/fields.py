@@ -14,7 +14,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def require(condition: bool, reason: str, fault: str = "form") -> None:
-    """Raises Invalid unless `condition`."""
+    """Raise Invalid unless `condition`."""
     if not condition:
         raise Invalid(reason, fault)
 
@@ -40,7 +40,7 @@ def text_of(value: object, field: str, *, empty: bool = False) -> str:
 
 
 def check_size(texts: Iterable[str]) -> None:
-    """Whether a record's texts together are short enough."""
+    """Check that a record's texts together are short enough; raise Invalid otherwise."""
     if sum(map(len, texts)) > MAX_TEXT:
         raise Invalid(f"has more than {MAX_TEXT} characters of text", "size")
 

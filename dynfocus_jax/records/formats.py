@@ -40,7 +40,7 @@ _VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")  # tried where a dat
 
 
 class Origin(NamedTuple):
-    """What a parser needs to know besides an entry."""
+    """Context of a parser: the source that an entry comes from."""
 
     path: Path  # of the annotation file
     folder: MediaFolder
@@ -48,7 +48,7 @@ class Origin(NamedTuple):
 
 
 class Format(NamedTuple):
-    """How a published file is read: its entries, and for a file what makes records of them."""
+    """Reader of a published format: a file's entries, and the parser that makes records of them."""
 
     entries: Callable[[Path], Iterator[tuple[int, object]]]
     parser: Callable[[Origin], Parse]
@@ -191,7 +191,7 @@ def _problem_entries(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def _problem_parser(origin: Origin) -> Parse:
-    """As LLaVA puts them ("QCM-LEA"): question, context and choices; lecture, explanation and answer.
+    """Parse ScienceQA as LLaVA does ("QCM-LEA"): question, context, choices; lecture, explanation, answer.
 
     Images are at train/id/image.png or id/image.png.
     """

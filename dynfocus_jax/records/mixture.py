@@ -14,7 +14,7 @@ from dynfocus_jax.records.sources import source
 
 
 class SourceCounts(NamedTuple):
-    """How many entries of a source became what."""
+    """Numbers of a source's entries: read, refused and used."""
 
     entries: int  # in its annotation file
     refused: int  # not usable, each with its reason

@@ -1,4 +1,4 @@
-"""What stands in for a question where a data set has none, and how questions with options are put.
+"""Questions for data sets that have none, and the form of questions with options.
 
 What is chosen depends on the record's id alone, so it is the same in every process and every run.
 """

@@ -60,7 +60,7 @@ Parse = Callable[[object], Record]  # raises Invalid
 
 
 def read_records(annotations: str | Path, media_root: str | Path) -> list[Record]:
-    """Reads a LLaVA json or jsonl file all of whose records must be right (see `read_llava`).
+    """Read a LLaVA json or jsonl file all of whose records must be right (see `read_llava`).
 
     Media paths are taken relative to `media_root`; whether the files exist shows when they are read. Raises
     UserError that names file, record and field.
@@ -124,7 +124,7 @@ def _content(record: Record) -> Hashable:
 
 
 def _name(entry: object, number: int) -> str:
-    """What to call an entry that was refused."""
+    """Return a name for a refused entry."""
     for key in _NAMING if isinstance(entry, dict) else ():
         if type(entry.get(key)) in (str, int) and entry[key] != "":
             return quoted(entry[key]).strip("'")

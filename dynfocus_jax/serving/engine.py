@@ -56,7 +56,7 @@ class _Job:
 
 
 class BatchAnswers(NamedTuple):
-    """Of the rows of a batch: its `index [B]`, answers (none of padding rows), what the model looked at."""
+    """Answers to a batch: its `index [B]`, answers (none for padding rows) and encoded clips."""
 
     index: np.ndarray
     tokens: list[list[int]]
@@ -116,7 +116,7 @@ class Engine:
         return visual
 
     def query(self, messages: Messages) -> str:
-        """What the text encoder reads of a conversation: `config.data.text_guidance` says."""
+        """Return the text encoder's input for a conversation, as `config.data.text_guidance` says."""
         turns, question = turns_of(messages)
         return query_text([*turns, (question, "")], self.config.data.text_guidance)
 
@@ -204,7 +204,7 @@ class Engine:
         return _Job(number, request, prompt, query, text_size, visual_size, limit, answer)
 
     def _answer(self, jobs: list[_Job]) -> None:
-        """Answers a group together."""
+        """Answer a group together."""
         jobs = [job for job in jobs if self._is_short_enough(job)]
         if not jobs:
             return
@@ -244,7 +244,7 @@ class Engine:
             self._decode(state, max(job.limit for job in jobs) - 1, take)
 
     def _is_short_enough(self, job: _Job) -> bool:
-        """Looks at the clip; False for a job that is too long then, which has its reason."""
+        """Look at the clip; False for a job that is too long then, which has its reason."""
         request, most = job.request, self._settings.max_length
         if request.visual is not None or request.clip is not None:
             job.visual = request.visual or self.look(request.clip, job.query)
@@ -257,7 +257,7 @@ class Engine:
         return job.reason is None
 
     def _admit(self, state: State, slot: int, jobs: dict[int, _Job], rows: int) -> tuple[State, jax.Array]:
-        """Reads prompts, each in its row of so many (the others are padding), and gives them their seats."""
+        """Read prompts, each in its row of so many (the others are padding), and gives them their seats."""
         text_size = max(job.text_size for job in jobs.values())
         visual_size = max(job.visual_size for job in jobs.values())
         tokens = np.full((rows, text_size), self.tokenizer.pad_id, np.int32)
@@ -279,7 +279,7 @@ class Engine:
         )
 
     def _decode(self, state: State, most: int, take: Callable[[np.ndarray], bool]) -> None:
-        """Decodes up to `most` tokens of every row, which `take` gets until it wants no more."""
+        """Decode up to `most` tokens of every row, which `take` gets until it wants no more."""
         computed: deque[jax.Array] = deque()
         for step in range(most + _AHEAD):
             if step < most:

@@ -24,7 +24,7 @@ class Run(NamedTuple):
 
 
 def load_run(checkpoint: Path) -> Run:
-    """What a run left, without its parameters.
+    """Read a run's configuration and tokenizer, without its parameters.
 
     Args:
       checkpoint: the workdir of a finished run, or WORKDIR/checkpoints/STAGE/STEP of any.

@@ -42,7 +42,7 @@ def serving_layout(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
 
 
 class Look(NamedTuple):
-    """What the model makes of clips: `tokens [B, Lv, D]`, int32 `count [B]` of them valid, of `frames [B]`.
+    """Encoded clips: `tokens [B, Lv, D]`, int32 `count [B]` of valid tokens and `frames [B]`.
 
     focus: bool `[B, T]`, frames that the connector chose, of the candidates (bool `[B, T]`).
     scores: float32 `[B, T]` importance of each frame; frame_tokens: int32 `[B, T]` visual tokens spent on it.
@@ -59,7 +59,7 @@ class Look(NamedTuple):
 
 
 class State(NamedTuple):
-    """Answers that are decoded together, `[B]` each: the last token, how many there are and may be.
+    """Answers that are decoded together, `[B]` each: last token, numbers of tokens so far and at most.
 
     done: bool, whether an answer has ended; rows: how tokens are chosen.
     """
@@ -112,7 +112,8 @@ def make_programs(model: VideoLanguageModel, mesh: Mesh, end_ids: Iterable[int],
 
     @partial(jax.jit, out_shardings=(rows, cache_layout))
     def read(params: dict, prompts: Prompts, tokens: tuple[jax.Array, ...], count: jax.Array):
-        visual = VisualTokens(jnp.concatenate(tokens), mask=None, count=count)
+        whole = jnp.concatenate(tokens)
+        visual = VisualTokens(whole, jnp.arange(whole.shape[1]) < count[:, None], count)
         with on_mesh(mesh):
             return model.apply({"params": params}, prompts, visual, method=VideoLanguageModel.prefill)
 

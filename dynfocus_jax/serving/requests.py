@@ -1,4 +1,4 @@
-"""What the engine is asked, and what it says."""
+"""Requests to the engine, and completions from it."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

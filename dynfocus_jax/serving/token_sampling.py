@@ -1,4 +1,4 @@
-"""How the next token is chosen: greedy, or drawn by temperature, top-k and top-p; each row by its settings.
+"""Sampling of the next token: greedy, or by temperature, top-k and top-p, each row by its own settings.
 
 The rules and their order are those of Hugging Face's `generate`: the temperature divides the logits, top-k
 keeps the k largest, top-p of the rest the smallest set whose probabilities reach p.
@@ -15,7 +15,7 @@ from dynfocus_jax.errors import UserError
 
 
 class SamplingParams(NamedTuple):
-    """How the tokens of one answer are chosen.
+    """Sampling settings of one answer.
 
     temperature: 0 is greedy; top_k: so many candidates, 0 for all; top_p: in (0, 1], 1 for all.
     seed: an answer depends on its own seed and prompt, not on what is answered beside it.
@@ -40,7 +40,7 @@ class Rows(NamedTuple):
 
 
 def check_sampling(params: SamplingParams, where: str) -> None:
-    """Whether the settings make sense.
+    """Check the settings; raise UserError if one is out of range.
 
     Raises:
       UserError: they do not.

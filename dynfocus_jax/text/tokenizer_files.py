@@ -107,7 +107,8 @@ def _import_transformers() -> ModuleType:
     logger = logging.getLogger("transformers")
     logger.addFilter(is_shown)
     try:
-        import transformers  # here, as it takes 0.8 s and tokenizer.json and GGUF files are read without it
+        # Takes 0.8 s, and tokenizer.json and GGUF files are read without it.
+        import transformers  # noqa: PLC0415
     finally:
         logger.removeFilter(is_shown)
     return transformers
@@ -226,7 +227,7 @@ _GGUF_SPLITS = {
 def _read_gguf(path: Path) -> tuple[tokenizers.Tokenizer, SpecialTokens]:
     """Read the byte-level tokenizer of a GGUF file, and its special tokens."""
     try:
-        import gguf  # an optional dependency
+        import gguf  # noqa: PLC0415 (an optional dependency)
     except ImportError:
         raise UserError(f"{path}: the package gguf is missing. Install it with pip install gguf.") from None
     try:

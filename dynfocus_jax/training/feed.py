@@ -65,7 +65,7 @@ class DeviceFeed:
         return item
 
     def close(self) -> None:
-        """Stops reading; a batch that is being read is waited for, but not for long."""
+        """Stop reading; a batch that is being read is waited for, but not for long."""
         self._stop.set()
         self._room.release()
         self._thread.join(_PATIENCE)

@@ -157,7 +157,7 @@ class StageRun:
         )
 
     def _say_end(self, compiled: int) -> None:
-        """What became of the samples of this run, and how often the step was compiled."""
+        """Print the numbers of compiled steps, and of skipped and shortened samples."""
         if compiled:
             buckets = len(self.data.buckets)
             say(f"stage {self.name}: the step was compiled for {compiled} of {buckets} buckets")
@@ -220,7 +220,7 @@ class StageRun:
 
 
 def check_initial(folder: str | None, stages: Sequence[StageRun]) -> None:
-    """Whether what training starts from fits the model, and leaves no backbone at random for good.
+    """Check that the initial checkpoint fits, and that no frozen backbone stays randomly initialised.
 
     Raises:
       UserError: see `check_params`; needed is what no stage trains, apart from the connector.
@@ -273,7 +273,7 @@ def _print_start(data: StageData, state: TrainState, step: int) -> None:
 
 @contextlib.contextmanager
 def _compile_told(stage: str, batch: Batch, shapes: set[tuple[int, int]]) -> Iterator[None]:
-    """Says how long the block took, which runs a step, when the shape of its batch is new to `shapes`."""
+    """Print how long the block took, which runs a step, when the shape of its batch is new to `shapes`."""
     shape, began = (batch.frames.shape[1], batch.tokens.shape[1]), time.perf_counter()
     yield
     if shape not in shapes:

@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar on a terminal, plain lines otherwise, and always metrics.jsonl.
+"""Log of a run: a progress bar on a terminal, plain lines otherwise, and always metrics.jsonl.
 
 Of several processes the first one tells; all of them see the same metrics, and stop at the same step.
 """

@@ -49,7 +49,7 @@ def stage_budget(config: ConfigDict, index: int) -> Budget:
 def make_loader(
     config: ConfigDict, index: int, records: Sequence[Record], tokenizer, data_root: Path
 ) -> SampleLoader:
-    """What reads the samples of a stage; data_root: folder of annotations and media."""
+    """Return the sample loader of a stage. data_root: folder of annotations and media."""
     data = config.data
     return SampleLoader(
         records,
@@ -64,7 +64,7 @@ def make_loader(
 
 
 class StageData:
-    """What stage `index` of a configuration is trained on.
+    """Training data of stage `index` of a configuration.
 
     Attributes:
       config: the configuration, with the stage's number of steps where it gives epochs.
@@ -110,11 +110,11 @@ class StageData:
 
     @property
     def epochs(self) -> float:
-        """How many epochs the stage's steps are, about."""
+        """Approximate number of epochs in the stage's steps."""
         return self.stage.steps / self.order.steps_per_epoch(0)
 
     def digest(self) -> str:
-        """Of the records and buckets in their order: a position in other data would mean nothing."""
+        """Return a digest of records and buckets in order: a data position is valid for these only."""
         names = "\n".join(f"{record.source} {record.id}" for record in self.loader.records)
         return hashlib.sha256(names.encode() + self._bucket_of.tobytes()).hexdigest()[:12]
 

@@ -9,12 +9,17 @@ from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
+from safetensors.numpy import save_file
 
 from dynfocus_jax import trees
+from dynfocus_jax.connectors.registry import find_connector
 from dynfocus_jax.errors import UserError
+from dynfocus_jax.published_names import Family
 from dynfocus_jax.sections import to_dict
+from dynfocus_jax.video_language_model import stage_section
 from dynfocus_jax.weights import merge
 from dynfocus_jax.weights.settings import make_settings, read_settings
+from dynfocus_jax.weights.tables import FAMILIES
 
 
 @contextlib.contextmanager
@@ -32,7 +37,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 def export_part(
     folder: Path, part: str, params: Mapping, config: ConfigDict, shard_bytes: int
-) -> tuple[str, int]:
+) -> tuple[Family, int]:
     """Write one part of the model into a new folder.
 
     Args:
@@ -41,30 +46,31 @@ def export_part(
       shard_bytes: weights beyond this size are split into several files with an index.
 
     Returns:
-      The family under whose names it was written, and the number of weights.
+      The table of the names that it was written under, and the number of weights.
     """
     tree = dict(params.get(part, {}))
     projection = dict(params.get("text_encoder", {})).get("query_projection")
     if part == "text_encoder":
         tree.pop("query_projection", None)
-    family = family_of(part, tree)
-    arrays = merge.export(tree, family)
+    name = None if part == "connector" else family_of(part, tree)
+    table = connector_table(config, tree) if name is None else FAMILIES[name]
+    arrays = merge.export(tree, table)
     if part == "connector" and projection is not None:
-        arrays |= merge.export(projection, "query_projection")
+        arrays |= merge.export(projection, FAMILIES["query_projection"])
     dtype = next(iter(arrays.values())).dtype.name
-    if part == "connector":
-        model = to_dict(config.model)
-        settings = {"model_type": "dynfocus_connector", "torch_dtype": dtype}
-        settings |= {name: model[name] for name in ("mode", "connector", "dpe", "cce")}
-        settings |= {"mm_hidden_size": config.model.vision.width, "hidden_size": config.model.language.width}
+    if name is None:
+        section, model = stage_section(config).connector, config.model
+        settings = {"model_type": "dynfocus_jax_connector", "torch_dtype": dtype}
+        settings |= {"connector": to_dict(section)}
+        settings |= {"mm_hidden_size": model.vision.width, "hidden_size": model.language.width}
     else:
         source = config.weights[part]
         found = source and read_settings(source, part)
-        settings = make_settings(family, part, config.model[part], dtype, found[1] if found else {})
+        settings = make_settings(name, part, config.model[part], dtype, found[1] if found else {})
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     write_safetensors(folder, arrays, shard_bytes)
-    return family, len(arrays)
+    return table, len(arrays)
 
 
 def merge_lora(params: Mapping, lora: ConfigDict) -> dict:
@@ -88,6 +94,12 @@ def merge_lora(params: Mapping, lora: ConfigDict) -> dict:
     return trees.unflatten(flat)
 
 
+def connector_table(config: ConfigDict, tree: Mapping) -> Family:
+    """Return the table of the names that the last stage's connector is written under: its last one."""
+    kind = stage_section(config).connector.kind
+    return list(find_connector(kind).families(trees.flatten(dict(tree))).values())[-1]
+
+
 def family_of(part: str, tree: Mapping) -> str:
     """The family under whose names a part is written.
 
@@ -95,8 +107,6 @@ def family_of(part: str, tree: Mapping) -> str:
       UserError: no published family has such parameters.
     """
     paths = trees.flatten(dict(tree)).keys()
-    if part == "connector":
-        return "dynfocus"
     if part == "text_encoder":
         return "qformer_instruct_blip"
     if part == "vision":
@@ -109,8 +119,6 @@ def family_of(part: str, tree: Mapping) -> str:
 
 def write_safetensors(folder: Path, arrays: Mapping[str, np.ndarray], shard_bytes: int) -> None:
     """Write `model.safetensors`, or shards of at most `shard_bytes` (or one array) and their index."""
-    from safetensors.numpy import save_file
-
     shards: list[dict[str, np.ndarray]] = [{}]
     size = 0
     for name, array in arrays.items():

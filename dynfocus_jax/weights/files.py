@@ -10,6 +10,7 @@ from pathlib import Path
 import einops
 import ml_dtypes
 import numpy as np
+import safetensors
 
 from dynfocus_jax.errors import UserError
 
@@ -143,8 +144,6 @@ class _Safetensors(Mapping):
     """A safetensors file; each access reads one array."""
 
     def __init__(self, file: Path):
-        import safetensors
-
         self._file = file
         try:
             self._handle = safetensors.safe_open(file, "np")
@@ -178,7 +177,7 @@ class _Torch(Mapping):
         self._tensors = tensors
 
     def __getitem__(self, name: str) -> np.ndarray:
-        import torch
+        import torch  # noqa: PLC0415 (an optional dependency, imported when the file was opened)
 
         tensor = self._tensors[name].detach()
         if tensor.dtype == torch.bfloat16:
@@ -230,7 +229,7 @@ class _Gguf(Mapping):
         self._tensors = {_gguf_name(tensor.name): tensor for tensor in reader.tensors}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        import gguf
+        import gguf  # noqa: PLC0415 (an optional dependency, imported when the file was opened)
 
         tensor = self._tensors[name]
         try:
@@ -268,7 +267,7 @@ def _open_gguf(file: Path) -> tuple:
 
 
 def gguf_settings(file: Path) -> dict:
-    """What a GGUF file says of its decoder, under the names of Hugging Face's config.json.
+    """Return a GGUF file's decoder settings under the names of Hugging Face's config.json.
 
     Llama 3's RoPE scaling is stored as a factor for every frequency; here it is `{"rope_type": "llama3"}`.
     """

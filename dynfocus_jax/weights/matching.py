@@ -1,17 +1,18 @@
-"""What becomes of every published name: which of our parameters it fills, or why it is left out."""
+"""Matching of published names: the parameter that each fills, or the reason why it is left out."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dynfocus_jax.errors import UserError
+from dynfocus_jax.published_names import FUSED, PARTS, Family, Rule
 from dynfocus_jax.weights.layout import published_shape
-from dynfocus_jax.weights.tables import FAMILIES, FUSED, PARTS, TIED, Family, Rule
+from dynfocus_jax.weights.tables import FAMILIES, TIED
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a published weight goes.
+    """Place of a published weight in our parameters.
 
     rule: of the table; paths: our leaves, several for a fused weight; layer: on their first axis (None when
     they are not stacked); shape: of what goes there, with a first axis over `paths` for a fused weight.
@@ -33,7 +34,7 @@ class Slot:
 
 @dataclass
 class Problems:
-    """What does not fit: published names, our paths that the family has not, and sentences on the rest."""
+    """Mismatches: published names, our paths that the family lacks, and sentences about the rest."""
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -64,7 +65,7 @@ class Problems:
 
 @dataclass
 class Plan:
-    """What becomes of the names of a source.
+    """Matched names of a source.
 
     slots: published name -> place; tied: name of a head that the embedding stands for; absent: our leaves
     that are left out; zeros: our leaves that are zero; left_out: why -> names; skipped: patterns of `skip`
@@ -186,7 +187,7 @@ def published_name(rule: Rule, path: str, layer: int | None) -> str:
 
 
 def _leaf(rule: Rule) -> re.Pattern:
-    """Which of our paths a rule fills."""
+    """Return the regular expression of our paths that a rule fills."""
     pattern = re.escape(rule.path)
     pattern = pattern.replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{part\}", f"(?:{'|'.join(FUSED)})")
     return re.compile(pattern)
@@ -195,7 +196,12 @@ def _leaf(rule: Rule) -> re.Pattern:
 # --- Families -----------------------------------------------------------------------------------------
 
 
-def find_family(where: str, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> str:
+def find_family(
+    where: str,
+    names: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    families: Mapping[str, Family] = FAMILIES,
+) -> str:
     """The family of the leaves' part that fills most of them by these names; of several, the first.
 
     Raises:
@@ -209,12 +215,12 @@ def find_family(where: str, names: Sequence[str], shapes: Mapping[str, tuple[int
         slots = [make_slot(*found, shapes) for name in names if (found := table.match(name))]
         return len({path for slot in slots if slot for path in slot.paths})
 
-    part = max(FAMILIES.values(), key=leaves_of).part
+    part = max(families.values(), key=leaves_of).part
     best = max(
-        (name for name, table in FAMILIES.items() if table.part == part),
-        key=lambda name: coverage(FAMILIES[name]),
+        (name for name, table in families.items() if table.part == part),
+        key=lambda name: coverage(families[name]),
     )
-    if not coverage(FAMILIES[best]):
+    if not coverage(families[best]):
         raise UserError(
             f"{where}: none of its {len(names)} weights belongs to the {part.replace('_', ' ')}; "
             f"{looks_like(names)}."
@@ -223,14 +229,14 @@ def find_family(where: str, names: Sequence[str], shapes: Mapping[str, tuple[int
 
 
 def looks_like(names: Sequence[str]) -> str:
-    """What a file seems to hold, for messages."""
+    """Describe what a file seems to contain, for messages."""
     held = [table.title for table in held_families(names)]
     shown = ", ".join(sorted(names)[:3])
     return f"it seems to hold {' and '.join(held)}" if held else f"its names are of the kind {shown}"
 
 
 def held_families(names: Sequence[str]) -> list[Family]:
-    """What a file seems to hold: of each part, the family most of whose weights are there, if it is half."""
+    """Return the families a file seems to contain: per part the best one, if half of it is there."""
 
     def share(table: Family) -> tuple[float, int]:
         wanted = {rule for rule in table.rules if rule.unless is None}
@@ -243,7 +249,7 @@ def held_families(names: Sequence[str]) -> list[Family]:
 
 
 def _part_of(name: str, part: str, held: Sequence[Family]) -> str | None:
-    """Which other part of the model a published name belongs to, or is left out with."""
+    """Return the other part of the model that a published name belongs to; None if there is none."""
     others = [table.part for table in FAMILIES.values() if table.part != part and table.match(name)]
     others += [table.part for table in held if table.reason_to_ignore(name)]
     return others[0].replace("_", " ") if others else None

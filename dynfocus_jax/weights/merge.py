@@ -11,6 +11,7 @@ import numpy as np
 from dynfocus_jax import trees
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.models.vit import resize_positions
+from dynfocus_jax.published_names import Family
 from dynfocus_jax.weights.files import Source, open_weights
 from dynfocus_jax.weights.layout import to_ours, to_published
 from dynfocus_jax.weights.matching import (
@@ -88,14 +89,15 @@ def read(
     dtype: str | None = None,
     skip: Sequence[str] = (),
     depth: int | None = None,
+    families: Mapping[str, Family] = FAMILIES,
     progress: Callable[[int], None] = lambda total: None,
 ) -> Merged:
     """Like `load`, with what was decided; `progress(total)` is called for each of the `total` weights."""
     source = source if isinstance(source, Source) else open_weights(source)
     shapes = {path: tuple(leaf.shape) for path, leaf in trees.flatten(target).items()}
     names = source.names()
-    family = family or find_family(source.where, names, shapes)
-    plan = make_plan(FAMILIES[family], names, shapes, skip, depth)
+    family = family or find_family(source.where, names, shapes, families)
+    plan = make_plan(families[family], names, shapes, skip, depth)
     problems = plan.problems
 
     arrays: dict[str, np.ndarray] = {}
@@ -132,13 +134,15 @@ def read(
             problems.others.append(f"{plan.tied} differs from the embedding.")
             problems.hints.append("Set config.model.language.tied_embeddings to False.")
     if problems:
-        table = FAMILIES[family]
+        table = families[family]
         other = "" if table in held_families(names) else f"; {looks_like(names)}"
         first = f"{source.where} does not fit the model as {table.title}{other}:"
         raise UserError("\n  ".join([first, *problems.lines()]))
     for path in plan.zeros:
         arrays[path] = np.zeros(shapes[path], next(iter(arrays.values())).dtype)
-    return Merged(trees.unflatten(arrays), family, plan.absent, _notes(family, plan, resized), plan.skipped)
+    return Merged(
+        trees.unflatten(arrays), family, plan.absent, _notes(families[family], plan, resized), plan.skipped
+    )
 
 
 def _fit_positions(array: np.ndarray, slot: Slot, cls_token: bool, resized: list[str]) -> np.ndarray:
@@ -164,24 +168,23 @@ def _check_dtypes(dtypes: Mapping[str, list[str]], dtype: str | None, others: li
         others.append(f"Several dtypes ({examples}): choose the one to keep with --dtype.")
 
 
-def _notes(family: str, plan: Plan, resized: list[str]) -> list[str]:
+def _notes(family: Family, plan: Plan, resized: list[str]) -> list[str]:
     return [
-        f"{len(plan.slots)} weights read as {FAMILIES[family].title}",
+        f"{len(plan.slots)} weights read as {family.title}",
         *resized,
         *(f"left out, {why}: {', '.join(collapse(names))}" for why, names in plan.left_out.items()),
         *([f"not in such files: {', '.join(plan.absent)}"] if plan.absent else []),
     ]
 
 
-def export(params: Mapping, family: str) -> dict[str, np.ndarray]:
-    """One part's parameters under the published names of a family: what `load` takes apart again.
+def export(params: Mapping, table: Family) -> dict[str, np.ndarray]:
+    """One part's parameters under the published names of a table: what `load` takes apart again.
 
     Arrays share our memory where the layout allows it (they may then not be contiguous).
 
     Raises:
-      UserError: the family has no place for a parameter.
+      UserError: the table has no place for a parameter.
     """
-    table = FAMILIES[family]
     leaves = {path: np.asarray(leaf) for path, leaf in trees.flatten(dict(params)).items()}
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     published, covered = {}, set()

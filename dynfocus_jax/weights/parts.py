@@ -9,8 +9,9 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from dynfocus_jax import trees
+from dynfocus_jax.connectors.registry import find_connector
 from dynfocus_jax.errors import UserError
-from dynfocus_jax.video_language_model import build_model, make_init
+from dynfocus_jax.video_language_model import build_model, make_init, stage_section
 from dynfocus_jax.weights.export import export_part, merge_lora
 from dynfocus_jax.weights.files import open_weights
 from dynfocus_jax.weights.merge import Merged, read
@@ -39,7 +40,7 @@ def belongs_to_connector(path: str) -> bool:
 def check_params(
     held: Mapping, shapes: Mapping[str, jax.ShapeDtypeStruct], needed: Collection[str], where: str
 ) -> None:
-    """Whether parameters fit a model.
+    """Check that parameters fit a model; raise UserError otherwise.
 
     Which parts a connector has differs between stages and variants: of them only the shapes must fit.
 
@@ -127,16 +128,18 @@ def read_model(config: ConfigDict, dtype: str | None) -> dict:
 def _read_part(
     part: str, path: str, shapes: dict, config: ConfigDict, dtype: str | None
 ) -> dict[str, Merged]:
-    """What a file holds of a part, and of the text encoder's projection if it is the connector's."""
+    """Read a part from a file; with the connector also the text encoder's projection."""
     if part not in shapes:
         raise UserError(
-            f"{path!r} is named, but the model has no {part}: its connector reads no question; name nothing "
-            "there, or add 'context' to config.model.cce.rods."
+            f"{path!r} is named, but the model has no {part}: its connector reads no text. Leave "
+            f"config.weights.{part} out, or choose a connector that does."
         )
     source = open_weights(path)
     if part != "connector":
         check_settings(path, part, config.model[part])
     families = {part: (None, shapes[part])}
+    connector = find_connector(stage_section(config).connector.kind)
+    own = connector.families(trees.flatten(shapes["connector"]))
     if part == "connector" and "text_encoder" in shapes:
         projection = "query_projection"
         if any(FAMILIES[projection].match(name) for name in source.names()):
@@ -154,6 +157,7 @@ def _read_part(
                 dtype=dtype,
                 skip=config.weights.skip,
                 depth=config.model.vision.depth if part == "vision" else None,
+                families=own if name == "connector" else FAMILIES,
                 progress=progress,
             )
     return merged
@@ -183,5 +187,5 @@ def export_model(folder: Path, params: dict, config: ConfigDict, shard_bytes: in
     if "connector" in params or "query_projection" in params.get("text_encoder", {}):
         held.add("connector")
     for part in sorted(held):
-        family, count = export_part(folder / part, part, params, config, shard_bytes)
-        print(f"{part}: {count} weights as {FAMILIES[family].title}", flush=True)
+        table, count = export_part(folder / part, part, params, config, shard_bytes)
+        print(f"{part}: {count} weights as {table.title}", flush=True)

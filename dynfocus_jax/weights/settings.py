@@ -108,7 +108,7 @@ def read_settings(weights: str | Path, part: str) -> tuple[Path, dict] | None:
 
 
 def check_settings(weights: str | Path, part: str, section: Mapping) -> None:
-    """Whether the config.json beside published weights, if any, agrees with ours where shapes cannot show it.
+    """Check the config.json beside published weights against ours, for settings that shapes do not show.
 
     Args:
       weights: file or folder; part: "language", "vision" or "text_encoder"; section: `config.model.<part>`.

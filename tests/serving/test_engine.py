@@ -309,9 +309,9 @@ def test_a_look_is_what_the_model_computes(engine, params):
     np.testing.assert_allclose(
         visual.tokens[0, : visual.count], expected.tokens[0, : visual.count], rtol=1e-5, atol=1e-5
     )
-    frames = expected.selection.frames[0][np.asarray(expected.selection.valid[0])]
+    frames = expected.focus.frames[0][np.asarray(expected.focus.valid[0])]
     assert visual.focus.nonzero()[0].tolist() == sorted(frames.tolist())
-    np.testing.assert_allclose(visual.scores, expected.selection.frame_scores[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(visual.scores, expected.focus.scores[0], rtol=1e-5, atol=1e-6)
     assert visual.frames == 4
 
 

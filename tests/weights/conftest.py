@@ -19,7 +19,7 @@ def small_config(**fields):
     model.dtype = "float32"
     for name, value in fields.items():
         section, field = name.split("__")
-        model[section][field] = value
+        (model.connector if section in model.connector else model)[section][field] = value
     for stage in config.stages:
         stage.copy = ()
     return config

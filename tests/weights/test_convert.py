@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
 
 from dynfocus_jax import trees
+from dynfocus_jax.connectors.registry import change_kind
 from dynfocus_jax.data.prepare import make_tokenizer, prepare
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.models.llama import Llama
@@ -465,7 +466,7 @@ def test_parts_that_an_earlier_stage_has_no_use_for_are_not_lost(params, start, 
     save_params(tmp_path, params)
 
     def change(config):
-        config.stages[0].connector = "pooled"
+        config.stages[0].connector = change_kind(config.model.connector, "pooled", "connector")
         config.stages[0].trainable = ("connector/projector/.*",)
 
     first, second = start(tmp_path, names=("align", "instruct"), change=change)

@@ -77,7 +77,7 @@ def test_export_is_read_back_bit_for_bit(tmp_path, family, dtype):
     part, fields, _, lacks = LAYOUTS[family]
     shapes, params = params_of(part, **fields)
     params = jax.tree.map(lambda leaf: leaf.astype(merge.DTYPES[dtype]), params)
-    tensors = merge.export(params, family)
+    tensors = merge.export(params, FAMILIES[family])
     check(merge.load(write(tmp_path, tensors), None, shapes, say=quiet), params, lacks)
 
 
@@ -85,7 +85,7 @@ def test_export_is_read_back_bit_for_bit(tmp_path, family, dtype):
 def test_export_gives_the_published_tensors(family):
     part, fields, write_down, _ = LAYOUTS[family]
     _, params = params_of(part, **fields)
-    exported, expected = merge.export(params, family), write_down(params)
+    exported, expected = merge.export(params, FAMILIES[family]), write_down(params)
     assert exported.keys() <= expected.keys()
     for name, array in exported.items():
         np.testing.assert_array_equal(array, expected[name], name)
@@ -347,4 +347,4 @@ def test_a_key_bias_has_no_place_in_the_file_of_lavis(params):
     vision = trees.flatten(params["vision"])
     vision["blocks/attention/key/bias"] = vision["blocks/attention/key/bias"] + 1
     with pytest.raises(UserError, match="no place for blocks/attention/key/bias"):
-        merge.export(trees.unflatten(vision), "eva_lavis")
+        merge.export(trees.unflatten(vision), FAMILIES["eva_lavis"])

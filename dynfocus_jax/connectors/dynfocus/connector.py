@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from dynfocus_jax.connectors.dynfocus import cooperative, event_prototypes
 from dynfocus_jax.connectors.dynfocus.cooperative import CooperativeEncoding
 from dynfocus_jax.connectors.dynfocus.event_prototypes import EventPrototypes
+from dynfocus_jax.connectors.dynfocus.published import DYNFOCUS, LLAMA_VID
 from dynfocus_jax.connectors.dynfocus.selection import Selection, kept_counts
 from dynfocus_jax.connectors.interface import Connector, ConnectorInputs, Focus, VisualTokens, num_subtitles
 from dynfocus_jax.connectors.pooled import POOL_FIELD, PROJECTOR_SHARDING, check_pool
@@ -32,6 +33,7 @@ class DynFocusConnector(Connector):
         "cce": cooperative.FIELDS,
     }
     SHARDING = (*PROJECTOR_SHARDING, *event_prototypes.SHARDING, *cooperative.SHARDING)
+    PUBLISHED: ClassVar = {"llama_vid": LLAMA_VID, "dynfocus": DYNFOCUS}
     TRAINABLE = ("connector/.*", "text_encoder/query_projection/.*")
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Which frames are important: the result of DPE, and the pure functions that choose slots from scores."""
+"""Selection of important frames: the result of DPE, and pure functions that choose slots from scores."""
 
 import math
 from typing import NamedTuple

@@ -94,7 +94,7 @@ def read_test(annotations: Path, media: MediaFolder) -> list[Question]:
 
 
 def measure_test(graded: Sequence[Graded]) -> Measured:
-    """How many questions have an option to submit."""
+    """Return the share of questions that have an option to submit."""
 
     def answered(members: Sequence[Graded]) -> float | None:
         return mean(float(member.parsed is not None) for member in members)
@@ -103,7 +103,7 @@ def measure_test(graded: Sequence[Graded]) -> Measured:
 
 
 def submission(graded: Sequence[Graded]) -> list[dict]:
-    """What is sent to the authors: every question, with "" for what has no answer."""
+    """Return the submission to the authors: every question, with "" where there is no answer."""
     return [
         {
             "question_id": each.question.about["question_id"],

@@ -1,0 +1,67 @@
+"""Run-time checks of the shapes and dtypes that travelling structures declare, for the tests."""
+
+import typing
+
+import jax
+import numpy as np
+from beartype.door import is_bearable
+from jaxtyping import jaxtyped
+
+from dynfocus_jax.batch import Batch
+from dynfocus_jax.connectors.interface import ConnectorInputs, Focus, Question, Subtitles, VisualTokens
+from dynfocus_jax.models.llama import Cache
+
+STRUCTURES = (Batch, ConnectorInputs, Question, Subtitles, VisualTokens, Focus, Cache)
+
+
+@jaxtyped(typechecker=None)
+def check_shapes(structure) -> None:
+    """Check every field of a NamedTuple of arrays against its annotation; dimensions must agree.
+
+    Raises:
+      TypeError: a field has another dtype or rank, or two fields disagree on a dimension.
+    """
+    for name, hint in typing.get_type_hints(type(structure)).items():
+        value = getattr(structure, name)
+        if not is_bearable(value, hint):
+            found = f"{value.dtype}{list(value.shape)}" if hasattr(value, "shape") else repr(value)
+            raise TypeError(f"{type(structure).__name__}.{name} is {found}, expected {hint}")
+
+
+def install() -> None:
+    """Check each of STRUCTURES whenever it is constructed from arrays, under tracing too."""
+    for structure in STRUCTURES:
+        structure.__new__ = _checked(structure.__new__)
+
+
+def _checked(new):
+    def checked(cls, *args, **kwargs):
+        structure = new(cls, *args, **kwargs)
+        if _is_batch(structure):
+            check_shapes(structure)
+        return structure
+
+    return checked
+
+
+def _is_batch(structure) -> bool:
+    """Whether a structure holds arrays with one batch axis.
+
+    JAX also builds structures of shapes and layouts; samples have no batch axis, scans add one to each field.
+    """
+    array = np.ndarray if isinstance(structure, Batch) else jax.Array
+    leaves = jax.tree.leaves(tuple(structure))
+    if not leaves or not all(isinstance(leaf, jax.Array | array) for leaf in leaves):
+        return False
+    extra_axes = [_extra_axes(value, hint) for value, hint in _annotated(structure)]
+    return 0 in set().union(*extra_axes)
+
+
+def _annotated(structure):
+    hints = typing.get_type_hints(type(structure))
+    return [(value, hints[name]) for name, value in structure._asdict().items() if hasattr(value, "ndim")]
+
+
+def _extra_axes(value, hint) -> set[int]:
+    arms = typing.get_args(hint) or (hint,)
+    return {value.ndim - len(arm.dims) for arm in arms if hasattr(arm, "dims")}
