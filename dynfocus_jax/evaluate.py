@@ -43,7 +43,7 @@ from dynfocus_jax.evaluation.benchmarks import BENCHMARKS, find_benchmark, read_
 from dynfocus_jax.evaluation.judge import Judge
 from dynfocus_jax.evaluation.judge_endpoint import JudgeSettings
 from dynfocus_jax.evaluation.question_prompts import Clips
-from dynfocus_jax.evaluation.results import format_table
+from dynfocus_jax.evaluation.results import format_results
 from dynfocus_jax.media.frame_sampling import Sampling
 from dynfocus_jax.parallel.digest import digest
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
@@ -148,7 +148,7 @@ def evaluate(name: str, output: Path, config: ConfigDict, settings: ConfigDict, 
             progress=progress,
             file_name=own_name("predictions.jsonl"),
         )
-    say(format_table(results))
+    say(format_results(results))
     say(f"predictions, results.json and table.txt are in {output}")
 
 

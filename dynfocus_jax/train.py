@@ -24,7 +24,7 @@ from absl import flags
 from dynfocus_jax.command import CONFIG_FLAG, run_command
 from dynfocus_jax.data.prepare import check_weights, make_tokenizer, prepare
 from dynfocus_jax.errors import UserError
-from dynfocus_jax.evaluation.held_out import check_features, evaluate_run, format_table
+from dynfocus_jax.evaluation.held_out import check_features, evaluate_run, format_evaluation
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.parallel.sharding import row_shares
 from dynfocus_jax.parallel.start import first_goes_ahead, is_first, say, start
@@ -107,7 +107,7 @@ def main() -> None:
     results["seconds_by_stage"] = {name: round(value, 1) for name, value in seconds.items()}
     if is_first():
         (workdir / "eval.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    say(format_table(results))
+    say(format_evaluation(results))
     say(f"results in {workdir}/eval.json, picture in {workdir}/focus.png")
 
 

@@ -15,7 +15,7 @@ from dynfocus_jax.batch import Batch, padding_sample
 from dynfocus_jax.connectors.interface import (
     Connector,
     ConnectorInputs,
-    Question,
+    QuestionWords,
     Randomness,
     Subtitles,
     VisualTokens,
@@ -110,7 +110,7 @@ class VideoLanguageModel(nn.Module):
         if self.connector.needs_text_queries:
             queries = self.text_encoder(batch.query_tokens, batch.query_length, features)
         if self.connector.needs_question:
-            question = Question(self.text_encoder.embed_words(batch.query_tokens), batch.query_length)
+            question = QuestionWords(self.text_encoder.embed_words(batch.query_tokens), batch.query_length)
         if batch.subtitles.shape[1]:
             subtitles = Subtitles(self.language.embed(batch.subtitles), batch.subtitle_frames)
         inputs = ConnectorInputs(

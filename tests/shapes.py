@@ -8,10 +8,10 @@ from beartype.door import is_bearable
 from jaxtyping import jaxtyped
 
 from dynfocus_jax.batch import Batch
-from dynfocus_jax.connectors.interface import ConnectorInputs, Focus, Question, Subtitles, VisualTokens
+from dynfocus_jax.connectors.interface import ConnectorInputs, Focus, QuestionWords, Subtitles, VisualTokens
 from dynfocus_jax.models.llama import Cache
 
-STRUCTURES = (Batch, ConnectorInputs, Question, Subtitles, VisualTokens, Focus, Cache)
+STRUCTURES = (Batch, ConnectorInputs, QuestionWords, Subtitles, VisualTokens, Focus, Cache)
 
 
 @jaxtyped(typechecker=None)

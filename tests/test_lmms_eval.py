@@ -17,7 +17,7 @@ from PIL import Image
 from dynfocus_jax.data.media_reader import MediaReader
 from dynfocus_jax.data.prepare import prepare
 from dynfocus_jax.errors import SampleError, UserError
-from dynfocus_jax.evaluation.lmms_requests import Answerer, sampling_of, split, stop_strings
+from dynfocus_jax.evaluation.lmms_requests import LmmsAnswerer, sampling_of, split_messages, stop_strings
 from dynfocus_jax.serving.engine import Completion
 from dynfocus_jax.serving.token_sampling import GREEDY, SamplingParams
 from tests.commands import REPOSITORY, command
@@ -53,7 +53,7 @@ def engine():
 
 @pytest.fixture
 def answerer(engine):
-    return Answerer(engine, MediaReader(SIZE), engine.num_frames, "stretch", (0.0, 0.0, 0.0))
+    return LmmsAnswerer(engine, MediaReader(SIZE), engine.num_frames, "stretch", (0.0, 0.0, 0.0))
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +73,15 @@ def chat(*parts, role="user"):
 
 def test_turns_of_a_chat():
     video = {"type": "video", "url": "a.mp4"}
-    assert split([chat(video, "what ?")]) == ((("user", "what ?"),), [video], False)
-    assert split([chat("what ?", video)]) == ((("user", "what ?"),), [video], True)
-    assert split([chat("one", video, "two")]) == ((("user", "one\ntwo"),), [video], False)
+    assert split_messages([chat(video, "what ?")]) == ((("user", "what ?"),), [video], False)
+    assert split_messages([chat("what ?", video)]) == ((("user", "what ?"),), [video], True)
+    assert split_messages([chat("one", video, "two")]) == ((("user", "one\ntwo"),), [video], False)
     turns = [chat("be short", role="system"), chat(video, "a"), chat("b", role="assistant"), chat("c")]
     expected = (("user", "be short\na"), ("assistant", "b"), ("user", "c"))
-    assert split(turns) == (expected, [video], False)
-    assert split([{"role": "user", "content": "plain"}]) == ((("user", "plain"),), [], False)
+    assert split_messages(turns) == (expected, [video], False)
+    assert split_messages([{"role": "user", "content": "plain"}]) == ((("user", "plain"),), [], False)
     with pytest.raises(SampleError, match="later than with the first question"):
-        split([chat("a"), chat("b", role="assistant"), chat(video, "c")])
+        split_messages([chat("a"), chat("b", role="assistant"), chat(video, "c")])
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def instances(model, questions, settings=None):
 
 @pytest.fixture
 def make_model(interface, monkeypatch, answerer):
-    monkeypatch.setattr(Answerer, "of", lambda checkpoint, num_frames: answerer)
+    monkeypatch.setattr(LmmsAnswerer, "of", lambda checkpoint, num_frames: answerer)
     return lambda **arguments: model_class()(checkpoint="run", device="cpu", max_batch_size=None, **arguments)
 
 

@@ -29,7 +29,7 @@ class Dimensions(NamedTuple):
     language_width: int  # D
 
 
-class Question(NamedTuple):
+class QuestionWords(NamedTuple):
     """The question's words, embedded by the text encoder's word embeddings."""
 
     words: Float[Array, "B Lq E"]
@@ -64,7 +64,7 @@ class ConnectorInputs(NamedTuple):
     text_queries: Float[Array, "B T Q C"] | None = (
         None  # with `needs_text_queries`: the text encoder's output
     )
-    question: Question | None = None  # with `needs_question`
+    question: QuestionWords | None = None  # with `needs_question`
     oracle_frames: Bool[Array, "B T"] | None = None  # frames known to matter, where the data names them
     subtitles: Subtitles | None = None  # not to be encoded, only packed: see `Connector.pack`
     randomness: Randomness | None = None

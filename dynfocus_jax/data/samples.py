@@ -21,7 +21,7 @@ from dynfocus_jax.text.conversation import (
 )
 from dynfocus_jax.text.tokenizers import Tokenizer
 
-Turns = Sequence[tuple[str, str]]
+_Turns = Sequence[tuple[str, str]]
 
 
 class Change(NamedTuple):
@@ -184,7 +184,7 @@ class SampleLoader:
             )
         return tokens, frames, (Change("subtitles", f"kept {kept} of {total} subtitles"),)
 
-    def _encode(self, record: Record, turns: Turns) -> Conversation:
+    def _encode(self, record: Record, turns: _Turns) -> Conversation:
         options = {"has_visual": record.media is not None, "visual_at_end": record.visual_at_end}
         if self._prompt_only:
             question = turns[-1][0]

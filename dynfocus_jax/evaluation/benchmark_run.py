@@ -14,7 +14,7 @@ from dynfocus_jax.evaluation.judge import Judge
 from dynfocus_jax.evaluation.predictions import Predictions
 from dynfocus_jax.evaluation.question_prompts import Clips
 from dynfocus_jax.evaluation.questions import Question, fingerprint
-from dynfocus_jax.evaluation.results import format_table, summarize, write_json
+from dynfocus_jax.evaluation.results import format_results, summarize_results, write_json
 from dynfocus_jax.parallel.start import say
 from dynfocus_jax.sections import differences
 from dynfocus_jax.version import code_version
@@ -129,13 +129,13 @@ def report(
     """
     benchmark = BENCHMARKS[name]
     graded = grade(questions, predictions.all())
-    results = summarize(name, benchmark, graded, judge)
+    results = summarize_results(name, benchmark, graded, judge)
     results["code"] = code_version()
     results["predictions"] = json.loads((output / RUN).read_text(encoding="utf-8"))
     try:
         if benchmark.submission is not None:
             write_json(output / SUBMISSION, benchmark.submission(graded))
-        (output / TABLE).write_text(format_table(results) + "\n", encoding="utf-8")
+        (output / TABLE).write_text(format_results(results) + "\n", encoding="utf-8")
         write_json(output / RESULTS, results)  # last: the others wait for it
     except OSError as error:
         raise RunError(f"the results cannot be written to {output} ({error.strerror}); make room.") from None

@@ -63,7 +63,7 @@ def _chance(focus: np.ndarray, candidates: np.ndarray, needles: list[int]) -> fl
     return float(candidates[needles].mean() * focus.sum() / candidates.sum())
 
 
-def summarize(predictions: Sequence[Prediction], total: int) -> dict:
+def summarize_predictions(predictions: Sequence[Prediction], total: int) -> dict:
     """The measures of `eval.json`; questions that could not be read (of `total`) count as wrong."""
     by_kind = defaultdict(list)
     for prediction in predictions:

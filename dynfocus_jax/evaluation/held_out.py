@@ -16,7 +16,7 @@ from dynfocus_jax.data.prepare import make_media_reader
 from dynfocus_jax.data.samples import SampleLoader
 from dynfocus_jax.data.skipped import Skipped
 from dynfocus_jax.errors import MediaError
-from dynfocus_jax.evaluation.exact_match import Prediction, predict, summarize
+from dynfocus_jax.evaluation.exact_match import Prediction, predict, summarize_predictions
 from dynfocus_jax.features.compatibility import check_tower
 from dynfocus_jax.features.store import open_features
 from dynfocus_jax.parallel.sharding import local_rows, to_devices
@@ -66,7 +66,7 @@ def evaluate_run(
         strips = _strips(predictions, evaluation, pixels)
         if strips:
             draw_focus(workdir / "focus.png", strips)
-    return summarize(predictions, len(records))
+    return summarize_predictions(predictions, len(records))
 
 
 def check_features(config: ConfigDict, data_root: Path) -> None:
@@ -130,7 +130,7 @@ def _write_predictions(path: Path, predictions: list[Prediction]) -> None:
             file.write(json.dumps(entry) + "\n")
 
 
-def format_table(results: dict) -> str:
+def format_evaluation(results: dict) -> str:
     """The short table that a run ends with."""
 
     def percent(value):

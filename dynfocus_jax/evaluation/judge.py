@@ -176,7 +176,7 @@ class Judge:
         return Verdict(item.id, rubric.version, marks.correct, marks.scores, reply.text, reply.model, None)
 
 
-def summarize(verdicts: Sequence[Verdict]) -> dict:
+def summarize_verdicts(verdicts: Sequence[Verdict]) -> dict:
     """The judged measure over verdicts of one rubric.
 
     Returns:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dynfocus_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from dynfocus_jax.evaluation.lmms_requests import Chat
+    from dynfocus_jax.evaluation.lmms_requests import LmmsChat
     from dynfocus_jax.serving.engine import Completion
 
 _LOG = logging.getLogger(__name__)
@@ -56,9 +56,9 @@ class DynFocus(lmms):
                 "lmms-eval was started in several processes; start one: it uses all devices of the machine."
             )
         # Not before the arguments are checked: importing JAX takes seconds and takes the accelerators.
-        from dynfocus_jax.evaluation.lmms_requests import Answerer  # noqa: PLC0415
+        from dynfocus_jax.evaluation.lmms_requests import LmmsAnswerer  # noqa: PLC0415
 
-        self._answerer = Answerer.of(Path(str(checkpoint)), num_frames)
+        self._answerer = LmmsAnswerer.of(Path(str(checkpoint)), num_frames)
         is_auto = str(batch_size).startswith("auto")
         self._at_once = self._answerer.most_at_once if is_auto else int(batch_size or 1)
         self.device = torch.device("cpu")  # of the numbers that lmms-eval gathers; the model's are JAX's
@@ -74,7 +74,7 @@ class DynFocus(lmms):
                 bar.update(len(asked))
         return results
 
-    def _chat(self, seed: int, request: Instance) -> "Chat":
+    def _chat(self, seed: int, request: Instance) -> "LmmsChat":
         _, messages_of, settings, doc_id, task, split = request.args
         return f"{task} {doc_id}", messages_of(self.task_dict[task][split][doc_id]), settings, seed
 

@@ -20,10 +20,10 @@ from dynfocus_jax.serving.load import load_engine, load_run
 from dynfocus_jax.serving.token_sampling import GREEDY, SamplingParams
 from dynfocus_jax.validation import validate
 
-Chat = tuple[str, Sequence[Mapping], Mapping, int]  # id, messages, generation settings, seed
+LmmsChat = tuple[str, Sequence[Mapping], Mapping, int]  # id, messages, generation settings, seed
 
 
-class Answerer:
+class LmmsAnswerer:
     """Reads what chats are about and answers them together.
 
     engine: what answers; media: what reads files; num_frames: of a video; layout, mean: of a picture, see
@@ -37,7 +37,7 @@ class Answerer:
         self._layout, self._mean = layout, mean
 
     @classmethod
-    def of(cls, checkpoint: Path, num_frames: int | None) -> "Answerer":
+    def of(cls, checkpoint: Path, num_frames: int | None) -> "LmmsAnswerer":
         """Load a run's checkpoint onto all devices of this machine.
 
         Raises:
@@ -60,7 +60,7 @@ class Answerer:
         """Largest number of questions that the engine answers together."""
         return self._engine.config.generation.batch[-1]
 
-    def answer(self, chats: Sequence[Chat]) -> list[Completion]:
+    def answer(self, chats: Sequence[LmmsChat]) -> list[Completion]:
         """The answers, in order; one with an `error` where a chat cannot be read or answered.
 
         Raises:
@@ -76,7 +76,7 @@ class Answerer:
     ) -> Request | Completion:
         sampling = sampling_of(settings, seed)
         try:
-            turns, visuals, visual_at_end = split(messages)
+            turns, visuals, visual_at_end = split_messages(messages)
             clip = self._clip(visuals)
         except (MediaError, SampleError, OSError) as error:
             return Completion(name, error=str(error))
@@ -122,7 +122,7 @@ def _source(visual: Mapping) -> tuple[str, object, tuple[float, float] | None]:
     return visual["type"], source, None if start is None else (float(start), float(end))
 
 
-def split(messages: Sequence[Mapping]) -> tuple[tuple[tuple[str, str], ...], list[Mapping], bool]:
+def split_messages(messages: Sequence[Mapping]) -> tuple[tuple[tuple[str, str], ...], list[Mapping], bool]:
     """The turns of a chat as (role, text), its images and videos, and whether these come after their text.
 
     What the system says goes before the first question.

@@ -17,7 +17,7 @@ def offline(graded: Sequence[Graded]) -> dict | None:
         return None
 
     def measured(members: Sequence[Graded]) -> dict:
-        return text_match.summarize((each.prediction or "", each.question.answer) for each in members)
+        return text_match.summarize_matches((each.prediction or "", each.question.answer) for each in members)
 
     overall = measured(answers)
     about = {"measure": overall.pop("measure")}
@@ -51,7 +51,7 @@ def judged(graded: Sequence[Graded], judge: judging.Judge, mean_name: str, dimen
     verdicts: dict[str, list[judging.Verdict]] = defaultdict(list)
     for dimension, verdict in zip(dimension_of, judge.grade(items), strict=True):
         verdicts[dimension].append(verdict)
-    by = {dimension: judging.summarize(members) for dimension, members in verdicts.items()}
+    by = {dimension: judging.summarize_verdicts(members) for dimension, members in verdicts.items()}
     failed = [{"dimension": name} | each for name, summary in by.items() for each in summary.pop("failed")]
     overall = {name: summary["score"] for name, summary in by.items()}
     if len(overall) > 1:

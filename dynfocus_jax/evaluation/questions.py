@@ -9,10 +9,8 @@ from pathlib import Path
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.media.folder import MediaFolder
 from dynfocus_jax.records.entries import Invalid, line_entries, list_entries
-from dynfocus_jax.records.fields import kind_of, path_of, require, text_of
+from dynfocus_jax.records.fields import ASSUMED_SUFFIXES, ensure, kind_of, path_of, text_of
 from dynfocus_jax.records.prompts import LETTERS
-
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +34,10 @@ class Question:
             object.__setattr__(self, "belongs_to", self.id)
 
 
-Parse = Callable[[dict], Question | Sequence[Question]]  # raises Invalid
+ParseQuestion = Callable[[dict], Question | Sequence[Question]]  # raises Invalid
 
 
-def read_questions(path: Path, entries: Iterable[tuple[int, object]], parse: Parse) -> list[Question]:
+def read_questions(path: Path, entries: Iterable[tuple[int, object]], parse: ParseQuestion) -> list[Question]:
     """The questions of all entries of a file, in its order.
 
     Raises:
@@ -50,7 +48,7 @@ def read_questions(path: Path, entries: Iterable[tuple[int, object]], parse: Par
         try:
             if isinstance(entry, Invalid):
                 raise entry
-            require(isinstance(entry, dict), f"is {kind_of(entry)}, expected an object")
+            ensure(isinstance(entry, dict), f"is {kind_of(entry)}, expected an object")
             parsed = parse(entry)
         except Invalid as error:
             raise UserError(
@@ -142,7 +140,9 @@ def media_file(folder: MediaFolder, key: str, names: Sequence[str]) -> Path:
 
 def with_suffixes(name: str, *folders: str) -> list[str]:
     """Path of a video that is named without its suffix (or with it): in each folder, below `folders`."""
-    names = [name] if name.lower().endswith(VIDEO_SUFFIXES) else [name + suffix for suffix in VIDEO_SUFFIXES]
+    names = (
+        [name] if name.lower().endswith(ASSUMED_SUFFIXES) else [name + suffix for suffix in ASSUMED_SUFFIXES]
+    )
     return [f"{parent}/{each}" if parent else each for parent in ("", *folders) for each in names]
 
 
@@ -154,7 +154,7 @@ def word_of(value: object, key: str) -> str:
 def texts_of(value: object, key: str) -> tuple[str, ...]:
     """A list of at least two texts or numbers."""
     found = f"a list of {len(value)}" if isinstance(value, list) else kind_of(value)
-    require(
+    ensure(
         isinstance(value, list) and 1 < len(value) <= len(LETTERS),
         f'field "{key}" is {found}, expected a list of 2 to {len(LETTERS)} options',
     )
@@ -166,7 +166,7 @@ def letter_of(answer: object, key: str, options: Sequence[str]) -> str:
     letter = word_of(answer, key).strip("().: ")
     last = LETTERS[len(options) - 1]
     good = len(letter) == 1 and letter in LETTERS[: len(options)]
-    require(good, f'field "{key}" is {kind_of(answer)}, expected a letter from A to {last}')
+    ensure(good, f'field "{key}" is {kind_of(answer)}, expected a letter from A to {last}')
     return letter
 
 
@@ -176,7 +176,7 @@ def letter_of_text(answer: object, key: str, options: Sequence[str]) -> str:
     if text in options:
         return LETTERS[options.index(text)]
     alike = [i for i, option in enumerate(options) if _plain(option) == _plain(text)]
-    require(len(alike) == 1, f'field "{key}" is {kind_of(answer)}, none of {len(options)} options')
+    ensure(len(alike) == 1, f'field "{key}" is {kind_of(answer)}, none of {len(options)} options')
     return LETTERS[alike[0]]
 
 

@@ -13,7 +13,7 @@ from dynfocus_jax.evaluation.judge import Judge
 _LISTED = 5  # questions of a kind that the table names; results.json names all
 
 
-def summarize(name: str, benchmark: Benchmark, graded: Sequence[Graded], judge: Judge | None) -> dict:
+def summarize_results(name: str, benchmark: Benchmark, graded: Sequence[Graded], judge: Judge | None) -> dict:
     """Everything that is measured of a benchmark's answers; `graded` are all of its questions.
 
     The same answers give the same results, in whatever order, runs or processes they were given.
@@ -57,7 +57,7 @@ def write_json(path: Path, content: object) -> None:
 # ---- Table ----------------------------------------------------------------------------------------------
 
 
-def format_table(results: Mapping) -> str:
+def format_results(results: Mapping) -> str:
     """Return the table of results: every measure by category and overall, and missing answers."""
     failed, unclear = results["failed"], results["not_understood"]
     lines = [

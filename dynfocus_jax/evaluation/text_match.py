@@ -33,7 +33,7 @@ def token_f1(prediction: str, answer: str) -> float:
     return 2 * shared / (len(predicted) + len(wanted)) if shared else 0.0
 
 
-def summarize(pairs: Iterable[tuple[str, str]]) -> dict:
+def summarize_matches(pairs: Iterable[tuple[str, str]]) -> dict:
     """The means over all (prediction, answer); a question without a prediction takes part with an empty one.
 
     Returns:

@@ -19,7 +19,7 @@ from dynfocus_jax.records.mixture import Mixture
 from dynfocus_jax.records.records import Record, read_records
 from dynfocus_jax.training.stage_data import stage_seed
 
-EVALUATION = "evaluation"  # what `--stage` calls the held-out questions
+HELD_OUT = "evaluation"  # what `--stage` calls the held-out questions
 _PROBED = 64  # media that an estimate looks at
 
 
@@ -55,7 +55,7 @@ def frame_limits(config: ConfigDict, name: str | None = None) -> dict[str, set[i
     """
     limits = {stage.name: {frames for frames, _ in stage_buckets(stage)} for stage in config.stages}
     if config.evaluation.annotations is not None:
-        limits[EVALUATION] = {config.evaluation.media_frames}
+        limits[HELD_OUT] = {config.evaluation.media_frames}
     if name is None:
         return limits
     if name not in limits:
@@ -75,9 +75,9 @@ def wanted_media(config: ConfigDict, data_root: Path, name: str | None = None) -
         if stage.name in limits:
             records = Mixture(stage, data_root, stage_seed(config, index)).records
             _add(wanted, records, limits[stage.name], data_root)
-    if EVALUATION in limits:
+    if HELD_OUT in limits:
         records = read_records(data_root / config.evaluation.annotations, data_root)
-        _add(wanted, records, limits[EVALUATION], data_root)
+        _add(wanted, records, limits[HELD_OUT], data_root)
     return wanted
 
 

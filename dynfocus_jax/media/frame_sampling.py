@@ -33,7 +33,7 @@ class Sampling(NamedTuple):
 UNIFORM = Sampling()
 
 
-class Measured(Protocol):
+class TimedMedia(Protocol):
     """The part of `video.MediaInfo` that counting frames needs."""
 
     modality: str
@@ -47,7 +47,9 @@ def sample_indices(total: int, num_frames: int) -> np.ndarray:
     return ((2 * np.arange(count) + 1) * total) // (2 * count)
 
 
-def count(info: Measured, sampling: Sampling, limit: int, *, span: tuple[float, float] | None = None) -> int:
+def count(
+    info: TimedMedia, sampling: Sampling, limit: int, *, span: tuple[float, float] | None = None
+) -> int:
     """Return the number of frames that reading returns, at most `limit`; as exact as the header `info`."""
     if info.modality == "image":
         return 1

@@ -16,7 +16,7 @@ _CALLED = re.compile(
 _COUNTERS = ("s32", "u32", "s64", "u64")
 
 
-class Array(NamedTuple):
+class HloArray(NamedTuple):
     """An array of HLO: its element type, dimensions, and whether it lies in HBM."""
 
     dtype: str
@@ -37,7 +37,7 @@ class Instruction(NamedTuple):
 
     name: str
     opcode: str
-    result: tuple[Array, ...]
+    result: tuple[HloArray, ...]
     operands: tuple[str, ...]
     attributes: str
     is_root: bool
@@ -50,10 +50,10 @@ def _bits(dtype: str) -> int:
     return int(re.search(r"\d+", dtype)[0])  # f32, bf16, s32, f8e4m3fn, ...
 
 
-def _arrays(text: str) -> tuple[Array, ...]:
+def _arrays(text: str) -> tuple[HloArray, ...]:
     """All arrays in a shape; `S(n)` in a layout is memory other than HBM (a TPU's vector memory)."""
     return tuple(
-        Array(dtype, tuple(int(d) for d in dims.split(",") if d), re.search(r"S\([1-9]", layout) is None)
+        HloArray(dtype, tuple(int(d) for d in dims.split(",") if d), re.search(r"S\([1-9]", layout) is None)
         for dtype, dims, layout in _SHAPE.findall(text)
     )
 

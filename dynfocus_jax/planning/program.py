@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dynfocus_jax.planning.hlo import Array, Instruction, attribute, called, parse, visits
+from dynfocus_jax.planning.hlo import HloArray, Instruction, attribute, called, parse, visits
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -33,8 +33,8 @@ class Collective(NamedTuple):
     """
 
     kind: str
-    gives: tuple[Array, ...]
-    takes: tuple[Array, ...]
+    gives: tuple[HloArray, ...]
+    takes: tuple[HloArray, ...]
     groups: np.ndarray
     count: int
     op_name: str
@@ -127,7 +127,7 @@ def _convolution_flops(instruction: Instruction, body: dict[str, Instruction]) -
     return 2.0 * valid * features * batch / (int(groups[1]) if groups else 1)
 
 
-def _hbm(arrays: tuple[Array, ...]) -> int:
+def _hbm(arrays: tuple[HloArray, ...]) -> int:
     return sum(array.bytes for array in arrays if array.in_hbm)
 
 
@@ -213,7 +213,7 @@ def _fusion_traffic(instruction: Instruction, operands: list, computations: dict
     return total + sum(result)
 
 
-def _given(kind: str, opcode: str, result: tuple[Array, ...], taken: int) -> tuple[Array, ...]:
+def _given(kind: str, opcode: str, result: tuple[HloArray, ...], taken: int) -> tuple[HloArray, ...]:
     """The arrays that a collective gives: a started one lists what it takes before them."""
     if opcode.endswith("-start") and kind != "all-reduce" and len(result) > taken:
         return result[taken : 2 * taken]

@@ -8,12 +8,13 @@ from dynfocus_jax.errors import quoted
 from dynfocus_jax.media.folder import MediaFolder
 from dynfocus_jax.records.entries import MAX_TEXT, Invalid
 
+ASSUMED_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")  # tried for a video that is named without one
 _MAX_ID = 1024  # characters
 _MAX_SECONDS = 1e7  # four months
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def require(condition: bool, reason: str, fault: str = "form") -> None:
+def ensure(condition: bool, reason: str, fault: str = "form") -> None:
     """Raise Invalid unless `condition`."""
     if not condition:
         raise Invalid(reason, fault)
@@ -47,17 +48,17 @@ def check_size(texts: Iterable[str]) -> None:
 
 def id_of(value: object) -> str:
     """An id: a string or whole number."""
-    require(type(value) in (str, int), 'field "id" is missing or not a string')
+    ensure(type(value) in (str, int), 'field "id" is missing or not a string')
     name = text_of(str(value), "id")
-    require(len(name) <= _MAX_ID, 'field "id" is too long', "size")
-    require(name.isprintable(), 'field "id" has unprintable characters', "text")
+    ensure(len(name) <= _MAX_ID, 'field "id" is too long', "size")
+    ensure(name.isprintable(), 'field "id" has unprintable characters', "text")
     return name
 
 
 def media_of(entry: dict, folder: MediaFolder) -> tuple[Path | None, str]:
     """The file that an entry names in its field "image" or "video", and its modality."""
     present = [key for key in ("image", "video") if entry.get(key) is not None]
-    require(len(present) < 2, 'has both "image" and "video", expected one')
+    ensure(len(present) < 2, 'has both "image" and "video", expected one')
     if not present:
         return None, "text"
     return path_of(entry[present[0]], present[0], folder), present[0]

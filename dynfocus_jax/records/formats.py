@@ -25,18 +25,17 @@ from dynfocus_jax.media.folder import MediaFolder
 from dynfocus_jax.records import prompts
 from dynfocus_jax.records.entries import csv_entries, list_entries, read_json
 from dynfocus_jax.records.fields import (
+    ASSUMED_SUFFIXES,
     check_size,
+    ensure,
     id_of,
     kind_of,
     media_of,
     path_of,
-    require,
     span_of,
     text_of,
 )
-from dynfocus_jax.records.records import Parse, Record, Refused, collect, llava_entries, llava_parser
-
-_VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")  # tried where a data set names none
+from dynfocus_jax.records.records import ParseRecord, Record, Refused, collect, llava_entries, llava_parser
 
 
 class Origin(NamedTuple):
@@ -51,7 +50,7 @@ class Format(NamedTuple):
     """Reader of a published format: a file's entries, and the parser that makes records of them."""
 
     entries: Callable[[Path], Iterator[tuple[int, object]]]
-    parser: Callable[[Origin], Parse]
+    parser: Callable[[Origin], ParseRecord]
 
 
 def read_source(source: ConfigDict, data_root: str | Path) -> tuple[list[Record], list[Refused]]:
@@ -74,13 +73,13 @@ def read_source(source: ConfigDict, data_root: str | Path) -> tuple[list[Record]
     return collect(entries(path), _of_modality(parse, source.modality))
 
 
-def _of_modality(parse: Parse, modality: str) -> Parse:
+def _of_modality(parse: ParseRecord, modality: str) -> ParseRecord:
     if modality == "auto":
         return parse
 
     def checked(entry: object) -> Record:
         record = parse(entry)
-        require(
+        ensure(
             record.modality == modality,
             f"is about {_ABOUT[record.modality]}, but the modality of its source is {modality!r}",
             "modality",
@@ -96,7 +95,7 @@ _ABOUT = {"text": "text alone", "image": "an image", "video": "a video"}
 # ---- VideoChat2-IT --------------------------------------------------------------------------------------
 
 
-def _videochat2(origin: Origin) -> Parse:
+def _videochat2(origin: Origin) -> ParseRecord:
     """The instruction "i" (may be absent or empty) is said before the first question of those that share it.
 
     An empty question, as captions have it, becomes a request for a caption. "start" and "end" are seconds of
@@ -106,13 +105,13 @@ def _videochat2(origin: Origin) -> Parse:
     def parse(entry: object) -> Record:
         entry = _object(entry)
         media, modality = media_of(entry, origin.folder)
-        require(media is not None, 'has neither "image" nor "video"')
+        ensure(media is not None, 'has neither "image" nor "video"')
         name = id_of(entry[modality] if entry.get("id") is None else entry["id"])
         dialogue = entry.get("QA")
-        require(isinstance(dialogue, list) and len(dialogue) > 0, 'field "QA" is missing or no list of turns')
+        ensure(isinstance(dialogue, list) and len(dialogue) > 0, 'field "QA" is missing or no list of turns')
         turns, said = [], ""
         for i, turn in enumerate(dialogue):
-            require(isinstance(turn, dict), f'field "QA[{i}]" is {kind_of(turn)}, expected an object')
+            ensure(isinstance(turn, dict), f'field "QA[{i}]" is {kind_of(turn)}, expected an object')
             instruction = text_of(turn.get("i", ""), f"QA[{i}].i", empty=True)
             question = text_of(turn.get("q", ""), f"QA[{i}].q", empty=True)
             if not question:
@@ -128,7 +127,7 @@ def _videochat2(origin: Origin) -> Parse:
 # ---- VideoChatGPT-100K ----------------------------------------------------------------------------------
 
 
-def _videochatgpt(origin: Origin) -> Parse:
+def _videochatgpt(origin: Origin) -> ParseRecord:
     """Videos of ActivityNet, which are mp4, mkv or webm files; entries name them without the suffix."""
 
     def parse(entry: object) -> Record:
@@ -148,7 +147,7 @@ def _webvid_entries(path: Path) -> Iterator[tuple[int, object]]:
     return csv_entries(path, ("videoid", "name", "page_dir"))
 
 
-def _webvid(origin: Origin) -> Parse:
+def _webvid(origin: Origin) -> ParseRecord:
     """Captions ("name") of the videos page_dir/videoid.mp4, or videoid.mp4."""
 
     def parse(row: dict) -> Record:
@@ -169,7 +168,7 @@ def _scienceqa_entries(path: Path) -> Iterator[tuple[int, object]]:
     return _problem_entries(path) if path.name == "problems.json" else llava_entries(path)
 
 
-def _scienceqa(origin: Origin) -> Parse:
+def _scienceqa(origin: Origin) -> ParseRecord:
     if origin.path.name == "problems.json":
         return _problem_parser(origin)
     return llava_parser(origin.folder, origin.source)
@@ -190,8 +189,8 @@ def _problem_entries(path: Path) -> Iterator[tuple[int, object]]:
     return enumerate(chosen)
 
 
-def _problem_parser(origin: Origin) -> Parse:
-    """Parse ScienceQA as LLaVA does ("QCM-LEA"): question, context, choices; lecture, explanation, answer.
+def _problem_parser(origin: Origin) -> ParseRecord:
+    """ParseRecord ScienceQA as LLaVA does ("QCM-LEA"): question, context and choices; then the answer.
 
     Images are at train/id/image.png or id/image.png.
     """
@@ -200,10 +199,10 @@ def _problem_parser(origin: Origin) -> Parse:
         entry = _object(entry)
         name = id_of(entry.get("id"))
         options = entry.get("choices")
-        require(isinstance(options, list) and len(options) > 1, 'field "choices" is no list of two or more')
+        ensure(isinstance(options, list) and len(options) > 1, 'field "choices" is no list of two or more')
         options = [text_of(option, f"choices[{i}]") for i, option in enumerate(options)]
         answer = entry.get("answer")
-        require(
+        ensure(
             type(answer) is int and 0 <= answer < len(options) <= len(prompts.LETTERS),
             f'field "answer" is {kind_of(answer)}, expected the number of one of {len(options)} choices',
         )
@@ -233,7 +232,7 @@ def _nextqa_entries(path: Path) -> Iterator[tuple[int, object]]:
     return csv_entries(path, ("video", "question", "answer", "qid", "type", *_OPTIONS))
 
 
-def _nextqa(origin: Origin) -> Parse:
+def _nextqa(origin: Origin) -> ParseRecord:
     """Multiple choice as LLaVA 1.5 puts it; "answer" is the number of an option, in some releases its text.
 
     Videos are at the place that `map_vid_vidorID.json` beside the csv file gives ("1164/3238737531", without
@@ -252,7 +251,7 @@ def _nextqa(origin: Origin) -> Parse:
         number = "01234".find(answer) if len(answer) == 1 else -1
         if number < 0 and answer in options:
             number = options.index(answer)
-        require(number >= 0, f'field "answer" is {kind_of(answer)}, expected 0 to 4 or the text of an option')
+        ensure(number >= 0, f'field "answer" is {kind_of(answer)}, expected 0 to 4 or the text of an option')
         question += "" if question.endswith(("?", ".")) else "?"
         turn = prompts.with_options(question, options, prompts.ONE_LETTER), prompts.LETTERS[number]
         names = [place_of[video], video] if video in place_of else [video]
@@ -266,7 +265,7 @@ def _nextqa(origin: Origin) -> Parse:
 # ---- CLEVRER --------------------------------------------------------------------------------------------
 
 
-def _clevrer(origin: Origin) -> Parse:
+def _clevrer(origin: Origin) -> ParseRecord:
     """All questions about a video are one conversation.
 
     A question is {"question", "answer"} (descriptive) or {"question", "choices": [{"choice", "answer":
@@ -278,7 +277,7 @@ def _clevrer(origin: Origin) -> Parse:
         entry = _object(entry)
         file = text_of(entry.get("video_filename"), "video_filename")
         questions = entry.get("questions")
-        require(isinstance(questions, list) and len(questions) > 0, 'field "questions" is missing or no list')
+        ensure(isinstance(questions, list) and len(questions) > 0, 'field "questions" is missing or no list')
         turns = [_clevrer_turn(question, f"questions[{i}]") for i, question in enumerate(questions)]
         media = _first_present(origin.folder, "video_filename", [*_clevrer_place(file), file])
         return _record(origin, id_of(file), media, turns)
@@ -287,12 +286,12 @@ def _clevrer(origin: Origin) -> Parse:
 
 
 def _clevrer_turn(question: object, field: str) -> tuple[str, str]:
-    require(isinstance(question, dict), f'field "{field}" is {kind_of(question)}, expected an object')
+    ensure(isinstance(question, dict), f'field "{field}" is {kind_of(question)}, expected an object')
     asked = text_of(question.get("question"), f"{field}.question")
     if "choices" not in question:
         return f"{asked}\n{prompts.SHORT_ANSWER}", text_of(question.get("answer"), f"{field}.answer")
     choices = question["choices"]
-    require(
+    ensure(
         isinstance(choices, list)
         and 0 < len(choices) <= len(prompts.LETTERS)
         and all(isinstance(choice, dict) for choice in choices),
@@ -302,7 +301,7 @@ def _clevrer_turn(question: object, field: str) -> tuple[str, str]:
     right = []
     for i, choice in enumerate(choices):
         verdict = choice.get("answer")
-        require(
+        ensure(
             verdict in ("correct", "wrong"),
             f"field \"{field}.choices[{i}].answer\" is {kind_of(verdict)}, expected 'correct' or 'wrong'",
         )
@@ -322,7 +321,7 @@ def _clevrer_place(file: str) -> list[str]:
 
 
 def _object(entry: object) -> dict:
-    require(isinstance(entry, dict), f"is {kind_of(entry)}, expected an object")
+    ensure(isinstance(entry, dict), f"is {kind_of(entry)}, expected an object")
     return entry
 
 
@@ -348,7 +347,7 @@ def _record(
 
 
 def _with_suffixes(name: str) -> list[str]:
-    return [f"{name}{suffix}" for suffix in _VIDEO_SUFFIXES]
+    return [f"{name}{suffix}" for suffix in ASSUMED_SUFFIXES]
 
 
 def _first_present(folder: MediaFolder, field: str, names: Sequence[str]) -> Path:

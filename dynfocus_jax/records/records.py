@@ -9,11 +9,11 @@ from dynfocus_jax.media.folder import MediaFolder
 from dynfocus_jax.records.entries import Invalid, line_entries, list_entries
 from dynfocus_jax.records.fields import (
     check_size,
+    ensure,
     id_of,
     kind_of,
     media_of,
     path_of,
-    require,
     span_of,
     text_of,
 )
@@ -56,7 +56,7 @@ class Refused:
     fault: str = "form"  # | "turns" (their order) | "text" | "path" | "size" | "duplicate" | "modality"
 
 
-Parse = Callable[[object], Record]  # raises Invalid
+ParseRecord = Callable[[object], Record]  # raises Invalid
 
 
 def read_records(annotations: str | Path, media_root: str | Path) -> list[Record]:
@@ -72,7 +72,7 @@ def read_records(annotations: str | Path, media_root: str | Path) -> list[Record
     return records
 
 
-def collect(entries: Iterable[tuple[int, object]], parse: Parse) -> tuple[list[Record], list[Refused]]:
+def collect(entries: Iterable[tuple[int, object]], parse: ParseRecord) -> tuple[list[Record], list[Refused]]:
     """The records that `parse` makes of numbered entries, and those that it refuses.
 
     Ids become unique: of entries that say the same under the same id all but the first are refused as
@@ -139,7 +139,7 @@ def llava_entries(path: Path) -> Iterator[tuple[int, object]]:
     return line_entries(path) if path.suffix == ".jsonl" else list_entries(path)
 
 
-def llava_parser(folder: MediaFolder, source: str = "") -> Parse:
+def llava_parser(folder: MediaFolder, source: str = "") -> ParseRecord:
     """Records of LLaVA entries: {"id", "image" or "video", "conversations": [{"from", "value"}, ...]}.
 
     The messages are of "human" and "gpt" in turn; the first has the marker <image> (also for a video) at its
@@ -185,7 +185,7 @@ def llava_parser(folder: MediaFolder, source: str = "") -> Parse:
 
 def _messages(conversations: object) -> list[str]:
     """The texts of the messages, human and gpt in turn."""
-    require(
+    ensure(
         isinstance(conversations, list) and len(conversations) > 0,
         'field "conversations" must be a list of pairs of a human and a gpt message',
     )
@@ -198,7 +198,7 @@ def _messages(conversations: object) -> list[str]:
             found = kind_of(message.get("from"))
             raise Invalid(f'field "conversations[{i}].from" is {found}, expected {role!r}', "turns")
         texts.append(text_of(message.get("value"), f"conversations[{i}].value", empty=True))
-    require(
+    ensure(
         len(texts) % 2 == 0,
         'field "conversations" must be a list of pairs of a human and a gpt message; the last has no answer',
         "turns",

@@ -60,7 +60,7 @@ def load(
     Raises:
       UserError: every missing, unexpected and mis-shaped weight, all at once.
     """
-    merged = read(source, family, target, dtype=dtype, skip=skip, depth=depth)
+    merged = read_part(source, family, target, dtype=dtype, skip=skip, depth=depth)
     for line in merged.notes:
         say(line)
     return merged.params
@@ -81,7 +81,7 @@ class Merged:
     skipped: set[str]
 
 
-def read(
+def read_part(
     source: str | Path | Source,
     family: str | None,
     target: Mapping,

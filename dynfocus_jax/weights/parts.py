@@ -14,7 +14,7 @@ from dynfocus_jax.errors import UserError
 from dynfocus_jax.video_language_model import build_model, make_init, stage_section
 from dynfocus_jax.weights.export import export_part, merge_lora
 from dynfocus_jax.weights.files import open_weights
-from dynfocus_jax.weights.merge import Merged, read
+from dynfocus_jax.weights.merge import Merged, read_part
 from dynfocus_jax.weights.settings import check_settings
 from dynfocus_jax.weights.tables import FAMILIES
 
@@ -152,7 +152,7 @@ def _read_part(
                 bar.total = total
                 bar.update()
 
-            merged[name] = read(
+            merged[name] = read_part(
                 *(source, family, target),
                 dtype=dtype,
                 skip=config.weights.skip,

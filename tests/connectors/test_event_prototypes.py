@@ -7,9 +7,9 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from dynfocus_jax import trees
-from dynfocus_jax.connectors.dynfocus.event_prototypes import FIELDS, EventPrototypes
+from dynfocus_jax.connectors.dynfocus.event_prototypes import DPE_FIELDS, EventPrototypes
 from dynfocus_jax.connectors.dynfocus.selection import kept_counts, min_max
-from dynfocus_jax.connectors.interface import ConnectorInputs, Question
+from dynfocus_jax.connectors.interface import ConnectorInputs, QuestionWords
 from dynfocus_jax.sections import fill_section
 from dynfocus_jax.video_language_model import row_randomness
 from tests.tiny import shaken
@@ -19,7 +19,7 @@ PATCHES, WIDTH, K = 4, 6, 8
 
 def make_dpe(mode="paper", **changes):
     fields = {"num_prototypes": K, "neighbors": 3, "ratio": 0.5, "samples": 40} | changes
-    settings = FrozenConfigDict(fill_section(FIELDS, fields, "dpe"))
+    settings = FrozenConfigDict(fill_section(DPE_FIELDS, fields, "dpe"))
     return EventPrototypes(settings, mode, grid=(2, 2), pool=(1, 2))
 
 
@@ -31,7 +31,7 @@ def clips(frames, batch=2, seed=0):
 def inputs(features, mask=None, question=None, oracle=None, randomness=None):
     """Inputs of a batch whose frames all exist, unless a mask says otherwise."""
     mask = jnp.ones(features.shape[:2], bool) if mask is None else mask
-    question = None if question is None else Question(*question)
+    question = None if question is None else QuestionWords(*question)
     return ConnectorInputs(features, mask, question=question, oracle_frames=oracle, randomness=randomness)
 
 
@@ -62,7 +62,7 @@ def init(dpe, features, **given):
 )
 def test_kept_counts(prototypes, ratio, selected, expected):
     fields = {"num_prototypes": prototypes, "ratio": ratio, "num_selected": selected}
-    kept = kept_counts(fill_section(FIELDS, fields, "dpe"), prototypes)
+    kept = kept_counts(fill_section(DPE_FIELDS, fields, "dpe"), prototypes)
     assert len(kept) == prototypes + 1
     assert {count: kept[count] for count in expected} == expected
 

@@ -300,10 +300,10 @@ def test_lvbench(tmp_path):
 )
 def test_options_in_a_question(text, split):
     if split:
-        assert lvbench.split(text, "q") == split
+        assert lvbench.split_options(text, "q") == split
     else:
         with pytest.raises(Exception, match="has no options"):
-            lvbench.split(text, "q")
+            lvbench.split_options(text, "q")
 
 
 # ---- MVBench --------------------------------------------------------------------------------------------

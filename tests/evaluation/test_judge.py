@@ -10,7 +10,7 @@ from email.utils import formatdate
 import pytest
 
 from dynfocus_jax.errors import RunError, UserError
-from dynfocus_jax.evaluation.judge import Item, Judge, Verdict, summarize
+from dynfocus_jax.evaluation.judge import Item, Judge, Verdict, summarize_verdicts
 from dynfocus_jax.evaluation.judge_endpoint import JudgeSettings
 from tests.evaluation.chat_server import chat_server, completion, drip, flood, reset, say, send
 
@@ -133,7 +133,7 @@ def test_comes_to_an_end(misbehave):
     assert [v.correct for v in verdicts] == [True, False, True]
     assert "(after 3 attempts)" in verdicts[1].reason
     assert len(server.asked) == 3 + 2
-    summary = summarize(verdicts)
+    summary = summarize_verdicts(verdicts)
     assert summary["questions"] == 3
     assert summary["accuracy"] == pytest.approx(2 / 3)
     assert summary["score"] == pytest.approx(8 / 3)
@@ -382,14 +382,14 @@ def test_summary_by_hand():
         return Verdict(name, "r@1", correct, dict(zip("ab", scores, strict=False)), "", "", reason)
 
     mlvu = [verdict("1", None, 5, 3), verdict("2", None, 0, 0, reason="x"), verdict("3", None, 1, 2)]
-    summary = summarize(mlvu)
+    summary = summarize_verdicts(mlvu)
     assert summary == {
         "questions": 3,
         "scores": {"a": 2, "b": pytest.approx(5 / 3)},
         "score": pytest.approx(11 / 3),
         "failed": [{"id": "2", "reason": "x"}],
     }
-    assert summarize([verdict("1", True, 4), verdict("2", False, 1)])["accuracy"] == 0.5
-    assert summarize([])["questions"] == 0
+    assert summarize_verdicts([verdict("1", True, 4), verdict("2", False, 1)])["accuracy"] == 0.5
+    assert summarize_verdicts([])["questions"] == 0
     with pytest.raises(ValueError, match="several rubrics"):
-        summarize([mlvu[0], mlvu[1]._replace(rubric="s@1")])
+        summarize_verdicts([mlvu[0], mlvu[1]._replace(rubric="s@1")])

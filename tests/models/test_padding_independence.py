@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dynfocus_jax.connectors.interface import ConnectorInputs, Question
+from dynfocus_jax.connectors.interface import ConnectorInputs, QuestionWords
 from dynfocus_jax.connectors.registry import make_connector
 from dynfocus_jax.video_language_model import row_randomness
 from tests.tiny import (
@@ -143,7 +143,7 @@ def test_connector(variant):
             features,
             mask,
             text_queries=texts[rows, :frames] if connector.needs_text_queries else None,
-            question=Question(questions[rows], lengths[rows]),
+            question=QuestionWords(questions[rows], lengths[rows]),
             oracle_frames=oracle[rows, :frames],
             randomness=row_randomness(jax.random.key(7), len(rows), noise=noise[rows]) if train else None,
         )

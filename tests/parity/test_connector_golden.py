@@ -17,7 +17,7 @@ from dynfocus_jax.connectors.dynfocus import event_prototypes as event_prototype
 from dynfocus_jax.connectors.dynfocus import scores as scores_module
 from dynfocus_jax.connectors.dynfocus import selection as selecting
 from dynfocus_jax.connectors.dynfocus.cooperative import SpatialPrototypes, TextContext, mixed_prototypes
-from dynfocus_jax.connectors.dynfocus.event_prototypes import FIELDS, EventPrototypes
+from dynfocus_jax.connectors.dynfocus.event_prototypes import DPE_FIELDS, EventPrototypes
 from dynfocus_jax.connectors.dynfocus.scores import ScoreNet
 from dynfocus_jax.connectors.interface import ConnectorInputs
 from dynfocus_jax.connectors.registry import make_connector
@@ -148,7 +148,7 @@ def select(golden, params, events, spatial, *, dtype="float32", noise=None):
         "sigma": float(golden["sigma"]),
         "jacobian": "diagonal",
     }
-    settings = FrozenConfigDict(fill_section(FIELDS, fields, "dpe"))
+    settings = FrozenConfigDict(fill_section(DPE_FIELDS, fields, "dpe"))
     dpe = EventPrototypes(settings, "released", grid=(4, 4), pool=(4, 4), dtype=dtype)
     randomness = None if noise is None else row_randomness(jax.random.key(0), 1, noise=noise)
     inputs = ConnectorInputs(events[None], jnp.ones((1, len(events)), bool), randomness=randomness)

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dynfocus_jax import trees
 from dynfocus_jax.errors import RunError
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
-from dynfocus_jax.planning.hlo import Array
+from dynfocus_jax.planning.hlo import HloArray
 from dynfocus_jax.planning.machines import devices, parse_machine
 from dynfocus_jax.planning.program import Collective
 from dynfocus_jax.planning.report_table import format_step, misfit
@@ -158,7 +158,7 @@ def test_a_layer_in_the_shape_of_a_stack(count, found):
 
     blocks = {"out": abstract(6, 6, 16, 32), "lora_b": abstract(6, 16, 32)}
     step = make_step(mesh)._replace(held={"trained parameters": {"language": {"blocks": blocks}}})
-    given, taken = (Array("bf16", dims, in_hbm=True) for dims in ((6, 16, 32), (6, 16, 8)))
+    given, taken = (HloArray("bf16", dims, in_hbm=True) for dims in ((6, 16, 32), (6, 16, 8)))
     gather = Collective("all-gather", (given,), (taken,), np.arange(4)[None], count, "")
     assert gathered_stacks(step, [gather]) == found
 

@@ -66,7 +66,7 @@ def test_layout(tmp_path, family):
     shapes, params = params_of(part, **fields)
     file = write(tmp_path, write_down(params))
     check(merge.load(file, family, shapes, say=quiet), params, lacks)
-    merged = merge.read(file, None, shapes)
+    merged = merge.read_part(file, None, shapes)
     assert merged.family == family
     check(merged.params, params, lacks)
 
@@ -109,7 +109,7 @@ def test_llama_vid_checkpoint(tmp_path, shapes, params):
     file = write(tmp_path, published.llama_vid(params))
     for part in ("vision", "text_encoder", "language"):
         check(merge.load(file, None, shapes[part], say=quiet), params[part])
-    merged = merge.read(file, None, shapes["connector"])
+    merged = merge.read_part(file, None, shapes["connector"])
     assert merged.family == "llama_vid"
     check(merged.params, params["connector"], ["dpe"])
     assert {path.split("/")[0] for path in merged.absent} == {"dpe"}
@@ -333,10 +333,10 @@ def test_skip(tmp_path, shapes, params):
     file = write(tmp_path, tensors)
     with pytest.raises(UserError, match=r"1 unexpected: model\.extra\.0"):
         merge.load(file, None, shapes["language"])
-    merged = merge.read(file, None, shapes["language"], skip=(r"model\.extra\..*", "unused"))
+    merged = merge.read_part(file, None, shapes["language"], skip=(r"model\.extra\..*", "unused"))
     check(merged.params, params["language"])
     assert merged.skipped == {r"model\.extra\..*"}
-    merged = merge.read(file, None, shapes["language"], skip=(r"model\.extra\..*", r"lm_head\.weight"))
+    merged = merge.read_part(file, None, shapes["language"], skip=(r"model\.extra\..*", r"lm_head\.weight"))
     check(merged.params, params["language"], ["head"])
     assert merged.absent == ["head/kernel"]
     with pytest.raises(UserError, match=r"1 missing: model\.layers\.1\.mlp\.up_proj\.weight"):

@@ -29,19 +29,19 @@ class DynFocusConnector(Connector):
         ),
         "pool": POOL_FIELD,
         "projector": PROJECTOR_FIELD,
-        "dpe": event_prototypes.FIELDS,
-        "cce": cooperative.FIELDS,
+        "dpe": event_prototypes.DPE_FIELDS,
+        "cce": cooperative.CCE_FIELDS,
     }
-    SHARDING = (*PROJECTOR_SHARDING, *event_prototypes.SHARDING, *cooperative.SHARDING)
+    SHARDING = (*PROJECTOR_SHARDING, *event_prototypes.DPE_SHARDING, *cooperative.CCE_SHARDING)
     PUBLISHED: ClassVar = {"llama_vid": LLAMA_VID, "dynfocus": DYNFOCUS}
     TRAINABLE = ("connector/.*", "text_encoder/query_projection/.*")
 
     @classmethod
     def check(cls, settings: ConfigDict, model: ConfigDict, where: str) -> None:
         check_pool(settings, model, where)
-        event_prototypes.check(settings.dpe, f"{where}.dpe")
+        event_prototypes.check_dpe(settings.dpe, f"{where}.dpe")
         patches = (model.vision.image_size // model.vision.patch_size) ** 2
-        cooperative.check(settings.cce, settings.mode, patches, f"{where}.cce")
+        cooperative.check_cce(settings.cce, settings.mode, patches, f"{where}.cce")
 
     @property
     def needs_text_queries(self) -> bool:

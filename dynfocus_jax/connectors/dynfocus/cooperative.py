@@ -10,7 +10,7 @@ from dynfocus_jax.connectors.interface import ConnectorInputs
 from dynfocus_jax.ops.clustering import CLUSTERING_METHODS, cluster, map_frames
 from dynfocus_jax.sections import Field, require
 
-FIELDS = {
+CCE_FIELDS = {
     "levels": Field(
         ((16, 8), (8, 3)), "(M, k) of each level of spatial clustering: M prototypes, k neighbours"
     ),
@@ -32,10 +32,10 @@ FIELDS = {
         choices=("content", "context", "coarse"),
     ),
 }
-SHARDING = ((r"cce/(context|fusion)/(query|key|value)/kernel", ("fsdp", None)),)
+CCE_SHARDING = ((r"cce/(context|fusion)/(query|key|value)/kernel", ("fsdp", None)),)
 
 
-def check(settings: ConfigDict, mode: str, patches: int, where: str) -> None:
+def check_cce(settings: ConfigDict, mode: str, patches: int, where: str) -> None:
     """Check the fields of CCE against each other; raise UserError if they do not fit.
 
     mode: "paper" or "released"; patches: N.
@@ -175,7 +175,7 @@ class CrossAttentionFusion(nn.Module):
 
 
 class CooperativeEncoding(nn.Module):
-    """CCE: a frame's features and DPE's selection -> cone and rod tokens in language space. See FIELDS."""
+    """CCE: frame features and DPE's selection -> cone and rod tokens in language space (see CCE_FIELDS)."""
 
     settings: FrozenConfigDict
     mode: str

@@ -16,7 +16,7 @@ from dynfocus_jax.ops.dpc_knn import first_duplicate
 from dynfocus_jax.ops.pooling import pool_grid
 from dynfocus_jax.sections import Field, require
 
-FIELDS = {
+DPE_FIELDS = {
     "num_prototypes": Field(25, "event prototypes of a video, K", at_least=1),
     "neighbors": Field(5, "nearest neighbours that define a density, k", at_least=1),
     "ratio": Field(0.8, "share of the prototypes that are kept, J = ceil(ratio * K)", above=0, at_most=1),
@@ -39,7 +39,7 @@ FIELDS = {
     ),
     "question_conditioned": Field(False, "extension: the score net also reads the question"),
 }
-SHARDING = (
+DPE_SHARDING = (
     (r"dpe/score_net/(in_dense|out_dense_[01])/kernel", ("fsdp", None)),
     (r"dpe/question_score/bilinear/kernel", ("fsdp", None)),
 )
@@ -48,7 +48,7 @@ SHARDING = (
 _NOISE, _UNIFORM, _INITIAL = range(3)
 
 
-def check(settings: ConfigDict, where: str) -> None:
+def check_dpe(settings: ConfigDict, where: str) -> None:
     """Check the fields of DPE against each other; raise UserError if they do not fit."""
     count = settings.num_selected
     require(

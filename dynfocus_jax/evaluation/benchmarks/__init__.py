@@ -42,16 +42,18 @@ BENCHMARKS = {
     "msvd_qa": Benchmark("MSVD-QA", open_qa.read_msvd),
     "msrvtt_qa": Benchmark("MSRVTT-QA", open_qa.read_msrvtt),
     "activitynet_qa": Benchmark("ActivityNet-QA", open_qa.read_activitynet),
-    "vcgbench": Benchmark("VCG-Bench", vcg.read, dimensions=5),
-    "videomme": Benchmark("Video-MME", videomme.read, videomme.measure),
+    "vcgbench": Benchmark("VCG-Bench", vcg.read_vcg, dimensions=5),
+    "videomme": Benchmark("Video-MME", videomme.read_videomme, videomme.measure_videomme),
     "mlvu": Benchmark("MLVU", mlvu.read_dev, mlvu.measure_dev, judged_mean="G-Avg", dimensions=2),
     "mlvu_test": Benchmark("MLVU test", mlvu.read_test, mlvu.measure_test, mlvu.submission),
-    "lvbench": Benchmark("LVBench", lvbench.read, lvbench.measure),
-    "videohallucer": Benchmark("VideoHallucer", videohallucer.read, videohallucer.measure),
-    "mvbench": Benchmark("MVBench", mvbench.read, mvbench.measure),
-    "nextqa": Benchmark("NExT-QA", nextqa.read, nextqa.measure),
+    "lvbench": Benchmark("LVBench", lvbench.read_lvbench, lvbench.measure_lvbench),
+    "videohallucer": Benchmark(
+        "VideoHallucer", videohallucer.read_videohallucer, videohallucer.measure_videohallucer
+    ),
+    "mvbench": Benchmark("MVBench", mvbench.read_mvbench, mvbench.measure_mvbench),
+    "nextqa": Benchmark("NExT-QA", nextqa.read_nextqa, nextqa.measure_nextqa),
     "nextgqa": Benchmark("NExT-GQA", nextqa.read_grounded, nextqa.measure_grounded),
-    "vnbench": Benchmark("VNBench", vnbench.read, vnbench.measure),
+    "vnbench": Benchmark("VNBench", vnbench.read_vnbench, vnbench.measure_vnbench),
 }
 
 

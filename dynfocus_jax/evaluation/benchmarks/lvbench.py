@@ -13,7 +13,7 @@ from dynfocus_jax.evaluation.questions import (
     with_suffixes,
 )
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.fields import id_of, kind_of, require, text_of
+from dynfocus_jax.records.fields import ensure, id_of, kind_of, text_of
 from dynfocus_jax.records.prompts import LETTERS
 
 _OPTION = re.compile(r"^\s*\(?([A-Z])[).]\s*", re.MULTILINE)
@@ -27,17 +27,17 @@ _TYPES = {
     "summarization": "Sum",
 }
 
-measure = accuracy_by("question_type", "video_type")
+measure_lvbench = accuracy_by("question_type", "video_type")
 
 
-def read(annotations: Path, media: MediaFolder) -> list[Question]:
+def read_lvbench(annotations: Path, media: MediaFolder) -> list[Question]:
     """`video_info.meta.jsonl`, a video a line; videos at KEY.mp4 or all_videos/KEY.mp4."""
 
     def parse(entry: dict) -> list[Question]:
         key = id_of(entry.get("key"))
         file = media_file(media, "key", with_suffixes(key, "all_videos", "videos"))
         asked = entry.get("qa")
-        require(
+        ensure(
             isinstance(asked, list) and all(isinstance(each, dict) for each in asked) and len(asked) > 0,
             f'field "qa" is {kind_of(asked)}, expected a list of questions',
         )
@@ -48,9 +48,9 @@ def read(annotations: Path, media: MediaFolder) -> list[Question]:
 
 
 def _question(row: dict, where: str, kind: str, file: Path) -> Question:
-    question, options = split(text_of(row.get("question"), f"{where}.question"), where)
+    question, options = split_options(text_of(row.get("question"), f"{where}.question"), where)
     types = row.get("question_type")
-    require(
+    ensure(
         isinstance(types, list) and len(types) > 0,
         f'field "{where}.question_type" is {kind_of(types)}, expected a list of types',
     )
@@ -69,7 +69,7 @@ def _question(row: dict, where: str, kind: str, file: Path) -> Question:
     )
 
 
-def split(text: str, where: str) -> tuple[str, tuple[str, ...]]:
+def split_options(text: str, where: str) -> tuple[str, tuple[str, ...]]:
     """A question and its options, which are its last lines: "(A) 1636", "(B) 1366"."""
     marks = list(_OPTION.finditer(text))
     marks = marks[max((i for i, mark in enumerate(marks) if mark[1] == "A"), default=len(marks)) :]
@@ -77,7 +77,7 @@ def split(text: str, where: str) -> tuple[str, tuple[str, ...]]:
     options = tuple(text[i:k].strip() for i, k in zip(ends, [*starts[1:], len(text)], strict=False))
     question = text[: starts[0]].strip()
     in_order = LETTERS.startswith("".join(mark[1] for mark in marks))
-    require(
+    ensure(
         bool(question) and len(options) > 1 and all(options) and in_order,
         f'field "{where}.question" has no options (A), (B), ... in its last lines',
     )

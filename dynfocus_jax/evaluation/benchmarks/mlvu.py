@@ -18,7 +18,7 @@ from dynfocus_jax.media.folder import MediaFolder
 from dynfocus_jax.records.entries import list_entries
 from dynfocus_jax.records.fields import id_of, text_of
 
-FILES = (
+_FILES = (
     "1_plotQA.json",
     "2_needle.json",
     "3_ego.json",
@@ -35,7 +35,7 @@ TASKS = 7  # the first files have options, their mean is M-Avg
 def read_dev(annotations: Path, media: MediaFolder) -> list[Question]:
     """A folder with the nine files, or one of them; videos at FILE/NAME, video/FILE/NAME or NAME."""
     questions = []
-    for file in annotation_files(annotations, FILES):
+    for file in annotation_files(annotations, _FILES):
         questions += read_questions(file, list_entries(file), _parser(file.stem, media))
     return questions
 

@@ -47,10 +47,10 @@ _TASKS = {
     "counterfactual_inference": _Task(_CLEVRER),
 }
 
-measure = mean_over("task", named="mean_accuracy", members=len(_TASKS))
+measure_mvbench = mean_over("task", named="mean_accuracy", members=len(_TASKS))
 
 
-def read(annotations: Path, media: MediaFolder) -> list[Question]:
+def read_mvbench(annotations: Path, media: MediaFolder) -> list[Question]:
     """A folder with the files TASK.json, or in its subfolder "json"; a single one of them for one task.
 
     Videos are where the published archives put them, below the media folder or its "video" or "data0613".

@@ -15,17 +15,17 @@ from dynfocus_jax.evaluation.questions import (
 )
 from dynfocus_jax.media.folder import MediaFolder
 from dynfocus_jax.records.entries import Invalid, csv_entries, read_json
-from dynfocus_jax.records.fields import id_of, kind_of, require, text_of
+from dynfocus_jax.records.fields import ensure, id_of, kind_of, text_of
 from dynfocus_jax.records.prompts import LETTERS
 
 _OPTIONS = ("a0", "a1", "a2", "a3", "a4")
 _KINDS = {"C": "causal", "T": "temporal", "D": "descriptive"}
 _WHEN = "When in the video is it seen? {}"
 
-measure = accuracy_by("kind", "type")
+measure_nextqa = accuracy_by("kind", "type")
 
 
-def read(annotations: Path, media: MediaFolder) -> list[Question]:
+def read_nextqa(annotations: Path, media: MediaFolder) -> list[Question]:
     """The csv file of a split; videos at VIDEO.mp4, or where map_vid_vidorID.json beside the csv file says.
 
     "answer" is the number of an option in all rows or, as in some releases, its text in all rows.
@@ -79,7 +79,7 @@ def read_grounded(annotations: Path, media: MediaFolder) -> list[Question]:
     table, file = annotations.with_name(f"{split}.csv"), annotations.with_name(f"gsub_{split}.json")
     grounds = _grounds(file)
     rows: dict[str, list[Question]] = {name: [] for name in grounds}
-    for question in read(table, media):
+    for question in read_nextqa(table, media):
         rows.get(question.id, []).append(question)
     odd = [name for name, found in rows.items() if len(found) != 1]
     if odd:
@@ -115,7 +115,7 @@ def _grounds(file: Path) -> dict[str, tuple[tuple[float, float], ...]]:
     """{video_qid: its spans in seconds}."""
     content = read_json(file)
     try:
-        require(isinstance(content, dict) and len(content) > 0, "holds no videos")
+        ensure(isinstance(content, dict) and len(content) > 0, "holds no videos")
         return {
             f"{video}_{qid}": _spans(spans, f"{video}.location.{qid}")
             for video, entry in content.items()
@@ -127,7 +127,7 @@ def _grounds(file: Path) -> dict[str, tuple[tuple[float, float], ...]]:
 
 def _locations(entry: object, video: str) -> dict:
     location = entry.get("location") if isinstance(entry, dict) else None
-    require(isinstance(location, dict), f'field "{video}.location" is {kind_of(location)}, expected spans')
+    ensure(isinstance(location, dict), f'field "{video}.location" is {kind_of(location)}, expected spans')
     return location
 
 
@@ -140,7 +140,7 @@ def _spans(value: object, where: str) -> tuple[tuple[float, float], ...]:
         and each[0] <= each[1]
         for each in value
     )
-    require(good, f'field "{where}" is {kind_of(value)}, expected a list of [start, end]')
+    ensure(good, f'field "{where}" is {kind_of(value)}, expected a list of [start, end]')
     return tuple((float(start), float(end)) for start, end in value)
 
 

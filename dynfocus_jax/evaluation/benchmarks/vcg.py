@@ -14,7 +14,7 @@ from dynfocus_jax.media.folder import MediaFolder
 from dynfocus_jax.records.entries import list_entries
 from dynfocus_jax.records.fields import text_of
 
-FILES = ("generic_qa.json", "temporal_qa.json", "consistency_qa.json")
+_FILES = ("generic_qa.json", "temporal_qa.json", "consistency_qa.json")
 # {dimension: what the judge is asked}, the dimensions as the papers abbreviate them.
 _RUBRICS = {
     "generic_qa": {"CI": "vcg_correctness", "DO": "vcg_detail", "CU": "vcg_context"},
@@ -23,13 +23,13 @@ _RUBRICS = {
 }
 
 
-def read(annotations: Path, media: MediaFolder) -> list[Question]:
+def read_vcg(annotations: Path, media: MediaFolder) -> list[Question]:
     """The folder with the three files, or one of them; videos at NAME.mp4 or Test_Videos/NAME.mp4.
 
     An entry of consistency_qa.json is two questions, which are judged together.
     """
     questions = []
-    for file in annotation_files(annotations, FILES):
+    for file in annotation_files(annotations, _FILES):
         questions += read_questions(file, list_entries(file), _parser(file.stem, media))
     return questions
 

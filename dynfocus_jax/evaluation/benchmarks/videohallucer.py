@@ -8,12 +8,12 @@ from dynfocus_jax.evaluation.measures import Measured, accuracy, all_right, mean
 from dynfocus_jax.evaluation.questions import Question, annotation_files, media_file, read_questions
 from dynfocus_jax.media.folder import MediaFolder
 from dynfocus_jax.records.entries import list_entries
-from dynfocus_jax.records.fields import kind_of, require, text_of
+from dynfocus_jax.records.fields import ensure, kind_of, text_of
 
 SETS = ("object_relation", "temporal", "semantic_detail", "external_factual", "external_nonfactual")
 
 
-def read(annotations: Path, media: MediaFolder) -> list[Question]:
+def read_videohallucer(annotations: Path, media: MediaFolder) -> list[Question]:
     """The folder with SET/SET.json (or SET.json) for each of the five sets, or one such file.
 
     Videos are at SET/videos/NAME, videos/NAME or NAME below the media folder.
@@ -35,10 +35,10 @@ def _read_set(file: Path, media: MediaFolder) -> list[Question]:
 
 def _question(entry: dict, kind: str, name: str, number: int, media: MediaFolder) -> Question:
     part = entry.get(kind)
-    require(isinstance(part, dict), f'field "{kind}" is {kind_of(part)}, expected a question')
+    ensure(isinstance(part, dict), f'field "{kind}" is {kind_of(part)}, expected a question')
     video = text_of(part.get("video"), f"{kind}.video")
     answer = text_of(part.get("answer"), f"{kind}.answer").lower().strip(".")
-    require(answer in ("yes", "no"), f'field "{kind}.answer" is {kind_of(answer)}, expected yes or no')
+    ensure(answer in ("yes", "no"), f'field "{kind}.answer" is {kind_of(answer)}, expected yes or no')
     return Question(
         f"{name}/{number}/{kind}",
         media_file(media, f"{kind}.video", [f"{name}/videos/{video}", f"videos/{video}", video]),
@@ -50,7 +50,7 @@ def _question(entry: dict, kind: str, name: str, number: int, media: MediaFolder
     )
 
 
-def measure(graded: Sequence[Graded]) -> Measured:
+def measure_videohallucer(graded: Sequence[Graded]) -> Measured:
     """The accuracies of basic and hallucinated questions and of pairs: of each set, and their means."""
 
     def of_kind(kind: str):

@@ -16,12 +16,12 @@ from dynfocus_jax.evaluation.questions import (
     word_of,
 )
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.fields import id_of, kind_of, require, text_of
+from dynfocus_jax.records.fields import ensure, id_of, kind_of, text_of
 
-measure = accuracy_by("duration", "domain", "sub_category", "task_type")
+measure_videomme = accuracy_by("duration", "domain", "sub_category", "task_type")
 
 
-def read(annotations: Path, media: MediaFolder) -> list[Question]:
+def read_videomme(annotations: Path, media: MediaFolder) -> list[Question]:
     """Videos with their list of "questions", or (as on the Hugging Face hub) a row a question.
 
     Videos are at NAME.mp4 or data/NAME.mp4, subtitles at subtitle/NAME.srt, NAME being the video's name on
@@ -30,7 +30,7 @@ def read(annotations: Path, media: MediaFolder) -> list[Question]:
 
     def parse(entry: dict) -> list[Question]:
         rows = entry.get("questions", [entry])
-        require(
+        ensure(
             isinstance(rows, list) and all(isinstance(row, dict) for row in rows) and len(rows) > 0,
             f'field "questions" is {kind_of(rows)}, expected a list of questions',
         )
@@ -62,7 +62,7 @@ def _names(video: dict) -> Sequence[str]:
     watched = parse_qs(urlsplit(address).query).get("v", [])
     ids = [video[key] for key in ("videoID", "video_id") if video.get(key) not in (None, "")]
     names = [word_of(name, "videoID") for name in [*ids[:-1], *watched, *ids[-1:]]]
-    require(bool(names), 'has neither "videoID" nor "video_id"')
+    ensure(bool(names), 'has neither "videoID" nor "video_id"')
     return names
 
 

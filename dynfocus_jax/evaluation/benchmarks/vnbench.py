@@ -15,16 +15,16 @@ from dynfocus_jax.evaluation.questions import (
     word_of,
 )
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.fields import require, text_of
+from dynfocus_jax.records.fields import ensure, text_of
 
 TRIES = 4
 _TASKS = {"ret": "retrieval", "ord": "ordering", "cnt": "counting"}
 
 # A needle counts only when all of its tries are right.
-measure = mean_over("type", named="mean_accuracy", of=all_right, also=("task",))
+measure_vnbench = mean_over("type", named="mean_accuracy", of=all_right, also=("task",))
 
 
-def read(annotations: Path, media: MediaFolder) -> list[Question]:
+def read_vnbench(annotations: Path, media: MediaFolder) -> list[Question]:
     """`VNBench-main-4try.json`; videos at their path (from its "/" on) below the media folder, or in it.
 
     Raises:
@@ -36,7 +36,7 @@ def read(annotations: Path, media: MediaFolder) -> list[Question]:
         video = text_of(entry.get("video"), "video").lstrip("/")
         kind = text_of(entry.get("type"), "type")
         number = entry.get("try")
-        require(type(number) is int, 'field "try" is missing or no whole number')
+        ensure(type(number) is int, 'field "try" is missing or no whole number')
         if entry.get("gt_option") is not None:
             answer = letter_of(entry["gt_option"], "gt_option", options)
         else:
