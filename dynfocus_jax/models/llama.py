@@ -328,7 +328,7 @@ class Llama(nn.Module):
         """Return hidden states as `__call__` does, and a cache of length L that holds these positions."""
         positions = self._positions(embeddings, jnp.zeros_like(lengths))
         x, (keys, values) = self.blocks.prefill(embeddings, None, (lengths, self._rotation(positions)))
-        return self.final_norm(x), Cache(keys, values, lengths)
+        return self.final_norm(x), Cache(keys, values, jnp.asarray(lengths))
 
     def extend(self, embeddings: jax.Array, lengths: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Return the hidden states of positions that follow those in the cache, and the extended cache.
