@@ -1,18 +1,20 @@
-"""The backbones at full size beside Hugging Face's PyTorch modules, with the same random weights.
+"""Compare the backbones at full size with Hugging Face's PyTorch modules, with the same random weights.
 
     python benchmarks/backbones.py --device gpu --dtype bfloat16 --reference float32
     python benchmarks/backbones.py --device gpu --dtype float32 --layers 4
     python benchmarks/backbones.py --layers 1 --batch 2 --tokens 64 --frames 2
 
 Parts: `vision` (EVA ViT-g without the LayerNorm that belongs to the text encoder), `text_encoder`
-(InstructBLIP's Q-Former, the LayerNorm before it and the projection W_q behind it), `language` (Llama 7B).
-The PyTorch module and ours each run in a process of their own, one after the other, so that neither the
-accelerator nor the host holds two of them; ours reads the weights through dynfocus_jax/weights. Weights and
-inputs are exact in bfloat16, so that they are the same in every precision; float32 is computed without
-TF32. Differences are those of the outputs, divided by the largest magnitude of PyTorch's; `--reference
-float32` adds those of either program from PyTorch in float32. `end_to_end` is one forward of the whole
-system, ours alone, from the frames of a video and a question of 32 tokens to logits, with random weights
-made on the device. Times are medians of calls after a first one, in which the peak of memory is measured.
+(InstructBLIP's Q-Former with the LayerNorm before it and the projection W_q after it), `language` (Llama 7B),
+`end_to_end` (ours only: one forward pass of the whole system, from the frames of a video and a question of 32
+tokens to logits, with random weights generated on the device).
+
+The PyTorch module and ours run one after the other, each in its own process, so that host and accelerator
+never hold both. Our module gets the weights through dynfocus_jax/weights. Weights and inputs are exact in
+bfloat16, so they are the same in every precision; float32 is computed without TF32. Differences of outputs
+are divided by the largest magnitude of PyTorch's output; `--reference float32` adds the differences of both
+programs from PyTorch in float32. Times are medians of the calls after the first, which measures peak memory.
+The libraries are imported in the functions that run in those processes.
 """
 
 import argparse
@@ -43,18 +45,18 @@ from dynfocus_jax.config import default_config
 from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.weights.files import Source
 
-# Part -> family of its published names, and how many frames or texts are its batch
+# Part -> family of its published names, and its batch: number of frames or texts
 FAMILIES = {"vision": "instruct_blip_vision", "text_encoder": "qformer_instruct_blip", "language": "llama"}
 BATCH = {"vision": 32, "text_encoder": 32, "language": 1}
 QUESTION = 32  # tokens
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-# --- What both programs see ---------------------------------------------------------------------------
+# --- Weights and inputs of both programs --------------------------------------------------------------
 
 
 def model_section(options: argparse.Namespace) -> ConfigDict:
-    """`config.model` of the published system in the dtype, depth and attention that are asked for."""
+    """Return `config.model` of the published system with the dtype, depth and attention of the options."""
     model = default_config().model
     model.dtype = model.param_dtype = options.dtype
     for part in FAMILIES:
@@ -64,14 +66,14 @@ def model_section(options: argparse.Namespace) -> ConfigDict:
 
 
 def uniform(rng: np.random.Generator, shape, scale: float, centre: float = 0.0, dtype="float32"):
-    """Random `shape` array of 256 even steps within `centre +- scale`, all of them exact in bfloat16."""
+    """Draw an array from 256 evenly spaced values within `centre +- scale`, all exact in bfloat16."""
     steps = centre + scale * (np.arange(256) - 127.5) / 128
     steps = steps.astype(ml_dtypes.bfloat16).astype(DTYPES[dtype])
     return steps[rng.integers(256, size=shape, dtype=np.uint8)]
 
 
 def random_weight(name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """The weight of a published name: standard deviation 0.018, about 1 for the norms' weights."""
+    """Draw the weight of a published name: standard deviation 0.018; about 1 for weights of norms."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     if len(shape) == 1 and name.endswith("weight"):
         return uniform(rng, shape, 0.25, centre=1.0, dtype=dtype)
@@ -79,7 +81,7 @@ def random_weight(name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
 
 class RandomWeights(Source):
-    """The random weights of published names {name: shape}, each made when it is read."""
+    """Random weights of published names {name: shape}, each drawn when it is read."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: str):
         super().__init__(Path("random weights"), {})
@@ -94,8 +96,12 @@ class RandomWeights(Source):
 
 
 def inputs(part: str, options: argparse.Namespace, model: ConfigDict) -> tuple[np.ndarray, ...]:
-    """Frames uint8 `[F, H, W, 3]`; a question int32 `[Lq]` and features float32 `[F, 1 + N, C]`; or tokens
-    int32 `[B, L]`."""
+    """Return the inputs of a part.
+
+    Returns:
+      vision: frames uint8 `[F, H, W, 3]`; text_encoder: a question int32 `[Lq]` and features float32
+      `[F, 1 + N, C]`; language: tokens int32 `[B, L]`.
+    """
     rng, batch = np.random.default_rng(0), options.batch or BATCH[part]
     size, patch = model.vision.image_size, model.vision.patch_size
     if part == "vision":
@@ -110,14 +116,14 @@ def inputs(part: str, options: argparse.Namespace, model: ConfigDict) -> tuple[n
 
 
 def torch_module(part: str, model: ConfigDict):
-    """Hugging Face's module of its default, published sizes, with the depth and epsilons of `model`."""
+    """Return Hugging Face's module of the published sizes, with the depth and epsilons of `model`."""
     import torch
     import transformers
 
     depth = {"num_hidden_layers": model[part].depth}
     if part == "vision":
         module = transformers.InstructBlipVisionModel(transformers.InstructBlipVisionConfig(**depth))
-        module.post_layernorm = torch.nn.Identity()  # is the text encoder's
+        module.post_layernorm = torch.nn.Identity()  # belongs to the text encoder
     elif part == "text_encoder":
         section, features = model.text_encoder, model.vision.width
         config = transformers.InstructBlipQFormerConfig(vocab_size=section.vocab_size, **depth)
@@ -137,7 +143,7 @@ def torch_module(part: str, model: ConfigDict):
 
 
 def published_shapes(part: str, model: ConfigDict) -> dict[str, tuple[int, ...]]:
-    """Published name -> shape of every weight of a part."""
+    """Return the shape of every weight of a part, by published name."""
     import torch
 
     with torch.device("meta"):
@@ -146,7 +152,7 @@ def published_shapes(part: str, model: ConfigDict) -> dict[str, tuple[int, ...]]
 
 
 def pytorch(options: argparse.Namespace, part: str, dtype: str, runs: int) -> dict:
-    """Output, peak memory and median time of the PyTorch module on the inputs of a part."""
+    """Measure output, peak memory and median time of the PyTorch module on the inputs of a part."""
     import torch
 
     on_gpu = options.device == "gpu"
@@ -154,7 +160,7 @@ def pytorch(options: argparse.Namespace, part: str, dtype: str, runs: int) -> di
         raise UserError(f"--device gpu: PyTorch {torch.__version__} sees no CUDA device; use --device cpu.")
     device = torch.device("cuda" if on_gpu else "cpu")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    torch.backends.cudnn.allow_tf32 = False  # it is off for matrix products, but on for convolutions
+    torch.backends.cudnn.allow_tf32 = False  # off by default for matrix products, but on for convolutions
     torch.set_default_dtype(getattr(torch, dtype))
 
     model = model_section(options)
@@ -204,12 +210,16 @@ def pytorch(options: argparse.Namespace, part: str, dtype: str, runs: int) -> di
 
 
 def start_jax(options: argparse.Namespace):
-    """The device, once jax is set up in this process."""
+    """Set up JAX in this process and return the device.
+
+    Raises:
+      UserError: if there is no such device.
+    """
     os.environ["JAX_PLATFORMS"] = "cuda" if options.device == "gpu" else "cpu"
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     import jax
 
-    jax.config.update("jax_enable_compilation_cache", False)  # its time is measured
+    jax.config.update("jax_enable_compilation_cache", False)  # compile time is measured
     if options.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")  # no TF32
     try:
@@ -219,10 +229,12 @@ def start_jax(options: argparse.Namespace):
 
 
 def measured(options, device, forward: Callable, shapes: dict, make_params: Callable, batch) -> dict:
-    """Output, compile time, peak memory and median time of `forward(params, *batch)`.
+    """Measure output, compile time, peak memory and median time of `forward(params, *batch)`.
 
-    shapes: abstract parameters; make_params: makes them on the device. They come after the compilation,
-    which tries kernels on the accelerator: its memory shall not add to theirs.
+    Args:
+      shapes: shapes and dtypes of the parameters.
+      make_params: returns parameters on the device. It is called after compilation, which runs kernels on the
+        accelerator to choose between them, so that the memory of both does not add up.
     """
     import jax
 
@@ -246,7 +258,7 @@ def measured(options, device, forward: Callable, shapes: dict, make_params: Call
 
 
 def ours(options: argparse.Namespace, part: str, published: dict[str, tuple[int, ...]]) -> dict:
-    """What `measured` says of our module on the inputs of a part."""
+    """Return the measurements (`measured`) of our module on the inputs of a part."""
     device = start_jax(options)
     import jax
     import jax.numpy as jnp
@@ -276,7 +288,7 @@ def ours(options: argparse.Namespace, part: str, published: dict[str, tuple[int,
 
         def method(decoder, tokens):
             batch, length = tokens.shape
-            hidden, _ = decoder(decoder.embed(tokens), jnp.full(batch, length))
+            hidden = decoder(decoder.embed(tokens), jnp.full(batch, length))
             return decoder.logits(hidden)
 
     dtype = DTYPES[options.dtype]
@@ -291,7 +303,7 @@ def ours(options: argparse.Namespace, part: str, published: dict[str, tuple[int,
         if part == "text_encoder":
             name = "query_projection"
             flat |= trees.flatten({name: merge.load(weights, name, shapes[name], **quiet)})
-        # Leaf by leaf: what is on the device leaves the host.
+        # Leaf by leaf, so that each leaves host memory once it is on the device.
         placed = {path: jax.block_until_ready(jax.device_put(flat.pop(path))) for path in list(flat)}
         return trees.unflatten(placed)
 
@@ -303,9 +315,9 @@ def ours(options: argparse.Namespace, part: str, published: dict[str, tuple[int,
 
 
 def weights_on_device(shapes: dict) -> dict:
-    """Random parameters like those of `random_weight`, made on the device in their own dtype.
+    """Generate random parameters like those of `random_weight` on the device, in their own dtype.
 
-    They are made one by one, the largest first: what the making takes never adds to the peak of memory.
+    They are generated one by one, the largest first, so that temporary arrays do not raise the peak memory.
     """
     import jax
 
@@ -316,17 +328,17 @@ def weights_on_device(shapes: dict) -> dict:
         steps = jax.random.bits(key, shape, "uint8").astype(dtype)
         return centre + scale * (steps - 127.5) / 128
 
-    made = {}
+    params = {}
     flat = sorted(trees.flatten(shapes).items(), key=lambda item: -item[1].size)
     for index, (path, leaf) in enumerate(flat):
         key = jax.random.key(index, impl="rbg")  # draws bytes without larger intermediates
-        spread = (0.25, 1.0) if path.endswith("scale") else (1 / 32, 0.0)
-        made[path] = jax.block_until_ready(weight(key, leaf.shape, leaf.dtype, *spread))
-    return trees.unflatten(made)
+        scale_and_centre = (0.25, 1.0) if path.endswith("scale") else (1 / 32, 0.0)
+        params[path] = jax.block_until_ready(weight(key, leaf.shape, leaf.dtype, *scale_and_centre))
+    return trees.unflatten(params)
 
 
 def end_to_end(options: argparse.Namespace) -> dict:
-    """What `measured` says of the whole system on a video of `options.frames` frames, and its sizes."""
+    """Return the measurements of the whole system on a video of `options.frames` frames, and its sizes."""
     device = start_jax(options)
     import jax
     import jax.numpy as jnp
@@ -363,7 +375,7 @@ def end_to_end(options: argparse.Namespace) -> dict:
     facts = measured(options, device, forward, shapes, lambda: weights_on_device(shapes), (batch,))
     finite, visual = facts.pop("output")
     if not finite:
-        raise RunError("end_to_end: the logits are not finite, so its measurements mean nothing.")
+        raise RunError("end_to_end: the logits are not finite, so the measurements are not valid.")
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     return {**facts, "visual_tokens": int(visual), "parameters": parameters}
 
@@ -372,15 +384,15 @@ def end_to_end(options: argparse.Namespace) -> dict:
 
 
 def median(run: Callable[[], object], runs: int) -> float | None:
-    """Median wall time of one call in seconds; None for no runs."""
+    """Return the median wall time of a call in seconds, or None for 0 runs."""
     return statistics.median(seconds(run) for _ in range(runs)) if runs else None
 
 
 def alone(program: Callable, *arguments) -> dict:
-    """`program(*arguments)` in a process of its own.
+    """Run `program(*arguments)` in its own process and return its result.
 
     Raises:
-      RunError: it ran out of memory, or was killed.
+      RunError: if it runs out of memory or is killed.
     """
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -390,18 +402,18 @@ def alone(program: Callable, *arguments) -> dict:
             raise
         what = " of ".join([program.__name__, *arguments[1:2]])
         raise RunError(
-            f"{what} ran out of memory or was killed; try fewer --layers, a smaller --batch, fewer --frames."
+            f"{what} ran out of memory or was killed; use fewer --layers, a smaller --batch or --frames."
         ) from error
 
 
 def difference(actual: np.ndarray, expected: np.ndarray) -> dict[str, float]:
-    """Largest and mean absolute difference, divided by the largest expected magnitude."""
+    """Return the largest and mean absolute difference, divided by the largest expected magnitude."""
     error, scale = np.abs(actual - expected), np.abs(expected).max()
     return {"largest": float(error.max() / scale), "mean": float(error.mean(dtype=np.float64) / scale)}
 
 
 def measure(options: argparse.Namespace, part: str) -> dict:
-    """Facts of a part: its sizes and those of each program."""
+    """Measure a part in each program: input, number of parameters, results by program."""
     if part == "end_to_end":
         facts = alone(end_to_end, options)
         sizes = f"{options.frames} frames, {QUESTION} tokens; {facts.pop('visual_tokens')} visual tokens"
@@ -427,7 +439,7 @@ def measure(options: argparse.Namespace, part: str) -> dict:
 
 
 def table(results: dict[str, dict]) -> str:
-    """Markdown rows, one a part and program."""
+    """Return a Markdown table with a row per part and program."""
     head = ["part", "input", "M parameters", "program", "seconds", "times faster", "MiB", "compile"]
     head += ["largest", "mean", "largest from float32", "mean from float32"]
     rows = [head, ["---"] * len(head)]
@@ -445,7 +457,7 @@ def table(results: dict[str, dict]) -> str:
 
 
 def write(output: Path, options: argparse.Namespace, results: dict[str, dict]) -> str:
-    """Write markdown and json; returns the markdown."""
+    """Write the results as Markdown and JSON; return the Markdown."""
     about = {
         "date": str(datetime.date.today()),
         "device": next(iter(results.values()))["programs"]["ours"]["device"],
@@ -479,17 +491,19 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, metavar="PART")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--layers", type=int, help="the first N layers of every part only")
+    parser.add_argument("--layers", type=int, help="use only the first N layers of every part")
     parser.add_argument("--batch", type=int, help="frames (vision, text_encoder: 32), texts (language: 1)")
-    parser.add_argument("--tokens", type=int, default=512, help="of each text of the language model")
-    parser.add_argument("--frames", type=int, default=200, help="of the video of end_to_end")
-    parser.add_argument("--runs", type=int, default=5, help="timed calls; the median counts")
-    parser.add_argument("--attention", choices=("cudnn",), help="our fused attention (gpu, bfloat16)")
-    parser.add_argument("--reference", choices=("float32",), help="also compare bfloat16 with it")
+    parser.add_argument("--tokens", type=int, default=512, help="length of each text (language)")
+    parser.add_argument("--frames", type=int, default=200, help="length of the video (end_to_end)")
+    parser.add_argument("--runs", type=int, default=5, help="number of timed calls, whose median is reported")
+    parser.add_argument(
+        "--attention", choices=("cudnn",), help="use fused attention in our modules (gpu, bfloat16)"
+    )
+    parser.add_argument("--reference", choices=("float32",), help="also compare with PyTorch in this dtype")
     parser.add_argument(
         "--output",
         type=Path,
-        help="markdown file; the json file is beside it (benchmarks/results/backbones_*)",
+        help="Markdown file; a JSON file is written beside it (default: benchmarks/results/backbones_*)",
     )
     options = parser.parse_args()
     for name in ("layers", "batch", "tokens", "frames", "runs"):
@@ -514,7 +528,7 @@ def main() -> None:
         except (UserError, RunError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2 if isinstance(error, UserError) else 1)
-        text = write(output, options, results)  # after every part: a later one may fail
+        text = write(output, options, results)  # after every part, since a later one may fail
         print(table({part: results[part]}), flush=True)
     print(f"\n{text}\nwritten to {output} and {output.with_suffix('.json')}")
 

@@ -155,7 +155,7 @@ class VideoLanguageModel(nn.Module):
         """Return the hidden states `[B, Lt, D]` that `logits` takes, and the visual tokens."""
         visual = self.visual_tokens(batch, train=train, randomness=randomness)
         embeddings, lengths = self._joined(batch, visual)
-        hidden, _ = self.language(embeddings, lengths)
+        hidden = self.language(embeddings, lengths)
         # Text token i sits at i, or at i + count behind the visual tokens; the position before predicts it.
         index = jnp.arange(batch.tokens.shape[1])
         behind = index >= batch.visual_position[:, None]
@@ -170,13 +170,12 @@ class VideoLanguageModel(nn.Module):
     def prefill(self, prompts: Batch | Prompts, visual: VisualTokens) -> tuple[jax.Array, Cache]:
         """Prefill prompts: logits `[B, V]` of the first answer token, and the KV cache."""
         embeddings, lengths = self._joined(prompts, visual)
-        cache = self.language.empty_cache(embeddings.shape[0], 0)
-        hidden, cache = self.language(embeddings, lengths, cache)
+        hidden, cache = self.language.prefill(embeddings, lengths)
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
         return self.language.logits(last[:, 0]), cache
 
     def decode(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Decode one step: `tokens [B]` -> logits `[B, V]` of the next token, and the extended cache."""
         embeddings = self.language.embed(tokens[:, None])
-        hidden, cache = self.language(embeddings, jnp.ones_like(tokens), cache)
+        hidden, cache = self.language.extend(embeddings, jnp.ones_like(tokens), cache)
         return self.language.logits(hidden[:, 0]), cache

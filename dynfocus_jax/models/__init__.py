@@ -1,1 +1,1 @@
-"""The network: layers, vision tower, text encoder, language model, DPE, CCE and their assembly."""
+"""Backbones: vision tower, text encoder, language model, projector and the layers they share."""

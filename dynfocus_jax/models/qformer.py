@@ -1,37 +1,51 @@
-"""Q-Former: learned queries read a frame with the question beside them (InstructBLIP's shape, by config)."""
+"""Q-Former: learned queries that attend to the question and to a frame (as in InstructBLIP)."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dynfocus_jax.models.layers import FeedForward, MultiHeadAttention, layer_norm, rematerialized
+from dynfocus_jax.models.layers import (
+    AttentionKernel,
+    Dtypes,
+    FeedForward,
+    MultiHeadAttention,
+    layer_norm,
+    rematerialized,
+)
 from dynfocus_jax.parallel.sharding import shard
 
 
 class QFormerBlock(nn.Module):
-    """Post-norm BERT block over [queries; text]; the queries may look at the frame; two feed-forwards."""
+    """Post-norm BERT block over [queries; text], with a feed-forward each for queries and text.
+
+    If `cross`, the queries also attend to the frame.
+    """
 
     width: int
     heads: int
     mlp_dim: int
     cross: bool
     eps: float
-    attention: str | None
+    implementation: AttentionKernel | None
     dtype: str
     param_dtype: str
 
     @nn.compact
     def __call__(self, x: jax.Array, frame: jax.Array, lengths: jax.Array, num_queries: int) -> jax.Array:
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        """Transform `x [F, Q + Lq, width]`, its first Q = `num_queries` positions the queries.
+
+        frame: `[F, N, C]`; lengths: int32 `[F]`, valid positions of `x`, queries included.
+        """
+        dtypes: Dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
         def norm(name, y):
-            return layer_norm(name, self.eps, **types)(y)
+            return layer_norm(name, self.eps, **dtypes)(y)
 
         def attend(name):
-            return MultiHeadAttention(self.width, self.heads, self.attention, name=name, **types)
+            return MultiHeadAttention(self.width, self.heads, self.implementation, name=name, **dtypes)
 
         def feed_forward(name, y):
-            return norm(f"{name}_norm", y + FeedForward(self.mlp_dim, self.width, name=name, **types)(y))
+            return norm(f"{name}_norm", y + FeedForward(self.mlp_dim, self.width, name=name, **dtypes)(y))
 
         x = shard(x, "frames", None, None)
         x = norm("attention_norm", x + attend("attention")(x, key_lengths=lengths))
@@ -43,10 +57,11 @@ class QFormerBlock(nn.Module):
 
 
 class QFormer(nn.Module):
-    """Text-guided queries for every frame.
+    """Text-guided queries of every frame.
 
-    Cross-attention stands in layers 0, cross_every, 2*cross_every, ... Text is embedded with learned
-    positions; queries carry none. `output_width` is the vision width C: the last Linear is the paper's W_q.
+    Layers 0, `cross_every`, 2 * `cross_every`, ... have cross-attention to the frame. Text has learned
+    position embeddings, queries have none. `output_width` is the vision width C: the last Linear is the
+    paper's W_q.
     """
 
     vocab_size: int
@@ -61,19 +76,19 @@ class QFormer(nn.Module):
     eps: float = 1e-12
     vision_eps: float = 1e-5
     remat: str = "none"
-    attention: str | None = None
+    attention: AttentionKernel | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
 
     def setup(self):
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dtypes: Dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         normal = nn.initializers.normal(0.02)
         self.queries = self.param("queries", normal, (self.num_queries, self.width), self.param_dtype)
-        self.word_embedding = nn.Embed(self.vocab_size, self.width, embedding_init=normal, **types)
-        self.position_embedding = nn.Embed(self.max_text, self.width, embedding_init=normal, **types)
-        self.embedding_norm = layer_norm(None, self.eps, **types)
-        self.vision_norm = layer_norm(None, self.vision_eps, **types)
-        block = rematerialized(QFormerBlock, self.remat, static=(4,))  # the number of queries
+        self.word_embedding = nn.Embed(self.vocab_size, self.width, embedding_init=normal, **dtypes)
+        self.position_embedding = nn.Embed(self.max_text, self.width, embedding_init=normal, **dtypes)
+        self.embedding_norm = layer_norm(None, self.eps, **dtypes)
+        self.vision_norm = layer_norm(None, self.vision_eps, **dtypes)
+        block = rematerialized(QFormerBlock, self.remat, static=(4,))  # num_queries
         self.blocks = [
             block(
                 self.width,
@@ -87,18 +102,24 @@ class QFormer(nn.Module):
             )
             for index in range(self.depth)
         ]
-        self.query_projection = nn.Dense(self.output_width, **types)
+        self.query_projection = nn.Dense(self.output_width, **dtypes)
 
     def embed_words(self, tokens: jax.Array) -> jax.Array:
-        """Raw word embeddings `[..., width]`: what the question-conditioned score net reads."""
+        """Return raw word embeddings `[..., width]`, the input of the question-conditioned score net."""
         return self.word_embedding(tokens)
 
     def __call__(self, tokens: jax.Array, lengths: jax.Array, frames: jax.Array) -> jax.Array:
-        """`tokens [B, Lq]`, `lengths [B]`, `frames [B, T, N, C]` -> `[B, T, Q, output_width]`."""
+        """Return the queries `[B, T, Q, output_width]` of every frame.
+
+        Args:
+          tokens: int32 `[B, Lq]`, the question, right-padded to at most `max_text` tokens.
+          lengths: int32 `[B]`, valid tokens of each question.
+          frames: `[B, T, N, C]`, features of the vision tower.
+        """
         batch, time = frames.shape[:2]
         text = self.word_embedding(tokens) + self.position_embedding(jnp.arange(tokens.shape[1]))
         queries = jnp.broadcast_to(self.queries.astype(text.dtype), (batch, self.num_queries, self.width))
-        # BERT norms the embeddings of queries and text alike. Every frame reads the same question.
+        # As in BERT, one norm serves the embeddings of queries and text. All frames share the question.
         joined = self.embedding_norm(jnp.concatenate([queries, text], axis=1))
         x = jnp.repeat(joined, time, axis=0)  # [B*T, Q + Lq, width]
         lengths = jnp.repeat(lengths + self.num_queries, time, axis=0)

@@ -1,7 +1,7 @@
 """Vision transformer: frames to patch features (section 3.1 of the paper).
 
-By config EVA-CLIP ViT-g, CLIP (`pre_norm`, no `patch_bias`, quick GELU) and SigLIP (no class token, tanh
-GELU, `final_norm`).
+The configuration selects EVA-CLIP ViT-g, CLIP (`pre_norm`, no `patch_bias`, quick GELU) or SigLIP (no class
+token, tanh GELU, `final_norm`).
 """
 
 import math
@@ -11,85 +11,82 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynfocus_jax.models.layers import FeedForward, MultiHeadAttention, layer_norm, scan_layers
+from dynfocus_jax.models.layers import (
+    AttentionKernel,
+    Dtypes,
+    FeedForward,
+    MultiHeadAttention,
+    layer_norm,
+    scan_layers,
+)
 from dynfocus_jax.parallel.sharding import shard
 
 
-def _bicubic(source: int, target: int) -> np.ndarray:
-    """Weights `[target, source]`, float32: one axis of PyTorch's bicubic interpolation.
-
-    `F.interpolate(mode="bicubic", align_corners=False)`: cubic convolution with a = -0.75, pixel centres
-    aligned, the border repeated, and no smoothing when the target is smaller.
-    """
-    a = -0.75
-    centre = (np.arange(target) + 0.5) * source / target - 0.5
-    taps = np.floor(centre)[:, None] + np.arange(-1, 3)  # [target, 4]
-    x = np.abs(centre[:, None] - taps)
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-    weights = np.zeros((target, source))
-    rows = np.arange(target)[:, None]
-    np.add.at(weights, (rows, np.clip(taps, 0, source - 1).astype(int)), np.where(x <= 1, near, far))
-    return weights.astype(np.float32)
-
-
 def resize_positions(table: np.ndarray, grid: int, cls_token: bool) -> np.ndarray:
-    """Learned positions of a square patch grid for another resolution (EVA-CLIP's `interpolate_pos_embed`).
+    """Resize the position embeddings of a square patch grid (EVA-CLIP's `interpolate_pos_embed`).
+
+    The interpolation is that of `F.interpolate(mode="bicubic", align_corners=False)` in PyTorch, in float32:
+    cubic convolution with a = -0.75 and no smoothing when the target is smaller.
 
     Args:
-      table: `[(1 +) g * g, C]` of any float dtype, the class token's row first when `cls_token`.
-      grid: patches a side of the result.
-      cls_token: whether the first row belongs to the class token; it is kept as it is.
+      table: `[(1 +) g * g, C]` of any float dtype, the class token's row first if `cls_token`.
+      grid: patches per side of the result.
+      cls_token: whether the first row belongs to the class token; it is copied.
 
     Returns:
-      `[(1 +) grid * grid, C]` in the table's dtype, interpolated bicubically in float32; the table itself
-      when it has that size.
+      `[(1 +) grid * grid, C]` in the table's dtype; the table itself if it has that size.
 
     Raises:
-      ValueError: the table is not of a square grid.
+      ValueError: if the table does not belong to a square grid.
     """
-    first, patches = table[: int(cls_token)], table[int(cls_token) :]
+    cls_rows, patches = table[: int(cls_token)], table[int(cls_token) :]
     source = math.isqrt(len(patches))
     if source == 0 or source * source != len(patches):
-        raise ValueError(f"{len(patches)} positions of patches do not form a square grid")
+        raise ValueError(f"position embeddings: {len(patches)} patches do not form a square grid")
     if source == grid:
         return table
-    weights = _bicubic(source, grid)
     square = np.asarray(patches, np.float32).reshape(source, source, -1)
-    resized = np.einsum("ru,cv,uvd->rcd", weights, weights, square, optimize=True).reshape(grid * grid, -1)
-    return np.concatenate([first, resized.astype(table.dtype)])
+    resized = jax.image.resize(
+        square,
+        (grid, grid, square.shape[-1]),
+        jax.image.ResizeMethod.CUBIC_PYTORCH,
+        antialias=False,
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    resized = np.asarray(resized).reshape(grid * grid, -1)
+    return np.concatenate([cls_rows, resized.astype(table.dtype)])
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm transformer block: x + attention(LN x), then x + MLP(LN x)."""
+    """Pre-norm transformer block: x + attention(LN x), then x + MLP(LN x). One layer of a scan."""
 
     width: int
     heads: int
     mlp_dim: int
     activation: str
     eps: float
-    attention: str | None
+    implementation: AttentionKernel | None
     dtype: str
     param_dtype: str
 
     @nn.compact
     def __call__(self, x: jax.Array, _xs: None, _unused: None) -> tuple[jax.Array, None]:
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dtypes: Dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = shard(x, "frames", None, None)
-        y = layer_norm("attention_norm", self.eps, **types)(x)
-        x = x + MultiHeadAttention(self.width, self.heads, self.attention, name="attention", **types)(y)
-        y = layer_norm("mlp_norm", self.eps, **types)(x)
-        return x + FeedForward(self.mlp_dim, self.width, self.activation, name="mlp", **types)(y), None
+        y = layer_norm("attention_norm", self.eps, **dtypes)(x)
+        x = x + MultiHeadAttention(self.width, self.heads, self.implementation, name="attention", **dtypes)(y)
+        y = layer_norm("mlp_norm", self.eps, **dtypes)(x)
+        return x + FeedForward(self.mlp_dim, self.width, self.activation, name="mlp", **dtypes)(y), None
 
 
 class VisionTransformer(nn.Module):
-    """ViT: uint8 frames `[..., H, W, 3]` -> features `[..., N, width]` (the CLS token first when it is kept).
+    """Vision transformer: uint8 frames `[..., H, W, 3]` -> features `[..., N, width]` of N patches.
 
-    Frames are scaled to [0, 1] and normalised by `mean`/`std` here, so that they travel as bytes.
-    `cls_token` adds the class token to the sequence; `keep_cls` returns it before the N patches.
-    `pre_norm` applies a LayerNorm to the embeddings (CLIP), `final_norm` one to the output (SigLIP); EVA-CLIP
-    as used by the paper has neither. `select_layer` counts from the end as in LLaVA: -1 is the output of the
-    last block, -2 of the last but one, and the blocks behind the selected one are not built.
+    Frames are scaled to [0, 1] and normalised by `mean` and `std` here, so that hosts send bytes to devices.
+    `cls_token` adds a class token to the sequence. `pre_norm` applies a LayerNorm to the embeddings (CLIP),
+    `final_norm` one to the output (SigLIP); EVA-CLIP as the paper uses it has neither. `select_layer` counts
+    from the end, as in LLaVA: -1 is the output of the last block, -2 that of the block before it. Blocks
+    after the selected one are not built.
     """
 
     image_size: int
@@ -108,21 +105,30 @@ class VisionTransformer(nn.Module):
     activation: str = "gelu"
     eps: float = 1e-6
     remat: str = "none"
-    attention: str | None = None
+    attention: AttentionKernel | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        return (self.image_size // self.patch_size,) * 2
+        side = self.image_size // self.patch_size
+        return side, side
 
     @nn.compact
     def __call__(self, frames: jax.Array, keep_cls: bool = False) -> jax.Array:
+        """Return the features `[..., N, width]`, or `[..., 1 + N, width]` with the class token first.
+
+        keep_cls: whether to return the class token, if there is one.
+
+        Raises:
+          ValueError: if the frames are not `image_size` high and wide.
+        """
         *lead, height, width, _ = frames.shape
-        if (height, width) != (self.image_size,) * 2:
-            raise ValueError(f"frames are {height}x{width}, the vision tower takes {self.image_size} squared")
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        size = self.image_size
+        if (height, width) != (size, size):
+            raise ValueError(f"vision tower: frames are {height}x{width} pixels, expected {size}x{size}")
+        dtypes: Dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = shard(frames.reshape(-1, height, width, 3), "frames", None, None, None)
         x = x.astype(jnp.float32) / 255
         x = (x - jnp.asarray(self.mean)) / jnp.asarray(self.std)
@@ -130,7 +136,7 @@ class VisionTransformer(nn.Module):
         # A stride-p convolution is a linear map of each patch: [F, N, p*p*3] -> [F, N, width].
         p, (rows, cols) = self.patch_size, self.grid
         x = x.reshape(-1, rows, p, cols, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, rows * cols, p * p * 3)
-        x = nn.Dense(self.width, use_bias=self.patch_bias, name="patch_embedding", **types)(x)
+        x = nn.Dense(self.width, use_bias=self.patch_bias, name="patch_embedding", **dtypes)(x)
 
         if self.cls_token:
             cls = self.param("cls", nn.initializers.normal(0.02), (self.width,), self.param_dtype)
@@ -141,7 +147,7 @@ class VisionTransformer(nn.Module):
         )
         x = x + position.astype(x.dtype)
         if self.pre_norm:
-            x = layer_norm("pre_norm", self.eps, **types)(x)
+            x = layer_norm("pre_norm", self.eps, **dtypes)(x)
 
         blocks = scan_layers(EncoderBlock, self.depth + 1 + self.select_layer, self.remat)
         x, _ = blocks(
@@ -156,7 +162,7 @@ class VisionTransformer(nn.Module):
             name="blocks",
         )(x, None, None)
         if self.final_norm:
-            x = layer_norm("final_norm", self.eps, **types)(x)
+            x = layer_norm("final_norm", self.eps, **dtypes)(x)
         if self.cls_token and not keep_cls:
             x = x[:, 1:]
         return x.reshape(*lead, *x.shape[1:])

@@ -1,1 +1,1 @@
-"""Parameter-free mathematics: pure functions of arrays, static shapes, no randomness drawn inside."""
+"""Parameter-free operations: pure functions of arrays with static shapes; noise is an argument."""

@@ -1,4 +1,4 @@
-"""One face for the clusterings that the paper compares (Table 11): DPC-KNN, k-means and weighted k-means."""
+"""One interface to the clusterings that the paper compares (Table 11): DPC-KNN, k-means, weighted k-means."""
 
 from collections.abc import Callable
 
@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from dynfocus_jax.errors import UserError
-from dynfocus_jax.ops.dpc_knn import Clusters, clean, density_peaks, dpc_knn
+from dynfocus_jax.ops.dpc_knn import Clusters, density_peaks, dpc_knn, zero_masked
 from dynfocus_jax.ops.kmeans import kmeans
 
-METHODS = ("dpc_knn", "kmeans", "weighted_kmeans")
-CPU_PIECE = 2**21  # numbers: about 20 MiB with what their clustering allocates
+CLUSTERING_METHODS = ("dpc_knn", "kmeans", "weighted_kmeans")
+CPU_CHUNK_SIZE = 2**21  # array elements; with the intermediates of clustering about 20 MiB
 
 
 def cluster(
@@ -25,39 +25,41 @@ def cluster(
 ) -> Clusters:
     """Cluster points [..., N, D] into K slots by the named method.
 
-    The k-means methods start from `initial` or from K evenly spread valid points, run at most 10 iterations,
-    use the centroid as prototype and, as centre, the member nearest to it (ties by index); a slot is valid
-    when it has members. "weighted_kmeans" weighs a point by its DPC-KNN importance (our choice: the paper
-    does not say); for "kmeans" density, distance and importance are 1 on valid points. Only DPC-KNN uses
-    `weighting`, only the k-means methods `initial`, all but "kmeans" `k`. No gradient flows through k-means.
+    The k-means methods run at most 10 iterations. Their prototypes are the centroids, a centre is the point
+    of the slot nearest to its centroid (ties by index), and a slot is valid if it has points.
+    "weighted_kmeans" weights points by their DPC-KNN importance (our choice: the paper does not specify the
+    weights). For "kmeans", density, distance and importance are 1 on valid points. Prototypes of the k-means
+    methods have no gradient.
 
     Args:
       features: [..., N, D], any float dtype.
       num_clusters: K.
-      k: neighbours that define a density.
+      k: neighbours that define a density; unused by "kmeans".
       method: "dpc_knn", "kmeans" or "weighted_kmeans".
-      weighting: "importance" or "mean", see `dpc_knn`.
-      mask: [..., N] bool, True for valid points; None means all.
-      initial: [..., K] int indices of starting points.
+      weighting: "importance" or "mean", see `dpc_knn`; used by "dpc_knn" only.
+      mask: bool [..., N], True for valid points. None means all points are valid.
+      initial: int [..., K], indices of the points that the k-means methods start from; None means K evenly
+        spaced valid points.
 
     Raises:
-      UserError: for an unknown method, and as `dpc_knn`.
+      UserError: if the method is unknown; further those of `dpc_knn`.
     """
-    if method not in METHODS:
-        raise UserError(f"cluster: method is {method!r}; expected one of {', '.join(METHODS)}.")
+    if method not in CLUSTERING_METHODS:
+        expected = ", ".join(CLUSTERING_METHODS)
+        raise UserError(f"cluster: method is {method!r}, expected one of {expected}.")
     if method == "dpc_knn":
         return dpc_knn(features, num_clusters, k, mask=mask, weighting=weighting)
 
-    features, mask = clean(features, mask)
+    features, mask = zero_masked(features, mask)
     if initial is None:
-        initial = spread(mask, num_clusters)
-    ones = mask.astype(jnp.float32)
-    density, distance, importance, weights = ones, ones, ones, None
+        initial = evenly_spaced(mask, num_clusters)
+    weights = None
+    density = distance = importance = mask.astype(jnp.float32)
     if method == "weighted_kmeans":
         peaks = density_peaks(features, k, mask)
         density, distance = jnp.exp(peaks.log_density), peaks.distance
         importance = jnp.exp(peaks.log_importance)
-        weights = _relative(peaks.log_importance)
+        weights = _relative_importance(peaks.log_importance)
     found = kmeans(features, initial, weights=weights, mask=mask)
 
     member = found.assignment[..., None, :] == jnp.arange(num_clusters)[:, None]  # [..., K, N]
@@ -74,54 +76,60 @@ def cluster(
     )
 
 
-def spread(mask: jax.Array, num: int) -> jax.Array:
-    """`num` distinct indices at even ranks among the valid points [..., N]: [..., num] int32, ascending.
+def evenly_spaced(mask: jax.Array, num: int) -> jax.Array:
+    """Return `num` distinct indices, evenly spaced among the valid points of a mask [..., N].
 
-    Where fewer points are valid, all of them, and then N (no point) in the remaining slots.
+    Returns:
+      int32 [..., num], ascending. If fewer points are valid: all of them, then N (no point).
     """
     slot, points = jnp.arange(num), mask.shape[-1]
     count = mask.sum(-1, keepdims=True)
     rank = jnp.where(count >= num, (2 * slot + 1) * count // (2 * num), slot)
-    order = jnp.argsort(~mask, axis=-1, stable=True)  # valid points first, in their order
+    order = jnp.argsort(~mask, axis=-1, stable=True)  # valid points first, in ascending order
     chosen = jnp.take_along_axis(order, jnp.minimum(rank, points - 1), -1)
     return jnp.where(rank < count, chosen, points).astype(jnp.int32)
 
 
 def map_frames(function: Callable, frames: jax.Array):
-    """`function` of every frame: frames [F, N, D] -> a tree of results with F in front.
+    """Apply `function` to frames [F, N, D], on a CPU a few frames at a time and elsewhere to all at once.
 
-    On a CPU a few frames at a time: what they need stays in its cache, and the same memory serves all of
-    them, whereas asking the system for fresh memory takes a third of the time of the work. Elsewhere all at
-    once.
+    On a CPU the chunks reuse the same memory and fit into the cache; fresh memory from the operating system
+    would take a third of the time of the computation.
 
     Args:
-      function: of any number of frames [F, N, D], which it must treat one by one.
+      function: maps any number of frames [F, N, D], each on its own, to a tree of arrays [F, ...].
+
+    Returns:
+      The tree of results of all frames, [F, ...].
     """
-    piece = max(1, CPU_PIECE // frames[0].size)
-    if piece >= len(frames):
+    chunk = max(1, CPU_CHUNK_SIZE // frames[0].size)
+    if chunk >= len(frames):
         return function(frames)
 
-    def in_pieces(frames):
-        whole = len(frames) // piece * piece
-        found = jax.lax.map(function, frames[:whole].reshape(-1, piece, *frames.shape[1:]))
-        found = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), found)
+    def in_chunks(frames):
+        whole = len(frames) // chunk * chunk
+        results = jax.lax.map(function, frames[:whole].reshape(-1, chunk, *frames.shape[1:]))
+        results = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), results)
         if whole == len(frames):
-            return found
-        return jax.tree.map(lambda *x: jnp.concatenate(x), found, function(frames[whole:]))
+            return results
+        return jax.tree.map(lambda *x: jnp.concatenate(x), results, function(frames[whole:]))
 
-    return jax.lax.platform_dependent(frames, cpu=in_pieces, default=function)
+    return jax.lax.platform_dependent(frames, cpu=in_chunks, default=function)
 
 
-def _relative(log_importance: jax.Array) -> jax.Array:
-    """Importance over its maximum: the same to k-means, and does not underflow; ones if all are zero."""
+def _relative_importance(log_importance: jax.Array) -> jax.Array:
+    """Return importance divided by its maximum, or ones if it is zero everywhere.
+
+    K-means does not depend on the scale of its weights, and importance itself may underflow.
+    """
     highest = log_importance.max(-1, keepdims=True)
     return jnp.where(jnp.isfinite(highest), jnp.exp(log_importance - highest), 1.0)
 
 
 def _nearest_member(features: jax.Array, centroids: jax.Array, member: jax.Array) -> jax.Array:
-    """Index of each slot's member nearest to its centroid: [..., K] int32.
+    """Return the index of each slot's point nearest to its centroid, int32 [..., K].
 
-    Both of a pair are equally near to their mean: the first within rounding of the nearest is taken.
+    Of points whose distances are equal up to rounding, such as two points and their mean, it is the first.
     """
     slot = jnp.argmax(member, -2)  # [..., N]
     own = jnp.take_along_axis(centroids, slot[..., None], -2)  # [..., N, D]

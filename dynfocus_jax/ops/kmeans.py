@@ -1,26 +1,28 @@
-"""Lloyd's k-means with Euclidean distance: the clustering that the paper compares DPC-KNN with (Table 11)."""
+"""Lloyd's k-means with Euclidean distance, which the paper compares with DPC-KNN (Table 11)."""
 
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int32
 
-from dynfocus_jax.ops.dpc_knn import clean, first_twin
+from dynfocus_jax.ops.dpc_knn import first_duplicate, zero_masked
 
-# Distances through inner products are off by up to 6e-7 of the points' greatest squared distance from the
-# first one (measured at D = 22,528). Where that hides which centroid is nearest, differences decide.
+# Squared distances from inner products are off by up to 6e-7 of the largest squared distance from the first
+# point (measured at D = 22,528). Where this can hide which centroid is nearest, the distances to the
+# `CANDIDATES` nearest centroids are recomputed from differences.
 ROUNDING = 1e-6
-CANDIDATES = 16  # how many of the nearest are measured so
+CANDIDATES = 16
 
 
 class KMeans(NamedTuple):
-    """Centroids and the points that gave them."""
+    """Result of k-means: K centroids and the assignment of N points to them."""
 
-    centroids: jax.Array  # [..., K, D] float32
-    assignment: jax.Array  # [..., N] int32, -1 for masked points
-    weights: jax.Array  # [..., K] float32, summed weights of the members
-    iterations: jax.Array  # [...] int32, how often the points were labelled
+    centroids: Float32[Array, "*batch K D"]
+    assignment: Int32[Array, "*batch N"]  # -1 for masked points
+    weights: Float32[Array, "*batch K"]  # summed weights of the points of each centroid
+    iterations: Int32[Array, "*batch"]  # number of times that the points were assigned
 
 
 def kmeans(
@@ -32,63 +34,66 @@ def kmeans(
     iterations: int = 10,
     tol: float = 1e-4,
 ) -> KMeans:
-    """Weighted Lloyd iterations from given points, in float32; no gradient flows through the result.
+    """Run weighted Lloyd iterations from given points, in float32. The result has no gradient.
 
-    Each iteration labels every point with its nearest centroid and moves the centroids to their members'
-    weighted mean; a centroid without weight stays where it is. When the centroids' movements (Euclidean
-    norms) sum to less than `tol`, the iteration stops and its update is dropped: the labels belong to the
-    centroids returned. Where `iterations` run out first, the centroids are one update ahead of the labels.
-    (Both as in the released code.) Of slots that start from bitwise-equal points only the first gets points.
+    Each iteration assigns every point to its nearest centroid and moves the centroids to the weighted mean of
+    their points; a centroid without weight stays. When the centroids' movements (Euclidean norms) sum to less
+    than `tol`, the iteration stops and its update is dropped, so the assignment belongs to the returned
+    centroids. If `iterations` is reached first, the centroids are one update ahead of the assignment. (Both
+    as in the released code.) Of slots that start from bitwise-equal points, only the first gets points.
 
     Args:
       features: [..., N, D], any float dtype.
-      initial: [..., K] int indices of the points to start from; an index outside 0..N-1 or of a masked point
+      initial: int [..., K], indices of the points to start from. An index outside 0..N-1 or of a masked point
         marks an unused slot, which keeps a zero centroid and gets no point. At least one slot must be used.
-      weights: [..., N] non-negative; None means ones.
-      mask: [..., N] bool, True for valid points; None means all.
-      iterations: at most this many.
-      tol: in the features' units.
+      weights: [..., N], non-negative; None means ones.
+      mask: bool [..., N], True for valid points. None means all points are valid.
+      iterations: maximum number of iterations.
+      tol: smallest total movement, in the features' units.
+
+    Raises:
+      UserError: if there are no points, or the mask has another shape.
     """
-    features, mask = clean(jax.lax.stop_gradient(features).astype(jnp.float32), mask)
+    features, mask = zero_masked(jax.lax.stop_gradient(features).astype(jnp.float32), mask)
     num, slots = features.shape[-2], initial.shape[-1]
     weights = jnp.where(mask, 1.0 if weights is None else weights.astype(jnp.float32), 0.0)
     point = jnp.clip(initial, 0, num - 1)
     used = (point == initial) & jnp.take_along_axis(mask, point, -1)
     start = jnp.take_along_axis(features, point[..., None], -2)
     start = jnp.where(used[..., None], start, 0.0)
-    used &= first_twin(start, used) == jnp.arange(slots)
+    used &= first_duplicate(start, used) == jnp.arange(slots)
     first = jnp.take_along_axis(features, jnp.argmax(mask, -1)[..., None, None], -2)
     offsets = features - first  # against cancellation in the distances
     extent = jnp.where(mask, jnp.square(offsets).sum(-1), 0.0).max(-1, keepdims=True)
 
     def label(centroids):
-        """[..., N] int32 nearest centroid."""
-        towards = centroids - first
-        product = jnp.einsum("...nd,...kd->...nk", offsets, towards, precision=jax.lax.Precision.HIGHEST)
-        distance = jnp.square(towards).sum(-1)[..., None, :] - 2.0 * product  # without ||x||^2
+        """Return the nearest centroid of every point, int32 [..., N]."""
+        relative = centroids - first
+        product = jnp.einsum("...nd,...kd->...nk", offsets, relative, precision=jax.lax.Precision.HIGHEST)
+        distance = jnp.square(relative).sum(-1)[..., None, :] - 2.0 * product  # squared, less ||x||^2
         distance = jnp.where(used[..., None, :], distance, jnp.inf)
         nearest = jnp.argmin(distance, -1).astype(jnp.int32)
         others = jnp.where(jnp.arange(slots) == nearest[..., None], jnp.inf, distance)
-        doubtful = mask & (others.min(-1) - distance.min(-1) <= ROUNDING * extent)
-        return jax.lax.cond(doubtful.any(), decide, lambda *_: nearest, centroids, distance)
+        ambiguous = mask & (others.min(-1) - distance.min(-1) <= ROUNDING * extent)
+        return jax.lax.cond(ambiguous.any(), label_exactly, lambda *_: nearest, centroids, distance)
 
-    def decide(centroids, distance):
-        """[..., N] int32 nearest by differences among the centroids of least `distance` [..., N, K]."""
-        candidates = jnp.sort(jax.lax.top_k(-distance, min(CANDIDATES, slots))[1], -1)  # ties: the lower
-        measured = jax.lax.map(partial(measure, centroids), jnp.moveaxis(candidates, -1, 0))
-        best = jnp.argmin(measured, 0)[..., None]
+    def label_exactly(centroids, distance):
+        """Return the nearest of the candidates, those of least `distance` [..., N, K]: int32 [..., N]."""
+        candidates = jnp.sort(jax.lax.top_k(-distance, min(CANDIDATES, slots))[1], -1)  # ties: lower slot
+        exact = jax.lax.map(partial(square_distance, centroids), jnp.moveaxis(candidates, -1, 0))
+        best = jnp.argmin(exact, 0)[..., None]
         return jnp.take_along_axis(candidates, best, -1)[..., 0].astype(jnp.int32)
 
-    def measure(centroids, slot):
-        """||x - c||^2 of every point and the centroid of its slot [..., N], inf if unused: [..., N]."""
+    def square_distance(centroids, slot):
+        """Compute ||x - c||^2 of every point and the centroid of its `slot` [..., N]; inf if unused."""
         square = jnp.square(features - jnp.take_along_axis(centroids, slot[..., None], -2)).sum(-1)
         return jnp.where(jnp.take_along_axis(used, slot, -1), square, jnp.inf)
 
     def update(centroids, labels):
-        """Weighted means of the members and their summed weights."""
-        share = jnp.where(labels[..., None, :] == jnp.arange(slots)[:, None], weights[..., None, :], 0.0)
-        total = share.sum(-1)
-        mean = jnp.einsum("...kn,...nd->...kd", share, features, precision=jax.lax.Precision.HIGHEST)
+        """Return the weighted means of each slot's points, and their summed weights."""
+        weight = jnp.where(labels[..., None, :] == jnp.arange(slots)[:, None], weights[..., None, :], 0.0)
+        total = weight.sum(-1)
+        mean = jnp.einsum("...kn,...nd->...kd", weight, features, precision=jax.lax.Precision.HIGHEST)
         mean /= jnp.where(total > 0, total, 1.0)[..., None]
         return jnp.where((total > 0)[..., None], mean, centroids), total
 

@@ -1,6 +1,6 @@
-"""Sequences of static length from parts of varying length: frames in time order, visual tokens within text.
+"""Packing parts of varying length into sequences of static length: tokens of frames, visual tokens in text.
 
-Tokens are moved by one gather from an int32 index: their gradient is one scatter, and padding gets none.
+Tokens are moved by a single gather with int32 indices, so their gradient is a single scatter.
 """
 
 import jax
@@ -16,49 +16,52 @@ def pack_frames(
     length: int,
     text: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Interleave rod and cone tokens in time order, packed left: paper Sec. 3.2.
+    """Interleave rod, cone and text tokens in time order, packed to the left.
 
-    A frame gives its R rod tokens where `rod_mask` is True, then M cone tokens where a valid cone names it,
-    then its text.
-    The caller computes `length`; `count` is what there was to pack: `count > length` means that tokens were
-    lost.
+    The tokens of a frame are its R rod tokens if `rod_mask` is True, then M cone tokens if a valid cone
+    belongs to it, then its text.
 
     Args:
-      rods: [B, T, R, D] tokens of every frame, R may be 0.
-      cones: [B, J, M, D] tokens of the important frames, in any order; J or M may be 0.
-      cone_frames: [B, J] int32 frame of each cone; valid cones name distinct frames.
-      rod_mask: [B, T] bool.
-      cone_mask: [B, J] bool.
-      length: L, static.
-      text: tokens [B, S, D] and the frame of each, [B, S] int32: ascending, then -1 for none.
+      rods: [B, T, R, D], tokens of every frame; R may be 0.
+      cones: [B, J, M, D], tokens of the important frames, in any order; J or M may be 0.
+      cone_frames: int32 [B, J], frame of each cone; valid cones have distinct frames.
+      rod_mask: bool [B, T], frames whose rod tokens are packed.
+      cone_mask: bool [B, J], valid cones.
+      length: L, static length of the result, which the caller computes.
+      text: tokens [B, S, D] and their frames, int32 [B, S], ascending and then -1 for padding.
 
     Returns:
-      tokens [B, L, D], zero beyond the last token; mask [B, L] bool; count [B] int32.
+      tokens [B, L, D], zero after the last token; mask bool [B, L]; count int32 [B], the number of tokens
+      before truncation: tokens were lost if count > length.
+
+    Source: paper Sec. 3.2.
     """
     (batch, frames, per_rod, width), (_, _, per_cone, _) = rods.shape, cones.shape
     cone_mask = cone_mask & (cone_frames >= 0) & (cone_frames < frames)
-    named = jnp.where(cone_mask, cone_frames, frames)  # [B, J], `frames` for none
-    has_cone = (named[:, :, None] == jnp.arange(frames)).any(1)
+    frame_or_none = jnp.where(cone_mask, cone_frames, frames)  # [B, J], T for invalid cones
+    has_cone = (frame_or_none[:, :, None] == jnp.arange(frames)).any(1)  # [B, T]
     sizes = per_rod * rod_mask + per_cone * has_cone  # [B, T]
     if text is not None:
-        words, word_frames = text
-        texts = (word_frames[:, :, None] == jnp.arange(frames)).sum(1)  # [B, T] text tokens of each frame
-        sizes += texts
+        text_tokens, text_frames = text
+        text_sizes = (text_frames[:, :, None] == jnp.arange(frames)).sum(
+            1
+        )  # [B, T] text tokens of each frame
+        sizes += text_sizes
     ends = jnp.cumsum(sizes, 1)
     starts = ends - sizes
     after_rods = jnp.take_along_axis(starts + per_rod * rod_mask, jnp.where(cone_mask, cone_frames, 0), 1)
 
-    # Where each token goes in the sequence; absent ones go beyond any length, where the scatter drops them.
-    nowhere = jnp.iinfo(jnp.int32).max
-    rod_to = jnp.where(rod_mask, starts, nowhere - per_rod)[:, :, None] + jnp.arange(per_rod)
-    cone_to = jnp.where(cone_mask, after_rods, nowhere - per_cone)[:, :, None] + jnp.arange(per_cone)
-    targets = [rod_to.reshape(batch, -1), cone_to.reshape(batch, -1)]
+    # Position of each token in the sequence. That of absent tokens is out of range: the scatter drops them.
+    dropped = jnp.iinfo(jnp.int32).max
+    rod_targets = jnp.where(rod_mask, starts, dropped - per_rod)[:, :, None] + jnp.arange(per_rod)
+    cone_targets = jnp.where(cone_mask, after_rods, dropped - per_cone)[:, :, None] + jnp.arange(per_cone)
+    targets = [rod_targets.reshape(batch, -1), cone_targets.reshape(batch, -1)]
     parts = [rods.reshape(batch, -1, width), cones.reshape(batch, -1, width)]
     if text is not None:
-        # Token s of all text: `ends - text so far` is what there is besides text up to the end of its frame.
-        behind = jnp.take_along_axis(ends - jnp.cumsum(texts, 1), jnp.maximum(word_frames, 0), 1)
-        targets.append(jnp.where(word_frames >= 0, behind + jnp.arange(words.shape[1]), nowhere))
-        parts.append(words)
+        # Text token s follows s text tokens and all other tokens up to the end of its frame.
+        others = jnp.take_along_axis(ends - jnp.cumsum(text_sizes, 1), jnp.maximum(text_frames, 0), 1)
+        targets.append(jnp.where(text_frames >= 0, others + jnp.arange(text_tokens.shape[1]), dropped))
+        parts.append(text_tokens)
     target = jnp.concatenate(targets, 1).astype(jnp.int32)
 
     total = target.shape[1]
@@ -76,56 +79,31 @@ def insert_visual(
     visual_count: jax.Array,
     position: jax.Array,
 ) -> jax.Array:
-    """text[:position], visual[:count], text[position:length] and zeros, sample by sample: [B, Lt + Lv, D].
+    """Insert each sample's visual tokens into its text: text[:position], visual, text[position:], zeros.
 
     Args:
-      text: [B, Lt, D] embedded text, right-padded.
-      text_length: [B] int, at most Lt.
-      visual: [B, Lv, D], left-packed.
-      visual_count: [B] int, at most Lv.
-      position: [B] int, where the visual tokens begin, at most text_length.
+      text: [B, Lt, D], embedded text, right-padded.
+      text_length: int [B], valid text tokens, at most Lt.
+      visual: [B, Lv, D], right-padded.
+      visual_count: int [B], valid visual tokens, at most Lv.
+      position: int [B], index of the first visual token, at most text_length.
+
+    Returns:
+      [B, Lt + Lv, D], right-padded with zeros.
     """
-    length = text.shape[1]
-    from_text, from_visual = _insertion(length + visual.shape[1], text_length, visual_count, position)
-    source = jnp.where(from_text >= 0, from_text, length + visual.shape[1])
-    source = jnp.where(from_visual >= 0, length + from_visual, source)
+    size = text.shape[1]
+    total = size + visual.shape[1]
+    count, length = visual_count[:, None], text_length[:, None]
+    begin = jnp.minimum(position[:, None], length)
+    end = begin + count
+    index = jnp.arange(total)
+    # Index into [text, visual] of each output position; `total` gives zeros.
+    source = jnp.where((index >= end) & (index < length + count), index - count, total)
+    source = jnp.where(index < begin, index, source)
+    source = jnp.where((index >= begin) & (index < end), size + index - begin, source)
     return _gather(jnp.concatenate([text, visual], 1), source)
 
 
-def insert_gap(
-    values: jax.Array,
-    text_length: jax.Array,
-    visual_count: jax.Array,
-    position: jax.Array,
-    total: int,
-    fill: int,
-) -> jax.Array:
-    """What `insert_visual` does to text, done to its per-token values (labels, loss mask): [B, total].
-
-    Args:
-      values: [B, Lt].
-      text_length: [B] int, at most Lt.
-      visual_count: [B] int.
-      position: [B] int, at most text_length.
-      total: static length of the result; Lt + Lv to match `insert_visual`.
-      fill: the value at visual positions and at padding.
-    """
-    from_text, _ = _insertion(total, text_length, visual_count, position)
-    kept = jnp.take_along_axis(values, jnp.maximum(from_text, 0), 1)
-    return jnp.where(from_text >= 0, kept, jnp.asarray(fill, values.dtype))
-
-
-def _insertion(total, text_length, visual_count, position):
-    """The text index and the visual index that each output position reads, -1 for none: 2 x [B, total]."""
-    count, length = visual_count[:, None], text_length[:, None]
-    begin = jnp.minimum(position[:, None], length)
-    at = jnp.arange(total)
-    end = begin + count
-    from_visual = jnp.where((at >= begin) & (at < end), at - begin, -1)
-    from_text = jnp.where(at < begin, at, jnp.where((at >= end) & (at < length + count), at - count, -1))
-    return from_text, from_visual
-
-
 def _gather(tokens: jax.Array, source: jax.Array) -> jax.Array:
-    """tokens [B, S, D] at source [B, L]; zeros where the source is S or more."""
+    """Return tokens [B, S, D] at indices `source` [B, L], and zeros where the index is S or more."""
     return jnp.take_along_axis(tokens, source[..., None], 1, mode="fill", fill_value=0)

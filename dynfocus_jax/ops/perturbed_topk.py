@@ -1,4 +1,4 @@
-"""Top-k as an operation to learn through: hard at inference, perturbed in training (paper Eq. 8 and 9).
+"""Differentiable top-k: hard at inference, perturbed in training (paper Eqs. 8 and 9).
 
 Source: Berthet et al. 2020, "Learning with Differentiable Perturbed Optimizers"; Cordonnier et al. 2021,
 "Differentiable Patch Selection".
@@ -15,22 +15,23 @@ from dynfocus_jax.errors import UserError
 def hard_topk(
     scores: jax.Array, k: int, *, mask: jax.Array | None = None, count: jax.Array | None = None
 ) -> jax.Array:
-    """Indices of the k highest scores, ascending, ties by index: [..., k] int32.
-
-    Slots beyond `count`, or beyond the number of valid entries, hold N, which is no index.
+    """Select the k highest scores, ties by index.
 
     Args:
       scores: [..., N].
       k: static number of slots, 1..N.
-      mask: [..., N] bool, entries that may be selected; None means all.
-      count: [...] int, how many to select, at most k; None means k.
+      mask: bool [..., N], entries that may be selected; None means all.
+      count: int [...], number of entries to select, at most k; None means k.
+
+    Returns:
+      Indices int32 [..., k], ascending; N (no entry) in slots beyond `count` or the number of valid entries.
 
     Raises:
-      UserError: for k outside 1..N.
+      UserError: if k is outside 1..N.
     """
     num = scores.shape[-1]
     if not 1 <= k <= num:
-        raise UserError(f"top-k: k is {k} for {num} scores; expected 1 to {num}.")
+        raise UserError(f"top-k: k is {k} for {num} scores, expected 1 to {num}.")
     key = scores.astype(jnp.float32)
     available = jnp.full(scores.shape[:-1], num)
     if mask is not None:
@@ -52,27 +53,30 @@ def perturbed_topk(
     mask: jax.Array | None = None,
     count: jax.Array | None = None,
 ) -> jax.Array:
-    """Mean over noise samples of the one-hot sorted top-k of `scores + sigma * noise`: [B, k, N] float32.
+    """Compute the mean over noise samples of the one-hot sorted top-k of `scores + sigma * noise`.
 
-    The gradient with respect to the scores, for an upstream G and sample indicators Y_s, is
-    mean_s(<G, Y_s> z_s) / sigma ("full", the paper's Eq. 9) or, coordinate by coordinate,
+    The gradient with respect to the scores, for an upstream gradient G, sample indicators Y_s and noise z_s,
+    is mean_s(<G, Y_s> z_s) / sigma ("full", the paper's Eq. 9), or for each entry d
     sum_j G_jd mean_s(Y_s[j, d] z_s[d]) / sigma ("diagonal", the released code: the Jacobian's diagonal only).
-    It is zero for masked entries and for sigma <= 1e-20; noise, mask and count get none.
+    It is zero for masked entries and if sigma <= 1e-20. Noise, mask and count have no gradient.
 
     Args:
       scores: [B, N].
-      noise: [B, S, N] standard normal.
+      noise: [B, S, N], standard normal.
       k: static number of slots, 1..N.
       sigma: static standard deviation of the perturbation, in the scores' units.
       jacobian: "full" or "diagonal".
-      mask: [B, N] bool, entries that may be selected; None means all.
-      count: [B] int, how many to select; rows of the result from `count` on are zero; None means k.
+      mask: bool [B, N], entries that may be selected; None means all.
+      count: int [B], number of entries to select; None means k.
+
+    Returns:
+      float32 [B, k, N]; slots from `count` on are zero.
 
     Raises:
-      UserError: for an unknown jacobian or k outside 1..N.
+      UserError: if the jacobian is unknown or k is outside 1..N.
     """
     if jacobian not in ("full", "diagonal"):
-        raise UserError(f'perturbed_topk: jacobian is {jacobian!r}; expected "full" or "diagonal".')
+        raise UserError(f'perturbed_topk: jacobian is {jacobian!r}, expected "full" or "diagonal".')
     mask = jnp.ones(scores.shape, bool) if mask is None else mask
     count = jnp.full(scores.shape[:-1], k, jnp.int32) if count is None else count
     return _perturbed(scores.astype(jnp.float32), noise.astype(jnp.float32), mask, count, k, sigma, jacobian)
@@ -81,14 +85,15 @@ def perturbed_topk(
 def distinct_argmax(
     indicators: jax.Array, *, mask: jax.Array | None = None, count: jax.Array | None = None
 ) -> jax.Array:
-    """For each slot in order, the arg-max over the entries that no earlier slot took: [B, k] int32.
-
-    Ties go to the lowest index. Slots beyond `count`, or beyond the number of valid entries, hold N.
+    """Take for each slot in order the arg-max over the entries that no earlier slot took, ties by index.
 
     Args:
-      indicators: [B, k, N], as from `perturbed_topk`.
-      mask: [B, N] bool, entries that may be taken; None means all.
-      count: [B] int; None means k.
+      indicators: [B, k, N], the result of `perturbed_topk`.
+      mask: bool [B, N], entries that may be taken; None means all.
+      count: int [B], number of entries to take; None means k.
+
+    Returns:
+      Indices int32 [B, k]; N (no entry) in slots beyond `count` or the number of valid entries.
     """
     batch, k, num = indicators.shape
     free = jnp.ones((batch, num), bool) if mask is None else mask
@@ -122,7 +127,7 @@ def _backward(k, sigma, jacobian, residuals, grad):
         return jnp.zeros(mask.shape, jnp.float32), None, None, None
     samples = noise.shape[1] * sigma
     if jacobian == "full":
-        # <G, Y_s> needs only the entries of G that sample s chose; a slot without entry (index N) adds 0.
+        # <G, Y_s> sums the entries of G that sample s chose; a slot without an entry (index N) adds 0.
         rows = jnp.swapaxes(chosen, 1, 2)  # [B, k, S]
         inner = jnp.take_along_axis(grad, rows, -1, mode="fill", fill_value=0.0).sum(1)  # [B, S]
         grad_scores = jnp.einsum("bs,bsn->bn", inner, noise, precision=jax.lax.Precision.HIGHEST) / samples
@@ -133,7 +138,7 @@ def _backward(k, sigma, jacobian, residuals, grad):
 
 
 def _one_hot(chosen, num):
-    return chosen[..., None] == jnp.arange(num)  # [B, S, k, N], fused into a sum over S: never materialised
+    return chosen[..., None] == jnp.arange(num)  # [B, S, k, N]; XLA fuses it into the sum over S
 
 
 _perturbed.defvjp(_forward, _backward)

@@ -1,4 +1,4 @@
-"""The published system at full size, shapes only: nothing is allocated."""
+"""The published system at full size, as shapes only: nothing is allocated."""
 
 import math
 
@@ -27,7 +27,7 @@ FRAMES, WORDS, QUESTION = 200, 48, 256
 
 @pytest.fixture(scope="module")
 def full_size():
-    """The default configuration's model, a batch of one video of 200 frames and the parameters, as shapes."""
+    """The default configuration's model; shapes of a batch (a video of 200 frames) and of its variables."""
     model = build_model(default_config())
     sample = padding_sample(FRAMES, 224, WORDS, QUESTION)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *np.shape(x)), np.asarray(x).dtype), sample)
@@ -41,8 +41,8 @@ def count(params, *prefixes):
     )
 
 
-def of_torch(model_class, config):
-    """The number of parameters of the Hugging Face module by name."""
+def torch_sizes(model_class, config):
+    """Return the size of every parameter of a Hugging Face module, by name."""
     with torch.device("meta"):
         model = model_class(config)
     return {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -61,20 +61,20 @@ def test_parameter_counts_of_the_paper(full_size):
 
 
 def test_parameter_counts_of_the_published_backbones(full_size):
-    """Against the Hugging Face modules with their default, published sizes."""
+    """Hugging Face modules with their default, published sizes have as many parameters."""
     params = full_size[2]["params"]
-    vision = of_torch(InstructBlipVisionModel, InstructBlipVisionConfig())
+    vision = torch_sizes(InstructBlipVisionModel, InstructBlipVisionConfig())
     norm = sum(size for name, size in vision.items() if name.startswith("post_layernorm"))
     assert count(params, "vision") == sum(vision.values()) - norm
-    text = of_torch(InstructBlipQFormerModel, InstructBlipQFormerConfig(vocab_size=30523))
+    text = torch_sizes(InstructBlipQFormerModel, InstructBlipQFormerConfig(vocab_size=30523))
     queries, projection = 32 * 768, (768 + 1) * C
     assert count(params, "text_encoder") == sum(text.values()) + norm + queries + projection
-    language = of_torch(LlamaForCausalLM, LlamaConfig())
+    language = torch_sizes(LlamaForCausalLM, LlamaConfig())
     assert count(params, "language") == sum(language.values())
 
 
 def test_forward_of_200_frames(full_size):
-    """Twenty cones of 40 tokens and 180 rods of 2; the same video read into a cache."""
+    """The video has 20 cones of 40 tokens and 180 rods of 2 tokens, in a forward pass and in prefill."""
     model, batch, variables = full_size
     output = jax.eval_shape(model.apply, variables, batch)
     cones = 20  # J = ceil(0.8 * 25)
@@ -84,10 +84,10 @@ def test_forward_of_200_frames(full_size):
     assert output.logits.shape == (1, WORDS, 32000)
     assert output.logits.dtype == jnp.float32
 
-    def read(module, batch):
-        return module.read(batch, module.visual_tokens(batch))
+    def prefill(module, batch):
+        return module.prefill(batch, module.visual_tokens(batch))
 
-    logits, cache = jax.eval_shape(lambda *inputs: model.apply(*inputs, method=read), variables, batch)
+    logits, cache = jax.eval_shape(lambda *inputs: model.apply(*inputs, method=prefill), variables, batch)
     assert logits.shape == (1, 32000)
     assert cache.keys.shape == cache.values.shape == (32, 1, 32, visual + WORDS, 128)
     assert cache.keys.dtype == jnp.bfloat16

@@ -1,4 +1,4 @@
-"""The language model: against a numpy program, with and without cache; greedy answers."""
+"""The language model, compared with a NumPy implementation, with and without a KV cache."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def make_llama(**changes):
     model = Llama(**(SIZES | changes))
 
     def everything(module, tokens, lengths):
-        hidden, _ = module(module.embed(tokens), lengths)
+        hidden = module(module.embed(tokens), lengths)
         return module.logits(hidden)
 
     tokens = jnp.zeros((1, 3), jnp.int32)
@@ -34,8 +34,8 @@ def make_llama(**changes):
     return model, variables, jax.jit(lambda v, t, n: model.apply(v, t, n, method=everything))
 
 
-def wavelength_rule(theta, size, scaling="none", factor=1.0, low=1.0, high=4.0, original=8192):
-    """RoPE's radians a position, pair by pair, told by wavelengths (Llama 3.1's own program)."""
+def rope_from_wavelengths(theta, size, scaling="none", factor=1.0, low=1.0, high=4.0, original=8192):
+    """Return RoPE's radians per position from wavelengths, as in the code of Llama 3.1."""
     frequencies = []
     for pair in range(size // 2):
         frequency = theta ** (-2 * pair / size)
@@ -50,9 +50,9 @@ def wavelength_rule(theta, size, scaling="none", factor=1.0, low=1.0, high=4.0, 
 
 
 def numpy_llama(params, tokens, heads, kv_heads, eps=1e-5, rope=(1e4,)):
-    """Logits of one unpadded sequence in float64, one head at a time, from the definition.
+    """Compute the logits of one unpadded sequence in float64, one head at a time, from the definition.
 
-    rope: theta, and what `wavelength_rule` takes behind `size`.
+    rope: theta, then the arguments of `rope_from_wavelengths` after `size`.
     """
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
@@ -66,11 +66,11 @@ def numpy_llama(params, tokens, heads, kv_heads, eps=1e-5, rope=(1e4,)):
             out = out + blocks[name]["bias"][layer][head]
         return norm(out, f"{name}_norm", layer) if f"{name}_norm" in blocks else out
 
-    def rotate(x):  # halves, as pairs (i, i + h/2)
+    def rotate(x):  # channels are paired as (i, i + h/2)
         half = x.shape[-1] // 2
-        angle = np.arange(len(x))[:, None] * wavelength_rule(rope[0], x.shape[-1], *rope[1:])
-        turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angle)
-        return np.concatenate([turned.real, turned.imag], axis=-1)
+        angle = np.arange(len(x))[:, None] * rope_from_wavelengths(rope[0], x.shape[-1], *rope[1:])
+        rotated = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angle)
+        return np.concatenate([rotated.real, rotated.imag], axis=-1)
 
     x = params["embedding"]["embedding"][tokens]
     blocks = params["blocks"]
@@ -83,9 +83,9 @@ def numpy_llama(params, tokens, heads, kv_heads, eps=1e-5, rope=(1e4,)):
             query = rotate(project(y, "query", layer, head))
             key, value = rotate(project(y, "key", layer, group)), project(y, "value", layer, group)
             logits = np.where(visible, query @ key.T / np.sqrt(query.shape[-1]), -np.inf)
-            share = np.exp(logits - logits.max(-1, keepdims=True))
-            share /= share.sum(-1, keepdims=True)
-            x = x + share @ value @ weights["out"][head]
+            weights_of_keys = np.exp(logits - logits.max(-1, keepdims=True))
+            weights_of_keys /= weights_of_keys.sum(-1, keepdims=True)
+            x = x + weights_of_keys @ value @ weights["out"][head]
         y = norm(x, "mlp_norm", layer)
         gate = y @ weights["gate"]
         x = x + (gate / (1 + np.exp(-gate)) * (y @ weights["up"])) @ weights["down"]
@@ -96,7 +96,7 @@ def numpy_llama(params, tokens, heads, kv_heads, eps=1e-5, rope=(1e4,)):
 QWEN2 = {"kv_heads": 4, "qkv_bias": True}
 QWEN3 = {"head_dim": 10, "qk_norm": True, "eps": 1e-6}
 LINEAR = {"rope_scaling": "linear", "rope_factor": 3.0}
-# The three pairs of a head of 6: kept, in between, divided.
+# The frequencies of the three channel pairs of a head of 6: kept, interpolated, divided.
 LLAMA3 = {
     "rope_scaling": "llama3",
     "rope_factor": 5.0,
@@ -132,10 +132,10 @@ def test_against_numpy(changes):
     [(128, 5e5, (8.0, 1.0, 4.0, 8192)), (64, 5e5, (32.0, 1.0, 4.0, 8192)), (18, 1e4, (7.0, 0.5, 3.0, 60))],
 )
 def test_rope_frequencies(size, theta, rest, scaling):
-    """Of Llama 3.1 and 3.2 among others."""
+    """Cases include the settings of Llama 3.1 and 3.2."""
     frequencies = rope_frequencies(size, theta, scaling, *rest)
     assert frequencies.dtype == np.float32
-    np.testing.assert_allclose(frequencies, wavelength_rule(theta, size, scaling, *rest), rtol=2e-6)
+    np.testing.assert_allclose(frequencies, rope_from_wavelengths(theta, size, scaling, *rest), rtol=2e-6)
 
 
 def test_causality():
@@ -148,7 +148,7 @@ def test_causality():
     assert (np.abs(one[5:] - two[5:]).max(-1) > 1e-4).all()
 
 
-def test_remat_changes_nothing():
+def test_remat_keeps_gradients():
     _, variables, run = make_llama()
     _, _, rerun = make_llama(remat="full")
     tokens, lengths = np.random.default_rng(2).integers(0, 11, (2, 6)), np.array([6, 3])
@@ -162,10 +162,42 @@ def test_remat_changes_nothing():
 
 
 @pytest.mark.parametrize("changes", [{}, QWEN3 | LLAMA3], ids=["llama", "qwen3"])
-def test_cache_in_padded_chunks_equals_the_full_forward(changes):
-    """Chunks of several sizes, in each of which every row has its own share of valid tokens (or none).
+def test_prefill_equals_the_full_forward(changes):
+    """Logits are bitwise equal; the cache equals one that `extend` has filled from the start."""
+    model, variables, run = make_llama(**changes)
+    tokens, lengths = np.random.default_rng(4).integers(0, 11, (3, 7)), np.array([7, 3, 1])
 
-    The cache has room for the 13 valid tokens and no more, so the last chunks' padding hangs over its end.
+    @jax.jit
+    def prefill(variables):
+        def call(module):
+            hidden, cache = module.prefill(module.embed(tokens), lengths)
+            return module.logits(hidden), cache
+
+        return model.apply(variables, method=call)
+
+    @jax.jit
+    def extend(variables, cache):
+        return model.apply(
+            variables, method=lambda module: module.extend(module.embed(tokens), lengths, cache)
+        )
+
+    logits, cache = prefill(variables)
+    np.testing.assert_array_equal(logits, run(variables, tokens, lengths))
+    _, filled = extend(variables, model.empty_cache(3, 7))
+    assert cache.lengths.tolist() == filled.lengths.tolist() == lengths.tolist()
+    for row, length in enumerate(lengths):
+        for one, other in ((cache.keys, filled.keys), (cache.values, filled.values)):
+            assert one.shape == other.shape == (2, 3, 2, 7, model.head_dim)
+            np.testing.assert_allclose(
+                one[:, row, :, :length], other[:, row, :, :length], rtol=1e-5, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("changes", [{}, QWEN3 | LLAMA3], ids=["llama", "qwen3"])
+def test_cache_in_padded_chunks_equals_the_full_forward(changes):
+    """Chunks have several sizes, and rows a different number of valid tokens in each, or none.
+
+    The cache holds exactly the 13 valid tokens, so the padding of the last chunks lies beyond its end.
     """
     model, variables, run = make_llama(**changes)
     tokens = np.random.default_rng(3).integers(0, 11, (3, 13))
@@ -174,7 +206,7 @@ def test_cache_in_padded_chunks_equals_the_full_forward(changes):
     @jax.jit
     def step(variables, tokens, lengths, cache):
         def call(module):
-            hidden, extended = module(module.embed(tokens), lengths, cache)
+            hidden, extended = module.extend(module.embed(tokens), lengths, cache)
             return module.logits(hidden), extended
 
         return model.apply(variables, method=call)
@@ -182,7 +214,7 @@ def test_cache_in_padded_chunks_equals_the_full_forward(changes):
     cache, done = model.empty_cache(3, 13), np.zeros(3, int)
     chunks = [(5, (3, 5, 0)), (1, (1, 1, 1)), (7, (2, 4, 7)), (1, (1, 0, 1)), (5, (5, 3, 4)), (1, (1, 0, 0))]
     for size, valid in chunks:
-        chunk = np.full((3, size), 9)  # padding: anything
+        chunk = np.full((3, size), 9)  # padding holds an arbitrary token
         for row, count in enumerate(valid):
             chunk[row, :count] = tokens[row, done[row] : done[row] + count]
         logits, cache = step(variables, chunk, np.array(valid), cache)
@@ -194,8 +226,8 @@ def test_cache_in_padded_chunks_equals_the_full_forward(changes):
     assert done.tolist() == [13, 13, 13]
 
 
-def test_logits_are_those_of_the_text_alone_without_frames():
-    """A text-only sample in the whole model is the language model on its tokens."""
+def test_text_only_sample_equals_the_language_model():
+    """Logits and loss of a sample without frames are those of the language model on its tokens."""
     config = tiny_config()
     config.stages[-1].connector = with_kind(config, "pooled")  # compiles faster
     model = model_of(config)

@@ -1,4 +1,4 @@
-"""Low-rank updates of the language model: nothing at the start, alone trained, merged into the kernels."""
+"""LoRA of the language model: zero at the start, trained alone, merged into the kernels."""
 
 import json
 
@@ -37,13 +37,13 @@ def adapted(targets=PROJECTIONS, rank=RANK, dtype="float32"):
 
 
 def language_of(config):
-    """(initial parameters of the language model, a jitted function of them: logits of some tokens)."""
+    """Return the language model's initial parameters, and a jitted function from them to logits."""
     types = {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype}
     model = Llama(**FrozenConfigDict(config.model.language), **types)
     tokens, lengths = np.random.default_rng(0).integers(0, 40, (2, 9)), np.array([9, 5])
 
     def run(module):
-        hidden, _ = module(module.embed(tokens), lengths)
+        hidden = module(module.embed(tokens), lengths)
         return module.logits(hidden)
 
     params = jax.jit(lambda key: model.init(key, method=run)["params"])(jax.random.key(0))
@@ -56,7 +56,7 @@ def logits(config, params):
 
 @pytest.fixture(scope="module")
 def params():
-    """Initial parameters of the language model with updates of all projections, in a whole tree."""
+    """Initial parameters of a language model with updates of all projections, under "language"."""
     return {"language": language_of(adapted())[0]}
 
 
@@ -66,12 +66,12 @@ def without_lora(params):
 
 
 def test_parameters(params):
-    """Beside the kernels, of the asked rank; all else is as without updates."""
+    """Updates stand beside their kernels and have the configured rank; other parameters do not change."""
     flat = trees.flatten(params)
     language = adapted().model.language
     for target in PROJECTIONS:
         kernel = flat[f"language/blocks/{target}/kernel"]
-        split = 3 if target == "out" else 2  # layers, then what it reads, then what it gives
+        split = 3 if target == "out" else 2  # axes: layers, inputs, outputs
         down, up = (flat[f"language/blocks/{target}/lora_{name}"] for name in "ab")
         assert down.shape == (language.depth, *kernel.shape[1:split], RANK)
         assert up.shape == (language.depth, RANK, *kernel.shape[split:])
@@ -89,14 +89,14 @@ def test_parameters(params):
     }
 
 
-def test_at_the_start_it_is_the_base(params):
+def test_updates_are_zero_at_the_start(params):
     base = logits(adapted(rank=0), without_lora(params))
     np.testing.assert_array_equal(logits(adapted(), params), base)
 
 
 @pytest.mark.parametrize("target", PROJECTIONS)
-def test_each_update_is_that_of_its_kernel(params, target):
-    """Against a kernel updated by hand."""
+def test_each_update_belongs_to_its_kernel(params, target):
+    """The result equals that of a kernel to which the update is added."""
     config = adapted((target,))
     flat = trees.flatten(shaken(params, 1))
     kept = {path: leaf for path, leaf in flat.items() if "lora" not in path or f"/{target}/" in path}
@@ -114,7 +114,7 @@ def test_each_update_is_that_of_its_kernel(params, target):
 
 
 def test_only_the_updates_are_trained():
-    """They have gradients and moments; all else is frozen, in the dtype of the computation."""
+    """Updates have gradients and moments; other parameters are frozen, in the dtype of the computation."""
     config, mesh = adapted(("query", "value", "down"), dtype="bfloat16"), mesh_of()
     abstract, stage = abstract_state(config, -1, mesh), config.stages[-1]
     assert all("lora_" in path for path in trees.flatten(abstract.trained))
@@ -136,7 +136,7 @@ def test_only_the_updates_are_trained():
     )
     rng = np.random.default_rng(0)
     batch = stack([pad(make_sample(rng, 3, 9, 4), 3, 12), pad(make_sample(rng, 0, 12, 2), 3, 12)])
-    for _ in range(2):  # only B has a gradient at first
+    for _ in range(2):  # in the first step only lora_b has a gradient
         state, metrics = step(state, to_devices(batch, mesh))
     assert np.isfinite(metrics["loss"])
     for path, leaf in trees.flatten(before.trained).items():
@@ -153,7 +153,7 @@ def test_merged(params):
     expected = logits(config, moved)
     np.testing.assert_allclose(logits(adapted(rank=0), merged), expected, atol=5e-5)
     assert np.abs(logits(adapted(rank=0), without_lora(moved)) - expected).max() > 1e-2
-    assert "lora_a" in moved["language"]["blocks"]["query"]  # the argument stays as it was
+    assert "lora_a" in moved["language"]["blocks"]["query"]  # the argument is not modified
 
 
 def test_export_merges(params, tmp_path):

@@ -1,4 +1,4 @@
-"""A sample's visual tokens and loss must not depend on its company nor on the bucket that it is padded to."""
+"""A sample's visual tokens and loss depend neither on the other samples of its batch nor on its bucket."""
 
 import jax
 import numpy as np
@@ -133,6 +133,10 @@ def test_connector(variant):
     oracle = rng.random((len(clips), LONG + 6)) < 0.5
     noise = perturbations(len(clips))
 
+    def randomness(rows):
+        every = row_randomness(jax.random.key(7), len(clips))
+        return every._replace(keys=every.keys[np.array(rows)], given={"noise": noise[rows]})
+
     def inputs(rows, frames, train=False):
         features = np.full((len(rows), frames, patches, width), 7.0, np.float32)  # rubbish in the padding
         mask = np.zeros((len(rows), frames), bool)
@@ -145,7 +149,7 @@ def test_connector(variant):
             text_queries=texts[rows, :frames] if connector.needs_text_queries else None,
             question=QuestionWords(questions[rows], lengths[rows]),
             oracle_frames=oracle[rows, :frames],
-            randomness=row_randomness(jax.random.key(7), len(rows), noise=noise[rows]) if train else None,
+            randomness=randomness(rows) if train else None,
         )
 
     everyone = list(range(len(clips)))

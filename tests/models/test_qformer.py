@@ -1,4 +1,4 @@
-"""The text encoder: what its queries see."""
+"""The text encoder: what its queries depend on, its gradients, rematerialization."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def inputs(seed=0):
     return rng.integers(0, 15, (2, 4)), jnp.asarray(rng.standard_normal((2, 3, 6, 7)), jnp.float32)
 
 
-def test_padding_of_the_question_changes_nothing():
+def test_padding_of_the_question_has_no_effect():
     model, variables = make_qformer()
     tokens, frames = inputs()
     lengths = np.array([4, 2])
@@ -37,7 +37,7 @@ def test_padding_of_the_question_changes_nothing():
     np.testing.assert_allclose(alone[0], out[1], rtol=1e-6, atol=1e-6)
 
 
-def test_queries_see_their_frame_and_the_question_alone():
+def test_queries_depend_on_their_frame_and_question_only():
     model, variables = make_qformer()
     tokens, frames = inputs()
     lengths = np.array([4, 2])
@@ -60,7 +60,7 @@ def test_queries_see_their_frame_and_the_question_alone():
     assert np.abs(np.asarray(model.apply(variables, swapped, lengths, frames)) - out)[0].max() > 1e-4
 
 
-def test_every_parameter_has_a_gradient_but_the_last_text_feed_forward():
+def test_all_parameters_but_the_last_text_feed_forward_have_gradients():
     model, variables = make_qformer()
     tokens, frames = inputs()
 
@@ -69,7 +69,7 @@ def test_every_parameter_has_a_gradient_but_the_last_text_feed_forward():
 
     gradients = trees.flatten(jax.grad(loss)(variables)["params"])
     zero = {path for path, gradient in gradients.items() if np.abs(gradient).max() < 1e-9}
-    # The last block's text is read by nobody; a key's bias shifts all logits of a query alike.
+    # The text output of the last block is unused; a key's bias shifts all logits of a query equally.
     unread = {path for path in gradients if path.startswith("blocks_2/text_mlp")}
     assert unread
     assert zero >= unread
@@ -78,7 +78,7 @@ def test_every_parameter_has_a_gradient_but_the_last_text_feed_forward():
     assert cross == {"blocks_0", "blocks_2"}
 
 
-def test_remat_changes_nothing_and_is_done():
+def test_remat_recomputes_and_keeps_gradients():
     tokens, frames = inputs()
 
     def gradient_of(model):

@@ -1,4 +1,4 @@
-"""The vision tower: positions for other resolutions, which layer is returned. (Values: tests/parity.)"""
+"""The vision tower: resized position embeddings, selected layer, norms. Values are tested in tests/parity."""
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,8 @@ def make_tower(**changes):
 
 @pytest.mark.parametrize("cls_token", [True, False])
 @pytest.mark.parametrize(("source", "target"), [(3, 7), (7, 3), (5, 6), (16, 24), (24, 16), (1, 4), (4, 1)])
-def test_resized_positions_are_those_of_torch(source, target, cls_token):
-    """EVA-CLIP's `interpolate_pos_embed` and Hugging Face's `interpolate_pos_encoding`."""
+def test_resized_positions_equal_those_of_torch(source, target, cls_token):
+    """As in EVA-CLIP's `interpolate_pos_embed` and Hugging Face's `interpolate_pos_encoding`."""
     table = np.random.default_rng(source).standard_normal((source**2 + cls_token, 5)).astype(np.float32)
     first, patches = table[: int(cls_token)], torch.from_numpy(table[int(cls_token) :])
     square = patches.reshape(1, source, source, 5).permute(0, 3, 1, 2)
@@ -45,7 +45,7 @@ def test_resized_positions_are_those_of_torch(source, target, cls_token):
     np.testing.assert_allclose(resized[int(cls_token) :], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_positions_of_the_right_size_are_left_alone_and_dtypes_kept():
+def test_positions_of_the_right_size_are_returned_and_dtypes_kept():
     table = np.random.default_rng(0).standard_normal((10, 4)).astype(ml_dtypes.bfloat16)
     assert resize_positions(table, 3, True) is table
     resized = resize_positions(table, 5, True)
@@ -56,12 +56,12 @@ def test_positions_of_the_right_size_are_left_alone_and_dtypes_kept():
 
 
 @pytest.mark.parametrize(("rows", "cls_token"), [(10, False), (9, True), (1, True), (0, False)])
-def test_positions_of_no_square(rows, cls_token):
+def test_positions_of_a_grid_that_is_not_square(rows, cls_token):
     with pytest.raises(ValueError, match="do not form a square grid"):
         resize_positions(np.zeros((rows, 4), np.float32), 2, cls_token)
 
 
-def test_selected_layer_is_the_output_of_that_block():
+def test_selected_layer_is_the_output_of_its_block():
     whole, frames, params = make_tower()
     for select_layer in (-1, -2, -3):
         tower, _, alone = make_tower(select_layer=select_layer)
@@ -73,12 +73,12 @@ def test_selected_layer_is_the_output_of_that_block():
 
 
 def test_norms_and_bias_of_the_embeddings():
-    """`pre_norm` stands before the blocks and `final_norm` behind them; the bias is there when asked for."""
+    """`pre_norm` comes before the blocks and `final_norm` after them; `patch_bias` adds a bias."""
     _, _, plain = make_tower()
     tower, frames, params = make_tower(pre_norm=True, final_norm=True, patch_bias=False, eps=1e-4)
     assert set(params) - set(plain) == {"pre_norm", "final_norm"}
     assert set(plain["patch_embedding"]) - set(params["patch_embedding"]) == {"bias"}
-    # Blocks that add nothing leave two norms of the embeddings, one upon the other.
+    # Blocks that add zero leave two norms in sequence, applied to the embeddings.
     for name, last in (("attention", "out"), ("mlp", "down")):
         params["blocks"][name][last] = jax.tree.map(jnp.zeros_like, params["blocks"][name][last])
 
@@ -91,3 +91,9 @@ def test_norms_and_bias_of_the_embeddings():
     expected = norm(norm(embedded + np.asarray(params["position"])[1 + 2], "pre_norm"), "final_norm")
     out = tower.apply({"params": params}, frames)[1, 0, 2]
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_frames_of_another_size():
+    tower, frames, params = make_tower()
+    with pytest.raises(ValueError, match="frames are 8x6 pixels, expected 8x8"):
+        tower.apply({"params": params}, frames[..., :6, :])

@@ -1,4 +1,4 @@
-"""DPC-KNN against the released code's values, a brute-force version, and its promises on ties and masks."""
+"""DPC-KNN: values of the released code, a brute-force version, ties, masks and gradients."""
 
 from functools import partial
 from pathlib import Path
@@ -13,21 +13,21 @@ from hypothesis import strategies as st
 
 import dynfocus_jax.ops.dpc_knn as module
 from dynfocus_jax.errors import UserError
-from dynfocus_jax.ops.dpc_knn import dpc_knn, first_twin, square_distances
+from dynfocus_jax.ops.dpc_knn import dpc_knn, first_duplicate, square_distances
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "released"
 run = jax.jit(dpc_knn, static_argnums=(1, 2), static_argnames=("weighting",))
 
 
 def assert_close(actual, expected, tolerance=1e-5):
-    """Within `tolerance` of the expected values' scale."""
+    """Check that the error is at most `tolerance` of the largest expected value."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     scale = max(np.abs(expected).max(initial=0.0), 1e-30)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
 
 
 def brute_force(points, num_clusters, k, mask, weighting):
-    """The definition, point by point in float64, for integer points [N, D]: the fields of Clusters."""
+    """Return the fields of Clusters from the definition, in float64, for integer points [N, D]."""
     num, width = points.shape
     points = np.where(mask[:, None], points, 0).astype(np.float64)
     live = [i for i in range(num) if mask[i]]
@@ -110,7 +110,7 @@ def test_brute_force(data):
 
 
 def scenes(rng, frames, width):
-    """Real-valued points with everything that ties: a static scene, a cut, a return, distinct frames."""
+    """Return points with all kinds of ties: a static scene, a cut, a return to it, and distinct frames."""
     a, b, c = rng.normal(size=(3, width))
     distinct = rng.normal(size=(frames - 15, width))
     points = np.stack([a] * 4 + [b] * 4 + [a] * 2 + [c, b, c, b, c])
@@ -159,13 +159,13 @@ def test_static_video_gives_distinct_centers():
 
 @pytest.fixture(params=["exact", "by position"])
 def rounding(request, monkeypatch):
-    """Products as this machine rounds them, and as one might whose rounding depends on a row's position."""
+    """`dpc_knn` with products as this machine rounds them, and with rounding that depends on the position."""
     exact = module.gram
 
     def by_position(points):
         product = exact(points)
         noise = np.random.default_rng(0).normal(size=product.shape).astype(np.float32)
-        # A callback, for XLA would fuse the multiplication into what follows and round once less.
+        # In a callback, since XLA would fuse the multiplication into the next operation, without rounding.
         return jax.pure_callback(lambda x: np.asarray(x) * (1 + np.float32(1e-6) * noise), product, product)
 
     if request.param == "by position":
@@ -174,7 +174,7 @@ def rounding(request, monkeypatch):
 
 
 def test_two_alternating_frames_tie_by_index(rounding):
-    """Densities are equal in exact arithmetic: only bitwise-equal distances put the first frame first."""
+    """Densities are equal in exact arithmetic, so only bitwise ties put the first frame first."""
     for seed in range(20):
         pair = np.random.default_rng(seed).normal(size=(2, 333)).astype(np.float32)
         clusters = rounding(np.tile(pair, (9, 1)), 4, 11)
@@ -182,8 +182,8 @@ def test_two_alternating_frames_tie_by_index(rounding):
         np.testing.assert_array_equal(clusters.assignment, [0, 1, 2, 3] + [0, 1] * 7)
 
 
-def test_nearest_points_of_each_other_tie_by_index(rounding):
-    """Two neighbours, k = 2, have the same density wherever they lie among masked points."""
+def test_mutual_nearest_neighbours_tie_by_index(rounding):
+    """With k = 2 two such points have the same density, wherever they are among masked points."""
     for seed in range(20):
         rng = np.random.default_rng(seed)
         far, pair = rng.normal(size=(2, 1001))
@@ -195,7 +195,7 @@ def test_nearest_points_of_each_other_tie_by_index(rounding):
 
 
 @pytest.mark.parametrize("width", [1, 2, 777])
-def test_twins_have_equal_rows(rounding, width):
+def test_duplicates_have_equal_distances(rounding, width):
     rng = np.random.default_rng(5)
     distinct = rng.normal(size=(13, width)).astype(np.float32)
     which = rng.integers(0, 13, 37)
@@ -218,7 +218,7 @@ def test_twins_have_equal_rows(rounding, width):
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 20.0, 1000.0])
 def test_no_scale_underflows(scale):
-    """At scale 20 and above exp(-d^2) is 0 in float32: choices and weights must not depend on it."""
+    """At scale 20 and above exp(-d^2) is 0 in float32, but choices and weights are still correct."""
     points = scale * np.random.default_rng(3).normal(size=(60, 32)).astype(np.float32)
     clusters = run(np.concatenate([points, np.ones((60, 1), np.float32)], 1), 10, 5)
     assert all(np.isfinite(field).all() for field in clusters)
@@ -235,7 +235,7 @@ def test_no_scale_underflows(scale):
 
 
 def test_far_from_the_origin():
-    """A common offset a hundred times the spread does not drown the distances."""
+    """An offset a thousand times the distances does not change the result."""
     rng = np.random.default_rng(4)
     lattice = rng.integers(-3, 4, (40, 16))
     near = run(lattice.astype(np.float32), 6, 4)
@@ -247,7 +247,7 @@ def test_far_from_the_origin():
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(hnp.arrays(np.int8, (9, 3), elements=st.integers(-1, 1)), hnp.arrays(np.bool_, 9), st.booleans())
-def test_first_twin(lattice, mask, negative_zero):
+def test_first_duplicate(lattice, mask, negative_zero):
     points = lattice.astype(np.float32)
     if negative_zero:
         points[::2][points[::2] == 0] = -0.0
@@ -255,22 +255,22 @@ def test_first_twin(lattice, mask, negative_zero):
         next(j for j in range(9) if mask[j] and (lattice[j] == lattice[i]).all()) if mask[i] else i
         for i in range(9)
     ]
-    np.testing.assert_array_equal(jax.jit(first_twin)(points, mask), expected)
+    np.testing.assert_array_equal(jax.jit(first_duplicate)(points, mask), expected)
 
 
-def test_first_twin_tells_neighbouring_floats_apart():
-    """Rows that differ in one coordinate by units in the last place, of float32 and of bfloat16."""
+def test_first_duplicate_distinguishes_adjacent_floats():
+    """Rows differ in one coordinate by units in the last place of float32 or of bfloat16."""
     base = np.ones((256, 8), np.float32)
     for step in (1, 2**16):
         bits = base.view(np.uint32).copy()
         bits[np.arange(256), np.arange(256) % 8] += np.uint32(step) * (np.arange(256, dtype=np.uint32) // 8)
         points = bits.view(np.float32)
         expected = np.where(np.arange(256) < 8, 0, np.arange(256))  # the first eight rows are equal
-        np.testing.assert_array_equal(jax.jit(first_twin)(points, np.ones(256, bool)), expected)
+        np.testing.assert_array_equal(jax.jit(first_duplicate)(points, np.ones(256, bool)), expected)
 
 
 @pytest.mark.parametrize("weighting", ["importance", "mean"])
-def test_gradient_is_that_of_a_fixed_weighted_sum(weighting):
+def test_gradient_of_the_weighted_sum_alone(weighting):
     rng = np.random.default_rng(6)
     points = rng.normal(size=(2, 20, 8)).astype(np.float32)
     points[:, 15:] = np.nan
@@ -325,7 +325,7 @@ def test_no_pairwise_difference_is_materialised():
     points = jax.ShapeDtypeStruct((batch, num, width), jnp.float32)
     found = list(sizes(jax.make_jaxpr(partial(dpc_knn, num_clusters=8, k=4))(points).jaxpr))
     assert max(found) < batch * num * num * width / 8
-    assert batch * num * num in found  # the walk does reach the distances
+    assert batch * num * num in found  # the search has reached the distances
 
 
 def test_errors():
@@ -336,7 +336,7 @@ def test_errors():
         dpc_knn(points, 0, 2)
     with pytest.raises(UserError, match="neighbours, is 0"):
         dpc_knn(points, 2, 0)
-    with pytest.raises(UserError, match=r"mask has shape \(3,\); expected \(4,\)"):
+    with pytest.raises(UserError, match=r"mask has shape \(3,\), expected \(4,\)"):
         dpc_knn(points, 2, 2, mask=jnp.ones(3, bool))
     with pytest.raises(UserError, match=r"shape \(0, 3\)"):
         dpc_knn(jnp.zeros((0, 3)), 2, 2)

@@ -1,4 +1,4 @@
-"""K-means and the one face of all clusterings: released values, a plain loop, masks, weights, duplicates."""
+"""K-means and `cluster`: released values, a plain loop, masks, weights, duplicates."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dynfocus_jax.errors import UserError
-from dynfocus_jax.ops.clustering import cluster, spread
+from dynfocus_jax.ops.clustering import cluster, evenly_spaced
 from dynfocus_jax.ops.dpc_knn import dpc_knn
 from dynfocus_jax.ops.kmeans import kmeans
 
@@ -17,7 +17,7 @@ run = jax.jit(kmeans, static_argnames=("iterations", "tol"))
 
 
 def slow_kmeans(points, initial, weights, mask, iterations, tol):
-    """Lloyd in float64 over the valid points [N, D]: centroids, labels (-1 where masked), summed weights."""
+    """Run k-means in float64 on points [N, D]; return centroids, labels (-1 where masked), summed weights."""
     points, slots = np.where(mask[:, None], points, 0).astype(np.float64), len(initial)
     centroids = points[initial]
     for _ in range(iterations):
@@ -34,6 +34,7 @@ def slow_kmeans(points, initial, weights, mask, iterations, tol):
 
 
 def check(actual, expected):
+    """Compare a KMeans with the result of `slow_kmeans`."""
     centroids, labels, total = expected
     np.testing.assert_array_equal(actual.assignment, labels)
     np.testing.assert_allclose(actual.centroids, centroids, rtol=0, atol=1e-5 * np.abs(centroids).max())
@@ -48,7 +49,7 @@ def test_released_values():
 
 @pytest.mark.parametrize("iterations", [1, 2, 10, 50])
 def test_against_a_plain_loop(iterations):
-    """A batch whose elements stop at different iterations; weights, masks, garbage in the masked points."""
+    """Rows stop at different iterations; points are weighted, some masked; masked points are NaN."""
     rng = np.random.default_rng(0)
     points = rng.normal(size=(4, 30, 5)).astype(np.float32)
     points[0, 5:] = points[0, :5].repeat(5, 0)  # five distinct points: converges at once
@@ -79,15 +80,15 @@ def test_tolerance_drops_the_last_update():
 def test_duplicates_and_unused_slots():
     rng = np.random.default_rng(2)
     points = rng.normal(size=(3, 257)).astype(np.float32).repeat(6, 0)
-    found = run(points, np.array([0, 1, 6, 18, -1, 12]))  # 1 repeats 0, 18 and -1 are no points
+    found = run(points, np.array([0, 1, 6, 18, -1, 12]))  # point 1 equals point 0; 18 and -1 are out of range
     np.testing.assert_array_equal(found.assignment, np.array([0, 2, 5]).repeat(6))
     np.testing.assert_array_equal(found.weights, [6, 0, 6, 0, 0, 6])
     assert not np.asarray(found.centroids)[3:5].any()
     np.testing.assert_array_equal(found.centroids[1], points[0])
 
 
-def test_slots_that_start_equal():
-    """Only the first of them gets points, also when rounding has moved it off the point that they share."""
+def test_slots_with_equal_starting_points():
+    """Only the first of them gets points, even when rounding has moved its centroid away from them."""
     rng = np.random.default_rng(10)
     points = np.concatenate([rng.normal(size=(3, 33)).repeat(7, 0), rng.normal(size=(15, 33))]).astype(
         np.float32
@@ -102,7 +103,7 @@ def test_slots_that_start_equal():
 
 
 def test_large_offset():
-    """Centroids far from the origin: labels are those of the points moved back."""
+    """Labels do not change when all points are shifted far from the origin."""
     lattice = np.random.default_rng(3).integers(-5, 6, (50, 8))
     near, far = (run((lattice + shift).astype(np.float32), np.arange(6)) for shift in (0, 4096))
     np.testing.assert_array_equal(far.assignment, near.assignment)
@@ -114,18 +115,18 @@ def test_no_gradient():
     assert not np.asarray(gradient).any()
 
 
-def test_spread():
+def test_evenly_spaced():
     rng = np.random.default_rng(5)
     for num in (1, 3, 7):
         mask = rng.random((20, 11)) < rng.random((20, 1))
-        chosen = np.asarray(spread(jnp.asarray(mask), num))
-        padded = np.asarray(spread(jnp.pad(mask, ((0, 0), (0, 9))), num))
+        chosen = np.asarray(evenly_spaced(jnp.asarray(mask), num))
+        padded = np.asarray(evenly_spaced(jnp.pad(mask, ((0, 0), (0, 9))), num))
         for row, more, valid in zip(chosen, padded, mask, strict=True):
             live, found = np.flatnonzero(valid), row[row < 11]
             assert len(found) == len(set(found)) == min(num, len(live))
             assert set(found) <= set(live)
             np.testing.assert_array_equal(more[more < 20], found)
-    np.testing.assert_array_equal(spread(jnp.ones(12, bool), 4), [1, 4, 7, 10])
+    np.testing.assert_array_equal(evenly_spaced(jnp.ones(12, bool), 4), [1, 4, 7, 10])
 
 
 @pytest.mark.parametrize("method", ["kmeans", "weighted_kmeans"])
@@ -139,7 +140,7 @@ def test_cluster_by_kmeans(method):
         expected = getattr(peaks, field) if method == "weighted_kmeans" else mask
         np.testing.assert_allclose(getattr(found, field), expected, rtol=1e-6)
     for b in range(2):
-        initial = np.asarray(spread(jnp.asarray(mask[b]), 4))
+        initial = np.asarray(evenly_spaced(jnp.asarray(mask[b]), 4))
         centroids, labels, _ = slow_kmeans(points[b], initial, weights[b], mask[b], 10, 1e-4)
         np.testing.assert_array_equal(found.assignment[b], labels)
         np.testing.assert_allclose(found.prototypes[b], centroids, atol=1e-5)
@@ -152,7 +153,7 @@ def test_cluster_by_kmeans(method):
 
 @pytest.mark.parametrize("method", ["kmeans", "weighted_kmeans", "dpc_knn"])
 def test_cluster_with_few_points(method):
-    """Fewer valid points than clusters: each is its own; a static video; nothing at all."""
+    """Fewer valid points than clusters, a static video, and no valid point."""
     rng = np.random.default_rng(7)
     points = rng.normal(size=(3, 8, 5)).astype(np.float32)
     points[1] = points[1, 0]
@@ -179,14 +180,14 @@ def test_cluster_with_few_points(method):
 
 
 def test_weights_do_not_underflow():
-    """Importance itself is 0 in float32 here; the loop weighs by its float64 value."""
+    """Importance is 0 in float32 here; the reference uses its float64 value."""
     points = 10 * np.random.default_rng(8).normal(size=(40, 256)).astype(np.float32)
     found = jax.jit(lambda x: cluster(x, 3, 5, method="weighted_kmeans", weighting="mean"))(points)
     assert not np.asarray(found.importance).any()
     square = ((points[:, None].astype(np.float64) - points) ** 2).sum(-1) / 256
     density = np.exp(-np.sort(square, 1)[:, :5].mean(1))
     weights = density * np.asarray(found.distance)
-    initial = np.asarray(spread(jnp.ones(40, bool), 3))
+    initial = np.asarray(evenly_spaced(jnp.ones(40, bool), 3))
     centroids, labels, _ = slow_kmeans(points, initial, weights, np.ones(40, bool), 10, 1e-4)
     np.testing.assert_array_equal(found.assignment, labels)
     np.testing.assert_allclose(
@@ -200,5 +201,5 @@ def test_cluster_by_dpc_knn_and_errors():
         found = cluster(points, 3, 2, method="dpc_knn", weighting=weighting)
         for one, other in zip(found, dpc_knn(points, 3, 2, weighting=weighting), strict=True):
             np.testing.assert_array_equal(one, other)
-    with pytest.raises(UserError, match="method is 'mean_shift'; expected one of dpc_knn"):
+    with pytest.raises(UserError, match="method is 'mean_shift', expected one of dpc_knn"):
         cluster(points, 3, 2, method="mean_shift", weighting="mean")

@@ -1,4 +1,4 @@
-"""Packing against Python loops: order, padding, gradients, empty parts."""
+"""Packing of tokens, compared with Python loops: order, padding, gradients, empty parts."""
 
 import hypothesis.extra.numpy as hnp
 import jax
@@ -8,20 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynfocus_jax.ops.packing import insert_gap, insert_visual, pack_frames
+from dynfocus_jax.ops.packing import insert_visual, pack_frames
 
 pack = jax.jit(pack_frames, static_argnums=5)
-visual_in_text = jax.jit(insert_visual)
-gap_in_text = jax.jit(insert_gap, static_argnums=(4, 5))
+insert = jax.jit(insert_visual)
 
 
 def numbered(*shape, start):
-    """Tokens [B, ..., D] whose entries are all different and not zero."""
+    """Return tokens [B, ..., D] whose entries all differ and are not zero."""
     return (np.arange(np.prod(shape)) + start).reshape(shape).astype(np.float32)
 
 
 def slow_pack(rods, cones, cone_frames, rod_mask, cone_mask, words=(), word_frames=()):
-    """The tokens of one video, a list in order."""
+    """Return the tokens of one video as a list in order."""
     tokens = []
     for frame in range(len(rods)):
         if rod_mask[frame]:
@@ -57,8 +56,8 @@ def test_pack_frames(data):
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.data())
-def test_text_stands_behind_its_frame(data):
-    """Also behind frames that have no other token, and several words, or none, behind one frame."""
+def test_text_follows_its_frame(data):
+    """Frames may have no other token, and several text tokens or none."""
     frames, room = data.draw(st.sampled_from([(5, 6), (1, 4), (3, 0)]))
     rods, cones = numbered(2, frames, 2, 3, start=1), numbered(2, 1, 3, 3, start=1000)
     words = numbered(2, room, 3, start=5000)
@@ -95,7 +94,7 @@ def test_pack_frames_without_any_token():
     assert not count.any()
 
 
-def test_pack_frames_too_short_shows_in_count():
+def test_count_exceeds_length_when_tokens_are_lost():
     rods, cones = numbered(1, 4, 2, 1, start=1), numbered(1, 1, 3, 1, start=100)
     tokens, mask, count = pack(rods, cones, np.array([[1]]), np.ones((1, 4), bool), np.ones((1, 1), bool), 6)
     assert count[0] == 11 > mask.shape[1]
@@ -104,7 +103,7 @@ def test_pack_frames_too_short_shows_in_count():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_pack_frames_gradient(dtype):
-    """Every packed token gets its position's gradient, every other token none, whatever it holds."""
+    """Packed tokens get the gradient of their position; other tokens, even NaN and inf, get none."""
     rods, cones = numbered(1, 4, 2, 3, start=1), numbered(1, 3, 2, 3, start=100)
     frames = np.array([[3, 0, 3]], np.int32)
     rod_mask, cone_mask = np.array([[True, False, True, True]]), np.array([[True, True, False]])
@@ -125,33 +124,20 @@ def test_pack_frames_gradient(dtype):
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.data())
-def test_insert(data):
+def test_insert_visual(data):
     text_size, visual_size = data.draw(st.sampled_from([(6, 4), (1, 3), (5, 0)]))
     text, visual = numbered(3, text_size, 2, start=1), numbered(3, visual_size, 2, start=1000)
-    values = numbered(3, text_size, start=1).astype(np.int32)
     length = data.draw(hnp.arrays(np.int32, 3, elements=st.integers(0, text_size)))
     count = data.draw(hnp.arrays(np.int32, 3, elements=st.integers(0, visual_size)))
     position = np.array([data.draw(st.integers(0, int(one))) for one in length], np.int32)
     total = text_size + visual_size
-    tokens = visual_in_text(text, length, visual, count, position)
-    labels = gap_in_text(values, length, count, position, total, -100)
+    tokens = insert(text, length, visual, count, position)
     assert tokens.shape == (3, total, 2)
-    assert labels.dtype == np.int32
     for b in range(3):
         at, end, some = position[b], length[b], count[b]
         expected = [*text[b, :at], *visual[b, :some], *text[b, at:end]]
         expected += [np.zeros(2)] * (total - len(expected))
         np.testing.assert_array_equal(tokens[b], np.array(expected))
-        gap = [*values[b, :at], *[-100] * some, *values[b, at:end]]
-        np.testing.assert_array_equal(labels[b], gap + [-100] * (total - len(gap)))
-
-
-def test_insert_gap_for_other_lengths_and_types():
-    values = jnp.array([[True, True, False, True]])
-    shorter = insert_gap(values, jnp.array([3]), jnp.array([2]), jnp.array([1]), 4, False)
-    np.testing.assert_array_equal(shorter, [[True, False, False, True]])
-    longer = insert_gap(values, jnp.array([4]), jnp.array([0]), jnp.array([4]), 6, False)
-    np.testing.assert_array_equal(longer, [[True, True, False, True, False, False]])
 
 
 def test_insert_visual_gradient():

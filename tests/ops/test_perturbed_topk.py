@@ -1,4 +1,4 @@
-"""Top-k selection: values, gradients against the released code, optax and differences, masks and counts."""
+"""Top-k selection: values; gradients of the released code, of optax and by differences; masks and counts."""
 
 from pathlib import Path
 
@@ -19,20 +19,20 @@ perturbed = jax.jit(perturbed_topk, static_argnums=(2, 3, 4))
 
 
 def assert_close(actual, expected, tolerance=1e-5):
-    """Within `tolerance` of the expected values' scale."""
+    """Check that the error is at most `tolerance` of the largest expected value."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
 def slow_topk(scores, k, mask, count):
-    """Indices of the best min(k, count) valid entries of a list, ascending, filled up with len(scores)."""
+    """Return indices of the best min(k, count) valid entries, ascending, padded to k with len(scores)."""
     order = sorted((i for i in range(len(scores)) if mask[i]), key=lambda i: (-scores[i], i))
     best = sorted(order[: min(k, count)])
     return best + [len(scores)] * (k - len(best))
 
 
 def slow_indicators(scores, noise, k, sigma, mask, count):
-    """One-hot sorted top-k of every sample: [B, S, k, N]."""
+    """Return the one-hot sorted top-k of every noise sample: [B, S, k, N]."""
     batch, samples, num = noise.shape
     result = np.zeros((batch, samples, k, num))
     perturbed_scores = np.float32(scores)[:, None] + np.float32(sigma) * np.float32(noise)
@@ -65,7 +65,7 @@ def test_released_values_and_gradient():
 
 @pytest.mark.parametrize("jacobian", ["full", "diagonal"])
 def test_values_and_gradients_by_definition(jacobian):
-    """With a mask and with counts below k; both estimators from the sample indicators, in float64."""
+    """Both estimators, computed from the sample indicators in float64, with a mask and counts below k."""
     scores, noise, upstream = problem(0)
     mask = np.ones((3, 9), bool)
     mask[0, [1, 5]], mask[1, :6] = False, False  # sample 1 has 3 valid entries for k = 4
@@ -86,7 +86,7 @@ def test_values_and_gradients_by_definition(jacobian):
     assert_close(pull(upstream)[0], np.where(mask, expected, 0))
 
 
-def test_full_gradient_is_that_of_optax():
+def test_full_gradient_equals_that_of_optax():
     num, k, samples, sigma = 8, 3, 50, 0.2
     scores, _, upstream = problem(1, batch=1, num=num, k=k)
     key = jax.random.key(3)
@@ -107,7 +107,7 @@ def test_full_gradient_is_that_of_optax():
 
 
 def test_full_gradient_is_the_slope_of_the_smoothed_objective():
-    """Central differences with common random numbers, within what the samples' own scatter allows."""
+    """Central differences with common random numbers agree within 5 standard errors of the samples."""
     num, k, samples, sigma, step = 5, 2, 200_000, 0.5, 0.1
     scores, noise, upstream = problem(2, 1, samples, num, k)
 
@@ -128,7 +128,7 @@ def test_full_gradient_is_the_slope_of_the_smoothed_objective():
         assert scatter < 0.02
         assert abs(float(gradient[d]) - slope.mean()) < 5 * scatter
         missed += abs(float(diagonal[d]) - slope.mean()) > 5 * scatter
-    assert missed > 0  # the bound is tight enough to refuse the diagonal estimator
+    assert missed > 0  # the bound is tight enough to reject the diagonal estimator
 
 
 @pytest.mark.parametrize("jacobian", ["full", "diagonal"])
@@ -155,7 +155,7 @@ def test_masked_entries_may_hold_anything(jacobian):
     assert not np.asarray(pull_clean(upstream)[0])[~mask].any()
 
 
-def test_noise_gets_no_gradient_and_bfloat16_scores_get_their_own():
+def test_noise_has_no_gradient_and_bfloat16_scores_have_one():
     scores, noise, upstream = problem(6)
     by_noise = jax.grad(lambda z: (perturbed_topk(jnp.asarray(scores), z, 4, 0.1) * upstream).sum())(noise)
     assert not np.asarray(by_noise).any()

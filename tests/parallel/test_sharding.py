@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from configs import instruct_7b, released_7b
 from dynfocus_jax import trees
+from dynfocus_jax.connectors.registry import find_connector
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.parallel.sharding import (
     LOGICAL,
@@ -94,14 +95,21 @@ def variants():
 
 
 def test_every_rule_is_used_and_every_parameter_has_one_rule():
+    """The rules of the backbones and of the connector; what a connector does not name is replicated."""
     shapes = {path: leaf for each in variants() for path, leaf in each.items()}
-    used = set()
+    own = find_connector("dynfocus").SHARDING
+    patterns = [pattern for pattern, _ in RULES] + [f"connector/{pattern}" for pattern, _ in own]
+    used, unmatched = set(), set()
     for path in shapes:
-        matching = [pattern for pattern, _ in RULES if re.fullmatch(pattern, path)]
-        assert len(matching) == 1, (path, matching)
+        matching = [pattern for pattern in patterns if re.fullmatch(pattern, path)]
+        assert len(matching) <= 1, (path, matching)
         used |= set(matching)
-    assert used == {pattern for pattern, _ in RULES}
-    param_shardings(shapes, mesh_of(fsdp=4, tensor=2))
+        unmatched |= set() if matching else {path}
+    assert used == set(patterns)
+    small = {"connector/cce/spatial/gate/kernel", "connector/dpe/score_net/out_dense_2/kernel"}
+    assert unmatched == small
+    shardings = param_shardings(shapes, mesh_of(fsdp=4, tensor=2), own)
+    assert all(shardings[path].is_fully_replicated for path in small)
 
 
 # --- What does not fit --------------------------------------------------------------------------------

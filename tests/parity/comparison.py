@@ -1,4 +1,4 @@
-"""Comparing a PyTorch module with ours: its weights and gradients in our tree, and what ours computes."""
+"""Comparison of a PyTorch module with ours: weights and gradients in our tree, outputs, tolerances."""
 
 import re
 import tempfile
@@ -15,7 +15,7 @@ from dynfocus_jax.weights import merge
 
 
 def shaken(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """The module with random parameters, all of consequence: biases and norms' weights too."""
+    """Set all parameters to random values, biases and norms included, so that each affects the output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(module.named_parameters()):
@@ -29,7 +29,7 @@ def shaken(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def published(module: torch.nn.Module, gradients: bool = False, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Weights (or their gradients) by name; of weights that are tied, the first."""
+    """Return weights (or their gradients) by published name; tied weights once, under the first name."""
     named = module.named_parameters()
     if gradients:
         named = ((name, torch.zeros_like(p) if p.grad is None else p.grad) for name, p in named)
@@ -37,7 +37,7 @@ def published(module: torch.nn.Module, gradients: bool = False, prefix: str = ""
 
 
 def read(tensors: dict[str, torch.Tensor], target: dict, **options) -> dict:
-    """Our parameters of a file with those tensors."""
+    """Return our parameters, read from a file with these tensors."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.safetensors"
         save_file(tensors, file)
@@ -45,17 +45,17 @@ def read(tensors: dict[str, torch.Tensor], target: dict, **options) -> dict:
 
 
 def shapes_of(module, *arguments, **options) -> dict:
-    """Abstract parameters."""
+    """Return the shapes and dtypes of a module's parameters."""
     return jax.eval_shape(lambda key: module.init(key, *arguments, **options), jax.random.key(0))["params"]
 
 
 def cut(params: dict, depth: int) -> dict:
-    """The parameters with the first `depth` of the stacked layers."""
+    """Return the parameters with the first `depth` of the stacked layers."""
     return params | {"blocks": jax.tree.map(lambda leaf: leaf[:depth], params["blocks"])}
 
 
 def value_and_gradients(function, cotangent, *arguments):
-    """`function(*arguments)` and the gradients of its product with the cotangent, compiled together."""
+    """Compute `function(*arguments)` and the gradients of its product with the cotangent."""
 
     @jax.jit
     def run(*arguments):
@@ -66,7 +66,7 @@ def value_and_gradients(function, cotangent, *arguments):
 
 
 def assert_close(actual, expected, what: str, tolerance: float = 1e-5, scale: float = 0.0) -> None:
-    """The largest error, relative to the largest expected magnitude (at least `scale`)."""
+    """Check the largest error relative to the largest expected magnitude, or to `scale` if that is larger."""
     if isinstance(expected, torch.Tensor):
         expected = expected.detach().numpy()
     assert actual.shape == expected.shape, what
@@ -77,7 +77,10 @@ def assert_close(actual, expected, what: str, tolerance: float = 1e-5, scale: fl
 
 
 def assert_gradients_close(actual: dict, expected: dict, unused: str = "nothing") -> None:
-    """Of every weight. `unused`: which do not matter, besides the keys' biases (the softmax ignores them)."""
+    """Compare the gradients of all weights.
+
+    unused: pattern of weights whose gradient is zero, besides keys' biases, which a softmax cancels.
+    """
     actual, expected = trees.flatten(actual), trees.flatten(expected)
     assert actual.keys() == expected.keys()
     largest = max(np.abs(leaf).max() for leaf in expected.values())

@@ -1,7 +1,7 @@
-"""Hugging Face's PyTorch backbones, small and random, against ours with their weights read by `weights`.
+"""Our backbones compared with Hugging Face's in PyTorch, small and with the same random weights.
 
-Outputs, hidden states after every block, and the gradients of the input and of *all* weights: gradients under
-the published names go through the same tables as the weights themselves.
+Outputs, hidden states after every block, and gradients of the input and of all weights are compared. Weights
+and gradients are converted from their published names by the tables of `dynfocus_jax.weights`.
 """
 
 import functools
@@ -29,7 +29,7 @@ from tests.parity.comparison import (
 )
 
 DEPTH = 5
-# Norms' epsilons are large here: mistaken ones would hide within the tolerance otherwise.
+# The norms' epsilons are large, so that a wrong one exceeds the tolerance.
 VISION = {
     "image_size": 15,
     "patch_size": 5,
@@ -101,7 +101,7 @@ def torch_vision(kind: str = "InstructBlipVision", seed: int = 0, **options) -> 
 
 
 def pixels(frames: torch.Tensor) -> torch.Tensor:
-    """`[..., H, W, 3]` in [0, 255] -> normalised `[F, 3, H, W]`."""
+    """Normalise frames `[..., H, W, 3]` in [0, 255] to `[F, 3, H, W]`."""
     normalised = (frames / 255 - torch.tensor(PIXELS["mean"])) / torch.tensor(PIXELS["std"])
     return normalised.flatten(0, -4).permute(0, 3, 1, 2)
 
@@ -152,7 +152,7 @@ def test_vision(case):
 
 
 class InstructBlip(torch.nn.Module):
-    """The parts of InstructBLIP that LLaMA-VID takes over, under their published names."""
+    """The parts of InstructBLIP that LLaMA-VID uses, under their published names."""
 
     def __init__(self):
         super().__init__()
@@ -175,7 +175,7 @@ class InstructBlip(torch.nn.Module):
         shaken(self)
 
     def queries(self, tokens: torch.Tensor, lengths: torch.Tensor, features: torch.Tensor) -> list:
-        """Queries `[F, Q, width]` after every layer, a question `[F, L]` beside each of the frames."""
+        """Return the queries `[F, Q, width]` after every layer; `tokens [F, L]` hold a question per frame."""
         count = TEXT["num_queries"]
         valid = torch.arange(count + tokens.shape[1]) < (count + lengths)[:, None]
         output = self.qformer(
@@ -189,7 +189,7 @@ class InstructBlip(torch.nn.Module):
 
 
 class LlamaVid(torch.nn.Module):
-    """LLaMA-VID's context token under the names of its checkpoints."""
+    """LLaMA-VID's context attention, under the names of its checkpoints."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -204,14 +204,14 @@ class LlamaVid(torch.nn.Module):
         shaken(self, seed=1)
 
     def context(self, queries: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """Queries `[F, Q, *]` of the Q-Former and patches `[F, N, C]` -> `[F, D]`."""
+        """Return context tokens `[F, D]` of the Q-Former's queries `[F, Q, *]` and patches `[F, N, C]`."""
         keys = self.model["vlm_att_key_projector"](patches)
         logits = self.model["vlm_att_projector"](queries) @ keys.mT / patches.shape[-1] ** 0.5
         return self.model["vlm_att_val_projector"]((logits.softmax(-1) @ patches).mean(1))
 
 
 def read_text_encoder(blip: dict, vid: dict, target: dict) -> dict:
-    """The Q-Former comes from InstructBLIP, W_q with LLaMA-VID's connector."""
+    """Read the Q-Former from InstructBLIP's weights and W_q from those of LLaMA-VID's connector."""
     projection = read(vid, target["query_projection"], family="query_projection")
     return read(blip, target) | {"query_projection": projection}
 
@@ -228,7 +228,7 @@ NO_TEXT_AFTER_THE_LAST = f"(text/)?blocks_{DEPTH - 1}/text_mlp.*"
 
 
 def test_qformer():
-    """Two videos of three frames, questions of six and two words."""
+    """Two videos of three frames, with questions of six and two words."""
     blip, vid = InstructBlip(), LlamaVid(8)
     project = vid.model["vlm_att_projector"]
     tokens, lengths = questions()
@@ -261,7 +261,7 @@ def test_qformer():
 
 
 def test_text_guided_context():
-    """LLaMA-VID's path from pixels and question to the context token of every frame."""
+    """LLaMA-VID from pixels and question to the context token of every frame."""
     blip, vid = InstructBlip(), LlamaVid(width=26)
     tokens, lengths = questions()
     rng = np.random.default_rng(4)
@@ -306,7 +306,7 @@ def test_text_guided_context():
 # --- Language -----------------------------------------------------------------------------------------
 
 LINEAR = {"rope_scaling": "linear", "rope_factor": 3.0}
-# The three pairs of a head: kept, in between, divided.
+# The frequencies of the three channel pairs of a head: kept, interpolated, divided.
 LLAMA3 = {
     "rope_scaling": "llama3",
     "rope_factor": 7.0,
@@ -325,7 +325,7 @@ LANGUAGE_CASES = {
 
 
 def rope_parameters(fields: dict) -> dict:
-    """RoPE settings as in Hugging Face's config.json."""
+    """Return the RoPE settings in the form of Hugging Face's config.json."""
     names = {
         "rope_theta": "rope_theta",
         "rope_factor": "factor",
@@ -356,20 +356,24 @@ def torch_language(kind: str, fields: dict) -> torch.nn.Module:
     return shaken(getattr(transformers, f"{kind}ForCausalLM")(config))
 
 
-def read_text(module: Llama, tokens, lengths, shift=0.0, cache=None):
-    """Logits, hidden states and cache; `shift` is added to the embeddings."""
-    hidden, cache = module(module.embed(tokens) + shift, lengths, cache)
+def run_text(module: Llama, tokens, lengths, shift=0.0, cache=None):
+    """Return logits, hidden states and cache; `shift` is added to the embeddings."""
+    embeddings = module.embed(tokens) + shift
+    if cache is None:
+        hidden = module(embeddings, lengths)
+    else:
+        hidden, cache = module.extend(embeddings, lengths, cache)
     return module.logits(hidden), hidden, cache
 
 
 @functools.cache
 def language(case: str):
-    """The PyTorch model, ours, our parameters, tokens `[B, L]` and which of them are valid."""
+    """Return the PyTorch model, ours, our parameters and their shapes, tokens `[B, L]` and their mask."""
     kind, changes = LANGUAGE_CASES[case]
     reference, model = torch_language(kind, LANGUAGE | changes), Llama(**(LANGUAGE | changes))
     tokens = np.random.default_rng(5).integers(0, LANGUAGE["vocab_size"], (len(LENGTHS), LENGTHS.max()))
     valid = np.arange(LENGTHS.max()) < LENGTHS[:, None]
-    target = shapes_of(model, tokens, LENGTHS, method=read_text)
+    target = shapes_of(model, tokens, LENGTHS, method=run_text)
     params = read(published(reference), target)
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, target)
     return reference, model, params, target, tokens, valid
@@ -377,7 +381,7 @@ def language(case: str):
 
 @pytest.mark.parametrize("case", LANGUAGE_CASES)
 def test_language(case):
-    """Three texts of unequal length: logits, hidden states, gradients of embeddings and weights."""
+    """Logits, hidden states, gradients of embeddings and weights for three texts of different lengths."""
     reference, model, params, target, tokens, valid = language(case)
     reference.zero_grad()
     embeddings = reference.get_input_embeddings()(torch.tensor(tokens))
@@ -393,7 +397,7 @@ def test_language(case):
 
     def hidden(params, depth):
         variables = {"params": cut(params, depth)}
-        return model.clone(depth=depth).apply(variables, tokens, LENGTHS, method=read_text)[1]
+        return model.clone(depth=depth).apply(variables, tokens, LENGTHS, method=run_text)[1]
 
     after_blocks = jax.jit(lambda params: [hidden(params, depth) for depth in range(1, DEPTH + 1)])
     normed = [reference.model.norm(each) for each in output.hidden_states[1:-1]]
@@ -402,7 +406,7 @@ def test_language(case):
         assert_close(ours[valid], expected[torch.tensor(valid)], f"block {index}")
 
     def logits(params, shift):
-        return model.apply({"params": params}, tokens, LENGTHS, shift, method=read_text)[0]
+        return model.apply({"params": params}, tokens, LENGTHS, shift, method=run_text)[0]
 
     shift = np.zeros(embeddings.shape, np.float32)
     value, of_params, of_shift = value_and_gradients(logits, cotangent, params, shift)
@@ -413,14 +417,14 @@ def test_language(case):
 
 @pytest.mark.parametrize("case", ["llama3", "qwen3"])
 def test_cache_in_chunks(case):
-    """Our decoding from left to right, in chunks padded for the longest text, against PyTorch's logits."""
+    """Texts are read in chunks with a KV cache; the logits equal PyTorch's for whole texts."""
     reference, model, params, _, tokens, valid = language(case)
     with torch.no_grad():
         expected = reference(torch.tensor(tokens), attention_mask=torch.tensor(valid).long()).logits
 
     @jax.jit
     def step(tokens, lengths, cache):
-        return model.apply({"params": params}, tokens, lengths, cache=cache, method=read_text)
+        return model.apply({"params": params}, tokens, lengths, cache=cache, method=run_text)
 
     cache, start = model.empty_cache(len(LENGTHS), LENGTHS.max()), 0
     for size in (4, 1, 4, 2):
@@ -436,7 +440,7 @@ def test_cache_in_chunks(case):
 @pytest.mark.parametrize("scaling", ["default", "linear", "llama3"])
 @pytest.mark.parametrize("head_dim", [128, 80, 18])
 def test_rope_frequencies(head_dim, scaling):
-    """Llama 3.1's settings at full size, bit for bit but for the power's last place."""
+    """Settings of Llama 3.1; equal up to the last place of the power."""
     fields = LLAMA3 | {"rope_theta": 5e5, "rope_scaling": scaling, "rope_factor": 8.0}
     fields["rope_original_length"] = 8192
     config = transformers.LlamaConfig(

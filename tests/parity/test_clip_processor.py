@@ -1,4 +1,4 @@
-"""Pictures reach the vision tower as Hugging Face's image processors would give them to it."""
+"""Images and frames are prepared for the vision tower as by Hugging Face's image processors."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ ODD_SIZES = [
 
 
 def picture(width, height):
-    """Noise of several scales, so that rounding goes either way and edges are sharp."""
+    """Return an image of noise at several scales, with sharp edges and rounding in both directions."""
     rng = np.random.default_rng(width * height)
     total = np.zeros((height, width, 3))
     for scale in (1, 4, 16):
@@ -28,12 +28,12 @@ def picture(width, height):
 
 
 def normalised(frames, vision):
-    """What models/vit.py makes of uint8 frames [..., H, W, 3] before its first layer."""
+    """Normalise uint8 frames [..., H, W, 3] as models/vit.py does before its first layer."""
     return (frames.astype(np.float32) / 255 - np.asarray(vision.mean, np.float32)) / np.asarray(vision.std)
 
 
 def towers():
-    """Each tower's section of the configuration, layout, and Hugging Face's processor for it."""
+    """Return for each tower its section of the configuration, its layout and Hugging Face's processor."""
     clip, siglip = align_7b.get_config("").model.vision, siglip2_qwen3.get_config("").model.vision
     square = {"height": siglip.image_size, "width": siglip.image_size}
     return {
@@ -44,16 +44,16 @@ def towers():
 
 @pytest.mark.parametrize("tower", ["clip", "siglip2"])
 @pytest.mark.parametrize(("width", "height"), ODD_SIZES)
-def test_an_image_file_equals_the_processor(tmp_path, tower, width, height):
+def test_image_file_equals_the_processor(tmp_path, tower, width, height):
     vision, layout, processor = towers()[tower]
     image = picture(width, height)
     image.save(tmp_path / "i.png")
     expected = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
     frames = read_image(tmp_path / "i.png", size=vision.image_size, layout=layout)
-    # in units of a pixel's 255 levels: the normalisation takes out what a channel's std puts in
+    # In pixel levels of 0 to 255: multiplied by a channel's std, which the normalisation divides by.
     difference = np.abs(normalised(frames, vision) - expected) * np.asarray(vision.std) * 255
     assert difference.max() <= 1
-    assert (difference > 0.01).mean() == 0  # what differs at all is rounding
+    assert (difference > 0.01).mean() == 0  # all differences are rounding of whole levels
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA", "CMYK"])
@@ -71,15 +71,17 @@ def test_frames_of_a_video_equal_the_processor(tmp_path, tower):
     vision, layout, processor = towers()[tower]
     frames = np.stack([np.asarray(picture(322, 182).rotate(10 * i)) for i in range(3)])
     write_video(tmp_path / "v.mp4", frames)
-    whole = read_media(tmp_path / "v.mp4", 3, 322, layout="pad", mean=(0, 0, 0))  # decoded, not scaled
+    whole = read_media(tmp_path / "v.mp4", 3, 322, layout="pad", mean=(0, 0, 0))  # only decoded, not resized
     decoded = [Image.fromarray(frame[70:252]) for frame in whole.frames]
-    assert np.abs(np.asarray(decoded[0]).astype(int) - frames[0]).mean() < 20  # the frame that was written
+    assert (
+        np.abs(np.asarray(decoded[0]).astype(int) - frames[0]).mean() < 20
+    )  # it is the frame that was written
     expected = processor(decoded, return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
     clip = read_media(tmp_path / "v.mp4", 3, vision.image_size, layout=layout)
     np.testing.assert_allclose(normalised(clip.frames, vision), expected, atol=1e-5)
 
 
-def test_a_strip_differs_by_rounding_only():
+def test_narrow_image_differs_by_rounding_only():
     vision, _, processor = towers()["clip"]
     image = picture(2600, 233)
     expected = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)

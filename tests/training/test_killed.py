@@ -161,7 +161,7 @@ def test_what_is_kept(whole):
 
 
 def test_killed_three_times(whole, tmp_path):
-    """Inside a save, at a step, and at a random moment: the run ends with the bits of an uninterrupted one."""
+    """Killed inside a save, at a step and at a random moment, a run ends with the same bits."""
     run, rng = whole.another(tmp_path / "killed"), random.Random(0)
     for where in ("save", "step", "anywhere"):
         kill(run, where, whole, rng)

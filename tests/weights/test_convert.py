@@ -341,7 +341,7 @@ def test_transformers_loads_the_exported_language_model(tmp_path, name, capsys):
     tokens = np.random.default_rng(0).integers(0, 40, (2, 30))
 
     def logits(module, tokens):
-        hidden, _ = module(module.embed(tokens), jnp.full(len(tokens), tokens.shape[1]))
+        hidden = module(module.embed(tokens), jnp.full(len(tokens), tokens.shape[1]))
         return module.logits(hidden)
 
     ours = jax.jit(lambda params: model.apply({"params": params}, tokens, method=logits))(params["language"])

@@ -7,14 +7,14 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from dynfocus_jax.connectors.dynfocus.selection import Selection
 from dynfocus_jax.connectors.interface import ConnectorInputs
-from dynfocus_jax.ops.clustering import METHODS, cluster, map_frames
+from dynfocus_jax.ops.clustering import CLUSTERING_METHODS, cluster, map_frames
 from dynfocus_jax.sections import Field, require
 
 CCE_FIELDS = {
     "levels": Field(
         ((16, 8), (8, 3)), "(M, k) of each level of spatial clustering: M prototypes, k neighbours"
     ),
-    "clustering": Field("dpc_knn", "how patches are clustered (Table 11)", choices=METHODS),
+    "clustering": Field("dpc_knn", "how patches are clustered (Table 11)", choices=CLUSTERING_METHODS),
     "cones": Field(
         "multi_grained",
         'tokens of an important frame: "multi_grained" [event; all spatial levels], "single_grained" '

@@ -11,8 +11,8 @@ from dynfocus_jax.connectors.dynfocus import selection as selecting
 from dynfocus_jax.connectors.dynfocus.scores import QuestionScore, ScoreNet
 from dynfocus_jax.connectors.dynfocus.selection import Selection, Slots
 from dynfocus_jax.connectors.interface import ConnectorInputs, Randomness
-from dynfocus_jax.ops.clustering import METHODS, cluster, spread
-from dynfocus_jax.ops.dpc_knn import first_twin
+from dynfocus_jax.ops.clustering import CLUSTERING_METHODS, cluster, evenly_spaced
+from dynfocus_jax.ops.dpc_knn import first_duplicate
 from dynfocus_jax.ops.pooling import pool_grid
 from dynfocus_jax.sections import Field, require
 
@@ -21,7 +21,7 @@ DPE_FIELDS = {
     "neighbors": Field(5, "nearest neighbours that define a density, k", at_least=1),
     "ratio": Field(0.8, "share of the prototypes that are kept, J = ceil(ratio * K)", above=0, at_most=1),
     "num_selected": Field(int, "J itself, instead of the ratio", at_least=1),
-    "clustering": Field("dpc_knn", "how frames are clustered (Table 11)", choices=METHODS),
+    "clustering": Field("dpc_knn", "how frames are clustered (Table 11)", choices=CLUSTERING_METHODS),
     "kmeans_init": Field(
         "spread", "initial frames of k-means: evenly spread, or random", choices=("spread", "random")
     ),
@@ -128,7 +128,7 @@ class EventPrototypes(nn.Module):
             question_score = QuestionScore(self.dtype, self.param_dtype, name="question_score")
             raw += question_score(inputs.question.words, inputs.question.length, prototypes)
         # Equal events get equal scores, however a matrix product rounds its rows: min-max would magnify that.
-        raw = jnp.take_along_axis(raw, first_twin(summary, events.valid), axis=-1)
+        raw = jnp.take_along_axis(raw, first_duplicate(summary, events.valid), axis=-1)
         return selecting.min_max(raw, events.valid)
 
     def _choose(self, scores, valid, count, slots: int, train: bool, randomness: Randomness | None) -> Slots:
@@ -202,7 +202,7 @@ class EventPrototypes(nn.Module):
         if self.settings.clustering == "dpc_knn":
             return None
         if self.settings.kmeans_init == "spread":
-            return spread(frame_mask, num)
+            return evenly_spaced(frame_mask, num)
         return _random_frames(frame_mask, num, randomness)
 
 
