@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -32,6 +32,9 @@ _INTRA = (0, 1, 5)  # picture types that depend on no other: unknown, I, SI
 
 # Decoders that leave out, exactly and without a trace, frames on which no other depends.
 _SKIPPING = frozenset({"h264", "mpeg4", "mpeg2video", "mpeg1video"})
+
+# Titles in other encodings are no errors; PyAV 19 always decodes them like this.
+_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 class Unshown(Exception):
@@ -104,9 +107,10 @@ def open_video(path: str | Path, deadline: Deadline) -> Iterator[Video]:
     """
     # Options of the container only: as `options`, PyAV before 16 would crash on MPEG program streams.
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
-    # "file:", for a colon in a name would be taken for a protocol; "replace", for titles in other encodings.
-    settings = {"metadata_errors": "replace", "timeout": deadline.left()}
-    with av.open(f"file:{path}", container_options=options, **settings) as container:
+    # "file:", because a colon in a name would be taken for a protocol.
+    with av.open(
+        f"file:{path}", container_options=options, timeout=deadline.left(), **_METADATA
+    ) as container:
         stream = next((each for each in container.streams.video if not _is_cover(each)), None)
         if stream is None:
             raise MediaError(f"{path}: holds no video stream, replace or remove it")
@@ -118,9 +122,10 @@ def open_video(path: str | Path, deadline: Deadline) -> Iterator[Video]:
 
 
 def _is_cover(stream: av.video.stream.VideoStream) -> bool:
-    """Whether it is the picture that comes with a piece of music."""
-    decoder = stream.codec_context
-    return stream.average_rate is None and decoder is not None and decoder.name in _STILLS
+    """Whether a stream is the cover picture of a piece of music: a still image without a frame rate."""
+    decoder, rate = stream.codec_context, stream.average_rate
+    has_no_rate = rate is None or rate.numerator == 0  # 0/0 since PyAV 19
+    return has_no_rate and decoder is not None and decoder.name in _STILLS
 
 
 def scan(video: Video) -> Timeline:
