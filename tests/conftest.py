@@ -17,6 +17,40 @@ QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 
 
+# Files and folders without subprocesses and meshes, in which few programs are compiled.
+FAST = (
+    *(
+        "tests/media",
+        "tests/records",
+        "tests/text",
+        "tests/ops/test_perturbed_topk.py",
+        "tests/ops/test_pooling.py",
+    ),
+    *("tests/data/test_budget.py", "tests/data/test_media_reader.py", "tests/data/test_samples.py"),
+    *("tests/data/test_lengths.py", "tests/data/test_survey.py", "tests/data/test_synthetic.py"),
+    *("tests/evaluation/test_parsing.py", "tests/evaluation/test_choice_benchmarks.py"),
+    *("tests/evaluation/test_other_benchmarks.py", "tests/evaluation/test_text_match.py"),
+    *("tests/evaluation/test_judge_prompts.py", "tests/evaluation/test_predictions.py"),
+    *("tests/features/test_movie_features.py", "tests/serving/test_text.py", "tests/weights/test_files.py"),
+    *("tests/weights/test_gguf.py", "tests/training/test_feed.py", "tests/models/test_full_size.py"),
+    *(
+        "tests/parallel/test_sharding.py",
+        "tests/test_data_config.py",
+        "tests/test_mixtures.py",
+        "tests/test_shapes.py",
+    ),
+)
+NOT_FAST = ("tests/records/test_ten_thousand.py",)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Mark the tests of FAST, so that `pytest -m fast` runs them."""
+    for item in items:
+        path = item.path.relative_to(config.rootpath).as_posix()
+        if path.startswith(FAST) and path not in NOT_FAST and item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.fast)
+
+
 def pytest_configure():
     """Eight virtual devices for the tests of meshes; the others use the first, commands have one."""
     import jax

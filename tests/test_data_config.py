@@ -45,7 +45,7 @@ def refuse(config, *parts):
         (MIX | {"sources": (source(annotations="a.json"),)}, ("sources[0].name is not set",)),
         (
             MIX | {"sources": (TWO[0], source(name="b", annotations="b.json", weight=2.0))},
-            ("stages[1].sources has weights for b alone",),
+            ("stages[1].sources has weights for b only",),
         ),
         *(
             (MIX | {"sources": (source(name="a", annotations="a.json", **{field: value}),)}, parts)
@@ -135,9 +135,9 @@ def test_fields_of_a_source_on_the_command_line(tmp_path):
         "    return config\n"
     )
     arguments = ["train", f"--config={file}", "--config.stages[0].sources[1].repeat=2"]
-    command_lib._check_overrides(arguments)
+    command_lib._take_config(arguments)
     with pytest.raises(UserError, match=r"sources has 2 entries, so there is no .*sources\[2\]"):
-        command_lib._check_overrides([*arguments, "--config.stages[0].sources[2].repeat=2"])
+        command_lib._take_config([*arguments, "--config.stages[0].sources[2].repeat=2"])
     code, stdout, stderr = command(
         *("train", f"--config={file}", f"--workdir={tmp_path}/run", f"--config.data.root={tmp_path}"),
         "--config.stages[0].sources[1].repeat=0",
