@@ -1,12 +1,15 @@
 """The batch: the structure that passes from the data to the model."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int32, UInt8
 
-Array = jax.Array | np.ndarray
+if TYPE_CHECKING:  # pyright knows no union within jaxtyping's annotations
+    Array = jax.Array
+else:
+    Array = jax.Array | np.ndarray
 
 
 class Batch(NamedTuple):
@@ -48,17 +51,18 @@ def padding_sample(
     blank: an empty frame `[N, C]`, for features in place of pixels.
     """
     blank = np.zeros((image_size, image_size, 3), np.uint8) if blank is None else blank
-    return Batch(
-        frames=np.zeros((num_frames, *blank.shape), blank.dtype),
-        frame_mask=np.zeros(num_frames, bool),
-        query_tokens=np.full(max_query, pad_id, np.int32),
-        query_length=np.int32(1),
-        tokens=np.full(max_text, pad_id, np.int32),
-        length=np.int32(1),
-        visual_position=np.int32(0),
-        loss_mask=np.zeros(max_text, bool),
-        oracle_frames=np.zeros(num_frames, bool),
-        index=np.int32(-1),
-        subtitles=np.full(max_subtitle, pad_id, np.int32),
-        subtitle_frames=np.full(max_subtitle, -1, np.int32),
-    )
+    fields: dict[str, Any] = {
+        "frames": np.zeros((num_frames, *blank.shape), blank.dtype),
+        "frame_mask": np.zeros(num_frames, bool),
+        "query_tokens": np.full(max_query, pad_id, np.int32),
+        "query_length": np.int32(1),
+        "tokens": np.full(max_text, pad_id, np.int32),
+        "length": np.int32(1),
+        "visual_position": np.int32(0),
+        "loss_mask": np.zeros(max_text, bool),
+        "oracle_frames": np.zeros(num_frames, bool),
+        "index": np.int32(-1),
+        "subtitles": np.full(max_subtitle, pad_id, np.int32),
+        "subtitle_frames": np.full(max_subtitle, -1, np.int32),
+    }
+    return Batch(**fields)

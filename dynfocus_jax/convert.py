@@ -49,7 +49,7 @@ def main() -> None:
         raise UserError("--export and --checkpoint belong together: where to, and what.")
     config = CONFIG_FLAG.value
     validate_model(config)
-    target = Path(_OUTPUT.value or _EXPORT.value).expanduser()
+    target = Path(_OUTPUT.value or _EXPORT.value or "").expanduser()
     if target.exists():
         raise UserError(f"{target} exists; name a folder that does not, or remove it.")
     if _OUTPUT.value:
@@ -59,7 +59,7 @@ def main() -> None:
             save_params(folder, params)
             (folder / "convert.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     else:
-        params = read_params(Path(_CHECKPOINT.value).expanduser())
+        params = read_params(Path(_CHECKPOINT.value or "").expanduser())
         with new_folder(target) as folder:
             export_model(folder, params, config, int(_SHARD_GIB.value * 2**30))
     print(f"written to {target}")

@@ -52,6 +52,8 @@ class Family:
     lacks: tuple[str, ...] = ()
     ignored: Mapping[str, str] = field(default_factory=dict)
     spare_layers: int = 0
+    _compiled: list[tuple[re.Pattern, Rule]] = field(init=False, repr=False)
+    _ignored: list[tuple[re.Pattern, str]] = field(init=False, repr=False)
 
     def __post_init__(self):
         compiled = [

@@ -161,7 +161,7 @@ def describe_section(fields: Section, where: str) -> Iterator[str]:
 def to_dict(section: ConfigDict) -> dict:
     """Return the section as plain dicts and lists, for JSON."""
 
-    def plain(value):
+    def plain(value: Any) -> Any:
         if isinstance(value, ConfigDict):
             return {key: plain(value[key]) for key in value}
         return [plain(item) for item in value] if isinstance(value, tuple | list) else value

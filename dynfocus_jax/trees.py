@@ -1,20 +1,20 @@
 """Parameter trees by path: nested dicts whose leaves are named "language/blocks/mlp/up/kernel"."""
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, cast
 
-import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dynfocus_jax.errors import UserError
 
 
-def flatten(tree: dict) -> dict[str, jax.Array]:
+def flatten(tree: Mapping) -> dict[str, Any]:
     """Nested dicts -> {"a/b/c": leaf}."""
-    return flatten_dict(tree, sep="/")
+    return cast(dict[str, Any], flatten_dict(tree, sep="/"))
 
 
-def unflatten(flat: dict[str, jax.Array]) -> dict:
+def unflatten(flat: Mapping[str, Any]) -> dict:
     """{"a/b/c": leaf} -> nested dicts."""
     return unflatten_dict(flat, sep="/")
 
@@ -45,7 +45,7 @@ def prefixes(chosen: Collection[str], paths: Collection[str]) -> list[str]:
     return sorted({next(start for start in each if start not in others) for each in starts})
 
 
-def split(tree: dict, chosen: Callable[[str], bool]) -> tuple[dict, dict]:
+def split(tree: Mapping, chosen: Callable[[str], bool]) -> tuple[dict, dict]:
     """The part of a tree whose paths are chosen, and the rest."""
     flat = flatten(tree)
     return (
@@ -54,6 +54,6 @@ def split(tree: dict, chosen: Callable[[str], bool]) -> tuple[dict, dict]:
     )
 
 
-def merge(one: dict, other: dict) -> dict:
+def merge(one: Mapping, other: Mapping) -> dict:
     """The tree that `split` took apart."""
     return unflatten(flatten(one) | flatten(other))

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from dynfocus_jax.errors import UserError
+from dynfocus_jax.models.layers import Dtype
 from dynfocus_jax.ops.packing import pack_frames
 from dynfocus_jax.published_names import Family, own_names
 from dynfocus_jax.sections import Section
@@ -97,8 +98,8 @@ class Connector(nn.Module):
 
     settings: FrozenConfigDict
     dimensions: Dimensions
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
 
     FIELDS: ClassVar[Section] = {}
     """Settings of the method, with defaults, allowed values and meanings."""

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 
+from dynfocus_jax.models.layers import Dtype
 from dynfocus_jax.sections import Field
 
 PROJECTORS = ("mlp", "linear", "residual")
@@ -24,8 +25,8 @@ class Projector(nn.Module):
 
     kind: str
     width: int
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -43,7 +43,10 @@ def mesh_shape(mesh: Mapping[str, int], num_devices: int) -> dict[str, int]:
     return shape | {axis: num_devices // given for axis in rest}
 
 
-def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    shape: Mapping[str, int],
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+) -> Mesh:
     """The mesh of a shape from `mesh_shape` on `devices`, a topology's too; None is all there are."""
     sizes = tuple(shape[axis] for axis in AXES)
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

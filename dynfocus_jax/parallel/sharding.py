@@ -135,7 +135,9 @@ def row_shares(mesh: Mesh) -> int:
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """The rows of a global batch that this process's devices hold, ascending."""
     held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for (rows,) in held for row in range(*rows.indices(batch_size))})
+    return sorted(
+        {row for index in held if index for rows in index for row in range(*rows.indices(batch_size))}
+    )
 
 
 def to_devices(batch, mesh: Mesh):
@@ -152,7 +154,7 @@ def on_mesh(mesh: Mesh) -> AbstractContextManager:
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def shares(name: str) -> int:
+def shares(name: str | None) -> int:
     """Devices that share a dimension of that name; 1 without a mesh."""
     shape = jax.sharding.get_abstract_mesh().shape
     return int(np.prod([shape.get(axis, 1) for axis in _axes(name)], dtype=int))

@@ -48,7 +48,7 @@ class Source:
     without index).
     """
 
-    def __init__(self, where: Path, files: dict[Path, set[str] | None]):
+    def __init__(self, where: Path, files: Mapping[Path, set[str] | None]):
         self.where = str(where)
         self._files = files
         self._open: tuple[Path, Mapping[str, np.ndarray]] | None = None

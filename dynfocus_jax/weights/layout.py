@@ -38,10 +38,11 @@ def to_published(layout: str | None, array: np.ndarray) -> np.ndarray:
 def _sides(layout: str) -> tuple[list[list[str]], list[list[str]]]:
     """ "(head dim) width -> width head dim" to [[head, dim], [width]] and [[width], [head], [dim]]."""
     left, _, right = layout.partition("->")
-    return tuple(
-        [(group or single).split() for group, single in re.findall(r"\(([^)]*)\)|(\S+)", side)]
-        for side in (left, right)
-    )
+
+    def axes(side: str) -> list[list[str]]:
+        return [(group or single).split() for group, single in re.findall(r"\(([^)]*)\)|(\S+)", side)]
+
+    return axes(left), axes(right)
 
 
 def _sizes(axes: list[list[str]], shape: tuple[int, ...]) -> dict[str, int]:

@@ -128,8 +128,8 @@ def make_plan(
             plan.leave_out(name, TIED)
         elif found and found[0].unless:
             plan.leave_out(name, found[0].unless)
-        elif table.reason_to_ignore(name):
-            plan.leave_out(name, table.reason_to_ignore(name))
+        elif reason := table.reason_to_ignore(name):
+            plan.leave_out(name, reason)
         elif not found and (other := _part_of(name, table.part, held)):
             plan.leave_out(name, f"belongs to the {other}")
         else:
@@ -163,7 +163,7 @@ def make_slot(rule: Rule, layer: int | None, shapes: Mapping[str, tuple[int, ...
     if any(leaf not in shapes for leaf in paths):
         return None
     shape, stacked = shapes[paths[0]], layer is not None and "{layer}" not in rule.path
-    if stacked and layer >= shape[0]:
+    if layer is not None and stacked and layer >= shape[0]:
         return None
     shape = shape[1:] if stacked else shape
     return Slot(
@@ -244,7 +244,7 @@ def held_families(names: Sequence[str]) -> list[Family]:
         return len(seen) / len(wanted), len(seen)
 
     shares = {table: share(table) for table in FAMILIES.values()}
-    best = [max((t for t in shares if t.part == part), key=shares.get) for part in PARTS]
+    best = [max((t for t in shares if t.part == part), key=lambda table: shares[table]) for part in PARTS]
     return [table for table in best if shares[table][0] >= 0.5]
 
 
@@ -257,15 +257,12 @@ def _part_of(name: str, part: str, held: Sequence[Family]) -> str | None:
 
 def collapse(names: Sequence[str]) -> list[str]:
     """Names that differ in their first number only as one: `layers.[0-3,7].mlp.up`."""
-    groups: dict[tuple[str, str], list[int | None]] = {}
+    groups: dict[tuple[str, str], list[int]] = {}
     for name in names:
         found = re.match(r"(.*?\.)(\d+)(\..*)", name)
-        key = (found[1], found[3]) if found else (name, "")
-        groups.setdefault(key, []).append(int(found[2]) if found else None)
-    return [
-        head if None in numbers else f"{head}{_ranges(numbers)}{tail}"
-        for (head, tail), numbers in groups.items()
-    ]
+        numbers = groups.setdefault((found[1], found[3]) if found else (name, ""), [])
+        numbers += [int(found[2])] if found else []
+    return [f"{head}{_ranges(numbers) if numbers else ''}{tail}" for (head, tail), numbers in groups.items()]
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -137,7 +137,7 @@ def _read_part(
     source = open_weights(path)
     if part != "connector":
         check_settings(path, part, config.model[part])
-    families = {part: (None, shapes[part])}
+    families: dict[str, tuple[str | None, dict]] = {part: (None, shapes[part])}
     connector = find_connector(stage_section(config).connector.kind)
     own = connector.families(trees.flatten(shapes["connector"]))
     if part == "connector" and "text_encoder" in shapes:

@@ -78,10 +78,10 @@ INSTRUCT_BLIP_VISION = Family(
 
 def _clip_blocks() -> tuple[Rule, ...]:
     layer = "vision_model.encoder.layers.{layer}"
-    names = [f"{layer}.self_attn.{name}_proj" for name in ("q", "k", "v", "out")]
+    query, key, value, out = (f"{layer}.self_attn.{name}_proj" for name in ("q", "k", "v", "out"))
     return (
         *norm(f"{layer}.layer_norm1", "blocks/attention_norm"),
-        *_attention(*names, "blocks/attention"),
+        *_attention(query, key, value, out, "blocks/attention"),
         *norm(f"{layer}.layer_norm2", "blocks/mlp_norm"),
         *linear(f"{layer}.mlp.fc1", "blocks/mlp/up"),
         *linear(f"{layer}.mlp.fc2", "blocks/mlp/down"),
@@ -134,9 +134,9 @@ def _qformer(
     layer, ours = f"{bert}.encoder.layer.{{layer}}", "blocks_{layer}"
 
     def block(name, path):
-        parts = [f"{layer}.{name}.{attention}.{part}" for part in ("query", "key", "value")]
+        query, key, value = (f"{layer}.{name}.{attention}.{part}" for part in ("query", "key", "value"))
         return (
-            *_attention(*parts, f"{layer}.{name}.output.dense", f"{ours}/{path}"),
+            *_attention(query, key, value, f"{layer}.{name}.output.dense", f"{ours}/{path}"),
             *norm(f"{layer}.{name}.output.LayerNorm", f"{ours}/{path}_norm"),
         )
 

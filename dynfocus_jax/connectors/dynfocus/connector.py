@@ -13,6 +13,7 @@ from dynfocus_jax.connectors.dynfocus.published import DYNFOCUS, LLAMA_VID
 from dynfocus_jax.connectors.dynfocus.selection import Selection, kept_counts
 from dynfocus_jax.connectors.interface import Connector, ConnectorInputs, Focus, VisualTokens, num_subtitles
 from dynfocus_jax.connectors.pooled import POOL_FIELD, PROJECTOR_SHARDING, check_pool
+from dynfocus_jax.models.layers import Dtypes
 from dynfocus_jax.models.projector import PROJECTOR_FIELD, Projector
 from dynfocus_jax.ops.packing import pack_frames
 from dynfocus_jax.sections import Field
@@ -52,7 +53,7 @@ class DynFocusConnector(Connector):
         return self.settings.dpe.question_conditioned
 
     def setup(self):
-        settings, types = self.settings, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        settings, types = self.settings, Dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
         grid, width = self.dimensions.grid, self.dimensions.language_width
         self.projector = Projector(settings.projector, width, **types)
         self.dpe = EventPrototypes(settings.dpe, settings.mode, grid, settings.pool, **types)

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from dynfocus_jax.connectors.dynfocus.selection import Selection
 from dynfocus_jax.connectors.interface import ConnectorInputs
+from dynfocus_jax.models.layers import Dtype, Dtypes
 from dynfocus_jax.ops.clustering import CLUSTERING_METHODS, cluster, map_frames
 from dynfocus_jax.sections import Field, require
 
@@ -99,8 +100,8 @@ class SpatialPrototypes(nn.Module):
     clustering: str
     weighting: str
     grouped: bool
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
 
     @nn.compact
     def __call__(self, features: jax.Array) -> list[jax.Array]:
@@ -141,12 +142,12 @@ class TextContext(nn.Module):
     """
 
     width: int
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
 
     @nn.compact
     def __call__(self, prototypes: jax.Array, queries: jax.Array) -> jax.Array:
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        types = Dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
         channels = prototypes.shape[-1]
         keys = nn.Dense(channels, name="key", **types)(prototypes)
         logits = jnp.einsum("btqc,btmc->btqm", queries.astype(keys.dtype), keys).astype(jnp.float32)
@@ -158,8 +159,8 @@ class TextContext(nn.Module):
 class CrossAttentionFusion(nn.Module):
     """Soft fusion (Table 12): event tokens attend to the frame's prototypes, `[B, J, P, C]` out."""
 
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
 
     @nn.compact
     def __call__(self, events: jax.Array, prototypes: jax.Array) -> jax.Array:
@@ -180,11 +181,11 @@ class CooperativeEncoding(nn.Module):
     settings: FrozenConfigDict
     mode: str
     width: int
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
 
     def setup(self):
-        settings, types = self.settings, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        settings, types = self.settings, Dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
         released = self.mode == "released"
         self.spatial = SpatialPrototypes(
             tuple(map(tuple, settings.levels)),
@@ -212,6 +213,7 @@ class CooperativeEncoding(nn.Module):
             if part == "content":
                 tokens.append(projector(spatial.mean(axis=-2))[..., None, :])
             elif part == "context":
+                assert inputs.text_queries is not None, "needs_text_queries"
                 tokens.append(self.context(spatial, inputs.text_queries)[..., None, :])
             else:
                 tokens.append(projector(grains[-1]))

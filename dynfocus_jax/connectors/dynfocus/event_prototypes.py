@@ -11,6 +11,7 @@ from dynfocus_jax.connectors.dynfocus import selection as selecting
 from dynfocus_jax.connectors.dynfocus.scores import QuestionScore, ScoreNet
 from dynfocus_jax.connectors.dynfocus.selection import Selection, Slots
 from dynfocus_jax.connectors.interface import ConnectorInputs, Randomness
+from dynfocus_jax.models.layers import Dtype
 from dynfocus_jax.ops.clustering import CLUSTERING_METHODS, cluster, evenly_spaced
 from dynfocus_jax.ops.dpc_knn import first_duplicate
 from dynfocus_jax.ops.pooling import pool_grid
@@ -84,8 +85,8 @@ class EventPrototypes(nn.Module):
     mode: str
     grid: tuple[int, int]
     pool: tuple[int, int]
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
 
     @nn.compact
     def __call__(self, inputs: ConnectorInputs, *, train: bool) -> Selection:
@@ -97,6 +98,7 @@ class EventPrototypes(nn.Module):
         if settings.selection != "learned":
             count = jnp.asarray(kept, jnp.int32)[frame_mask.sum(axis=-1)]
             if settings.selection == "oracle":
+                assert inputs.oracle_frames is not None
                 marked = inputs.oracle_frames & frame_mask
             else:
                 marked = selecting.uniform_frames(frame_mask, count, slots)
@@ -125,6 +127,7 @@ class EventPrototypes(nn.Module):
         summary = jnp.concatenate([prototypes.mean(axis=2), prototypes.max(axis=2)], axis=-1)
         raw = ScoreNet(self.dtype, self.param_dtype, name="score_net")(summary, events.valid)
         if self.settings.question_conditioned:
+            assert inputs.question is not None, "needs_question"
             question_score = QuestionScore(self.dtype, self.param_dtype, name="question_score")
             raw += question_score(inputs.question.words, inputs.question.length, prototypes)
         # Equal events get equal scores, however a matrix product rounds its rows: min-max would magnify that.
@@ -135,6 +138,7 @@ class EventPrototypes(nn.Module):
         """Choose J prototypes: by score, in training by perturbed scores (Eqs. 7-9)."""
         if not train:
             return selecting.hard_slots(scores, valid, count, slots)
+        assert randomness is not None, "training needs randomness"
         settings, events = self.settings, scores.shape[-1]
         # Draws are for all K prototypes, so that a shorter bucket sees the same perturbations.
         shape = (settings.samples, settings.num_prototypes)

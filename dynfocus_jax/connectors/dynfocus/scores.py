@@ -4,14 +4,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dynfocus_jax.models.layers import layer_norm
+from dynfocus_jax.models.layers import Dtype, layer_norm
 
 
 class ScoreNet(nn.Module):
     """Three-layer MLP with a global half: `[B, K, 2C]` -> unnormalised scores `[B, K]` (Eq. 6)."""
 
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
 
     @nn.compact
     def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
@@ -37,8 +37,8 @@ class QuestionScore(nn.Module):
     `lengths [B]`, events `[B, K, P, C]` -> `[B, K]` float32.
     """
 
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
 
     @nn.compact
     def __call__(self, words: jax.Array, lengths: jax.Array, events: jax.Array) -> jax.Array:
