@@ -114,10 +114,10 @@ class Chat:
           UserError: nothing was asked yet, there is no clip, the model has no focus, or it cannot be written.
         """
         if self._shown is None or self._clip is None:
-            raise UserError("there is nothing to draw; ask a question about a video first.")
+            raise UserError("nothing to draw: ask a question about a video first.")
         visual, question, answer = self._shown
         if visual.focus is None:
-            raise UserError("there is nothing to draw; this model has no frames in focus.")
+            raise UserError("nothing to draw: this model's connector chooses no frames.")
         strip = Strip(self._clip.frames, self._clip.times, visual.scores, visual.focus, question, answer)
         try:
             draw_focus(path.expanduser(), [strip])
@@ -139,7 +139,9 @@ class Chat:
             elif name == "/video" and argument:
                 self.open(Path(argument))
             elif name.startswith("/"):
-                raise UserError(f"{line} is no command; there are /focus, /video FILE, /reset and /quit.")
+                raise UserError(
+                    f"{line} is not a command; the commands are /focus, /video FILE, /reset and /quit."
+                )
             elif line:
                 self.ask(line)
         except (MediaError, UserError) as error:

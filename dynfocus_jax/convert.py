@@ -43,10 +43,12 @@ def main() -> None:
         raise UserError("--config is missing; name a config file such as configs/align_7b.py.")
     if (_OUTPUT.value is None) == (_EXPORT.value is None):
         raise UserError(
-            "name one of --output (a checkpoint from published files) and --export (the reverse)."
+            "give either --output (convert published files to a checkpoint) or --export (the reverse)."
         )
     if (_EXPORT.value is None) != (_CHECKPOINT.value is None):
-        raise UserError("--export and --checkpoint belong together: where to, and what.")
+        raise UserError(
+            "--export (the folder to write) and --checkpoint (what to export) must be given together."
+        )
     config = CONFIG_FLAG.value
     validate_model(config)
     target = Path(_OUTPUT.value or _EXPORT.value or "").expanduser()

@@ -77,7 +77,7 @@ def main() -> None:
     if config is None:
         raise UserError("--config is missing; name configs/benchmarks.py of the source, or one like it.")
     if name not in config:
-        raise UserError(f"--config has no section {name!r}; take configs/benchmarks.py, or add it.")
+        raise UserError(f"--config has no section {name!r}; use configs/benchmarks.py, or add the section.")
     settings = config[name]
     for key in ("batch_size", "threads"):
         if config[key] < 1:

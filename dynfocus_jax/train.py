@@ -93,7 +93,7 @@ def main() -> None:
                 params, seconds[stage.name] = stage.run(params, stop, preemption)
                 if stop is not None or preemption.agreed:
                     step = stage.checkpoints.latest_step()
-                    say(f"stopped at step {step} of stage {stage.name}; run again to go on")
+                    say(f"stopped at step {step} of stage {stage.name}; run the same command to resume")
                     return
 
     # --- Evaluation -----------------------------------------------------------------------------------

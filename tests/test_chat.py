@@ -119,9 +119,7 @@ def test_without_a_video(engine):
 def test_focus_draws_what_the_answer_was_made_from(engine, tmp_path):
     talk = Talk(engine)
     picture = tmp_path / "focus.png"
-    assert talk.say(f"/focus {picture}") == [
-        "error: there is nothing to draw; ask a question about a video first."
-    ]
+    assert talk.say(f"/focus {picture}") == ["error: nothing to draw: ask a question about a video first."]
     assert talk.say("/video a.mp4", "w1", f"/focus {picture}") == [f"drawn to {picture}"]
     with Image.open(picture) as image:
         assert image.size[0] > 500
@@ -136,7 +134,7 @@ def test_mistakes_are_told_and_change_nothing(engine):
     talk.say("/video a.mp4", "w1 w2")
     assert talk.say("/video b.mp4") == ["error: b.mp4: no such file"]
     (line,) = talk.say("/fokus")
-    assert line == "error: /fokus is no command; there are /focus, /video FILE, /reset and /quit."
+    assert line == "error: /fokus is not a command; the commands are /focus, /video FILE, /reset and /quit."
     assert "holds a special token" in talk.say("w1 <eos>")[0]
     assert talk.say("") == []
     again = Talk(engine)

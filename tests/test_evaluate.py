@@ -135,7 +135,7 @@ def test_predictions_of_other_weights_are_not_mixed(whole, benchmark, tmp_path):
     before = {path.name: path.read_bytes() for path in whole[0].iterdir()}
     code, _, stderr = command("evaluate", *flags(make_run(tmp_path / "other", seed=1), benchmark, whole[0]))
     assert code == 2
-    assert "holds other predictions than would be made now (checkpoint.weights: then" in stderr
+    assert "has predictions made with other settings (checkpoint.weights: then" in stderr
     assert len(stderr.strip().splitlines()) == 1
     assert {path.name: path.read_bytes() for path in whole[0].iterdir()} == before
 

@@ -173,7 +173,7 @@ class SampleLoader:
         assigned = between(self.media.subtitles(record), times, record.span)
         tokens, frames, kept = interleave(assigned, encode, room)
         if not self._tokenizer.special_ids.isdisjoint(tokens):
-            raise SampleError("the subtitles hold a special token: leave it out")
+            raise SampleError("the subtitles contain a special token: remove it")
         total = sum(map(len, assigned))
         if kept == total:
             return tokens, frames, ()

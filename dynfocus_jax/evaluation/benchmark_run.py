@@ -54,11 +54,11 @@ def begin(
             changed = [f"there is no {RUN} that says of what they are"]
         if changed:
             raise UserError(
-                f"--output {str(output)!r} holds other predictions than would be made now "
+                f"--output {str(output)!r} has predictions made with other settings "
                 f"({_short('; '.join(changed[:3]))}); choose another folder, or remove this one."
             )
         if any(each["code"]["source"] != maker["code"]["source"] for each in makers):
-            say(f"note: {output} holds predictions that were made by other code; they may differ")
+            say(f"note: {output} has predictions made by other code; they may differ")
         if maker not in makers:
             makers.append(maker)
         write_json(output / RUN, described | {"made_by": makers})

@@ -157,7 +157,7 @@ class Judge:
             if kept
             else "no cache keeps its replies."
         )
-        return RunError(f"the judge at {self._endpoint.url} was given up: {what} ({reason}); {again}")
+        return RunError(f"the judge at {self._endpoint.url} failed: {what} ({reason}); {again}")
 
     def _verdict(self, item: Item, rubric: Rubric, key: str | None, failures: dict) -> Verdict:
         reply, reason = _NOTHING, None

@@ -121,7 +121,7 @@ class Endpoint:
         if status < 400 or status in (401, 402, 404, 405) or no_credit:
             key = self.settings.key_variable or "key_variable (none is named)"
             self._refusal = UserError(
-                f"the judge at {self.url} takes no questions (HTTP status {status}{said}); check its "
+                f"the judge at {self.url} refuses requests (HTTP status {status}{said}); check its "
                 f"address, the model {self.settings.model!r} and the key in {key}."
             )
             raise self._refusal
@@ -154,7 +154,7 @@ class Endpoint:
 
 def _check(settings: JudgeSettings) -> None:
     if not settings.model.strip():
-        raise UserError("the judge's model is not named; name one that its endpoint serves.")
+        raise UserError("the judge's model is not set; name one that its endpoint serves.")
     try:
         url = httpx2.URL(settings.base_url.strip())
     except httpx2.InvalidURL:
@@ -178,7 +178,7 @@ def _key(settings: JudgeSettings) -> str:
         found = "holds characters that no key has" if key else "is not set"
         raise UserError(
             f"the judge's key is read from the environment variable {settings.key_variable}, which {found}; "
-            'set it, or set key_variable to "" for an endpoint that wants none.'
+            'set it, or set key_variable to "" for an endpoint that needs none.'
         )
     return key
 

@@ -47,7 +47,8 @@ class DynFocus(lmms):
         super().__init__()
         if unknown:
             raise UserError(
-                f"--model_args has the unknown {', '.join(unknown)}; there are checkpoint and num_frames."
+                f"--model_args has the unknown field {', '.join(unknown)}; known fields: checkpoint, "
+                "num_frames."
             )
         if not checkpoint:
             raise UserError("--model_args has no checkpoint; write --model_args checkpoint=DIR.")
@@ -89,13 +90,14 @@ class DynFocus(lmms):
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Raise UserError: the model writes answers, it does not score given ones."""
         raise UserError(
-            f"{_tasks(requests)} scores given answers, which dynfocus_jax does not do; use a generating task."
+            f"{_tasks(requests)} needs log-likelihoods of given answers, which dynfocus_jax does not "
+            "compute; use a generation task."
         )
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         """Raise UserError: a task's rounds are not played."""
         raise UserError(
-            f"{_tasks(requests)} has several rounds, which dynfocus_jax does not play; use another task."
+            f"{_tasks(requests)} has several rounds, which dynfocus_jax does not support; use another task."
         )
 
 

@@ -58,8 +58,8 @@ class Predictions:
             append_json_line(self._own, dict(entry))
         except OSError as error:
             raise RunError(
-                f"{self._own} cannot be written ({error.strerror}); make room and start again: what is there "
-                "is kept."
+                f"{self._own} cannot be written ({error.strerror}); free disk space and start again. "
+                "Existing predictions are kept."
             ) from None
         self._entries[entry["id"]] = dict(entry)
 
@@ -77,4 +77,4 @@ def _checked(path: Path, read):
             return entries
     except ValueError:
         pass
-    raise UserError(f"{path} is no file of predictions; remove it, or choose another --output.")
+    raise UserError(f"{path} is not a predictions file; remove it, or choose another --output.")

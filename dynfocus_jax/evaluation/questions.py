@@ -56,7 +56,7 @@ def read_questions(path: Path, entries: Iterable[tuple[int, object]], parse: Par
             ) from None
         questions += [parsed] if isinstance(parsed, Question) else parsed
     if not questions:
-        raise UserError(f"annotation file {path} holds no question; is it the right file?")
+        raise UserError(f"annotation file {path} contains no questions; check that it is the right file.")
     return questions
 
 

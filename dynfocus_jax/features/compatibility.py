@@ -23,9 +23,8 @@ def check_frozen(name: str, paths: Iterable[str], is_trained: Callable[[str], bo
     trained = [path for path in paths if path.startswith(TOWER) and is_trained(path)]
     if trained:
         raise UserError(
-            f"stage {name!r} trains the vision tower ({trained[0]} and {len(trained) - 1} more), so features "
-            "that are computed before are not its own; leave this stage out, or take 'vision/.*' from its "
-            "trainable."
+            f"stage {name!r} trains the vision tower ({trained[0]} and {len(trained) - 1} more), so stored "
+            "features would be outdated; leave this stage out, or remove 'vision/.*' from its trainable."
         )
 
 

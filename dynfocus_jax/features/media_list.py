@@ -172,7 +172,7 @@ class Looker:
         kept = np.unique(np.concatenate(list(chosen.values())))
         features = movie.features[kept].astype(np.float32)
         if not np.isfinite(features).all():
-            raise MediaError(f"{record.media}: its features are not all finite numbers, replace or remove it")
+            raise MediaError(f"{record.media}: its features contain NaN or Inf, replace or remove it")
         parts = {
             limit: Part(np.searchsorted(kept, rows).tolist(), movie.times[rows].tolist(), rows.tolist())
             for limit, rows in chosen.items()

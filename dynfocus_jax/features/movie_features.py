@@ -57,7 +57,7 @@ def read_movie(path: Path) -> Movie:
         content = _load(_mapped(path))
         return _movie(content)
     except (Refusal, OSError) as error:
-        raise MediaError(f"{path}: no movie features ({error}), replace or remove it") from None
+        raise MediaError(f"{path}: not a movie-features file ({error}), replace or remove it") from None
 
 
 def _mapped(path: Path) -> memoryview:

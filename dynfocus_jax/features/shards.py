@@ -150,8 +150,8 @@ class ShardWriter:
 
     def _failed(self, reason: str) -> RunError:
         return RunError(
-            f"{self._draft} cannot be written ({reason}); see whether there is room and permission to write, "
-            "then start again: finished shards are kept."
+            f"{self._draft} cannot be written ({reason}); check free space and permissions, then start "
+            "again. Finished shards are kept."
         )
 
 

@@ -50,14 +50,14 @@ def check_storable(config: ConfigDict) -> None:
     sampling = config.data.sampling
     if sampling.kind == "segments" and sampling.pick == "random":
         raise UserError(
-            "config.data.sampling.pick is 'random', so every epoch has other frames, and features cannot be "
-            "kept; set it to 'middle'."
+            "config.data.sampling.pick is 'random', so the frames change every epoch and features "
+            "cannot be stored; set it to 'middle'."
         )
     for index, stage in enumerate(config.stages):
         if stage.on_overflow == "fewer_frames":
             raise UserError(
                 f"config.stages[{index}].on_overflow is 'fewer_frames', so the frames of a sample depend on "
-                "its text, and features are kept for whole buckets; choose 'drop_turns' or 'error'."
+                "its text, but features are stored for whole buckets; choose 'drop_turns' or 'error'."
             )
 
 
@@ -229,8 +229,8 @@ class FeatureStore:
         changed = unlike(described, describe(config))
         if changed:
             raise UserError(
-                f"config.data.features is {str(folder)!r}, whose features are others than this configuration "
-                f"would compute ({'; '.join(changed[:5])}); restore these settings, or extract into another "
+                f"config.data.features is {str(folder)!r}, whose features differ from this configuration's "
+                f"({'; '.join(changed[:5])}); restore these settings, or extract into another "
                 "folder."
             )
         self.weights, self.code = described["weights"], described["code"]

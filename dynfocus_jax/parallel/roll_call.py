@@ -91,8 +91,8 @@ def _enter(connection: socket.socket, present: dict, num_processes: int) -> User
         )
     if taken or process_id == 0:
         return UserError(
-            f"two processes were started with config.distributed.process_id={process_id}; number them 0 to "
-            f"{num_processes - 1}, each once."
+            f"two processes were started with config.distributed.process_id={process_id}; number the "
+            f"processes 0 to {num_processes - 1}, each once."
         )
     return None
 

@@ -184,7 +184,7 @@ def devices(machine: Machine) -> Sequence[jax.Device]:
         ) from None
     if len(found) != machine.num_devices:
         raise UserError(
-            f"machine {machine.name!r} has {len(found)} devices to its compiler, expected "
+            f"machine {machine.name!r} has {len(found)} devices for its compiler, expected "
             f"{machine.num_devices}; choose another shape."
         )
     return found

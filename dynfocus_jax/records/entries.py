@@ -217,6 +217,6 @@ def _first_line(error: Exception) -> str:
 
 def _ended(path: Path, number: int) -> UserError:
     return UserError(
-        f"annotation file {path} ends at record {number} before the list does: is the file complete, and "
-        "that record JSON?"
+        f"annotation file {path} ends at record {number}, inside of the list: check that the file is "
+        "complete and that record is JSON."
     )

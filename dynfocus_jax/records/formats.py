@@ -108,7 +108,9 @@ def _videochat2(origin: Origin) -> ParseRecord:
         ensure(media is not None, 'has neither "image" nor "video"')
         name = id_of(entry[modality] if entry.get("id") is None else entry["id"])
         dialogue = entry.get("QA")
-        ensure(isinstance(dialogue, list) and len(dialogue) > 0, 'field "QA" is missing or no list of turns')
+        ensure(
+            isinstance(dialogue, list) and len(dialogue) > 0, 'field "QA" is missing or not a list of turns'
+        )
         turns, said = [], ""
         for i, turn in enumerate(dialogue):
             ensure(isinstance(turn, dict), f'field "QA[{i}]" is {kind_of(turn)}, expected an object')
@@ -199,7 +201,7 @@ def _problem_parser(origin: Origin) -> ParseRecord:
         entry = _object(entry)
         name = id_of(entry.get("id"))
         options = entry.get("choices")
-        ensure(isinstance(options, list) and len(options) > 1, 'field "choices" is no list of two or more')
+        ensure(isinstance(options, list) and len(options) > 1, 'field "choices" is not a list of two or more')
         options = [text_of(option, f"choices[{i}]") for i, option in enumerate(options)]
         answer = entry.get("answer")
         ensure(
@@ -241,7 +243,7 @@ def _nextqa(origin: Origin) -> ParseRecord:
     places = origin.path.with_name("map_vid_vidorID.json")
     place_of = read_json(places) if places.is_file() else {}
     if not isinstance(place_of, dict) or not all(isinstance(place, str) for place in place_of.values()):
-        raise UserError(f"{places} is no object of video ids and their places, as NExT-QA has it; remove it")
+        raise UserError(f"{places} is not NExT-QA's map of video ids to paths; remove it")
 
     def parse(row: dict) -> Record:
         video = text_of(row["video"], "video")
@@ -277,7 +279,9 @@ def _clevrer(origin: Origin) -> ParseRecord:
         entry = _object(entry)
         file = text_of(entry.get("video_filename"), "video_filename")
         questions = entry.get("questions")
-        ensure(isinstance(questions, list) and len(questions) > 0, 'field "questions" is missing or no list')
+        ensure(
+            isinstance(questions, list) and len(questions) > 0, 'field "questions" is missing or not a list'
+        )
         turns = [_clevrer_turn(question, f"questions[{i}]") for i, question in enumerate(questions)]
         media = _first_present(origin.folder, "video_filename", [*_clevrer_place(file), file])
         return _record(origin, id_of(file), media, turns)
@@ -295,7 +299,7 @@ def _clevrer_turn(question: object, field: str) -> tuple[str, str]:
         isinstance(choices, list)
         and 0 < len(choices) <= len(prompts.LETTERS)
         and all(isinstance(choice, dict) for choice in choices),
-        f'field "{field}.choices" is no list of choices',
+        f'field "{field}.choices" is not a list of choices',
     )
     options = [text_of(choice.get("choice"), f"{field}.choices[{i}]") for i, choice in enumerate(choices)]
     right = []

@@ -110,7 +110,7 @@ class _Repeats:
         content = _content(record)
         if content in self.contents:
             raise Invalid(
-                "is the same as an earlier one; to use it more often, repeat its source", "duplicate"
+                "duplicates an earlier record; to use it more often, set repeat of its source", "duplicate"
             )
         self.contents.add(content)
         while (name := f"{record.id}#{self.last + 1}") in known:

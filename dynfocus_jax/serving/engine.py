@@ -343,7 +343,7 @@ class Engine:
         ids = self.tokenizer.encode(token)
         if len(ids) != 1 or ids[0] not in self.tokenizer.special_ids:
             raise UserError(
-                f"config.generation.end_tokens has {token!r}, which is no special token of the tokenizer."
+                f"config.generation.end_tokens has {token!r}, which is not a special token of the tokenizer."
             )
         return ids[0]
 

@@ -67,7 +67,7 @@ def _ending_with(config: ConfigDict, folder: Path) -> tuple[ConfigDict, ...]:
     names = [stage.name for stage in config.stages]
     if folder.parent.name not in names:
         raise UserError(
-            f"--checkpoint {folder} is no checkpoint of the run's stages {', '.join(names)}; name its "
+            f"--checkpoint {folder} is not a checkpoint of the run's stages {', '.join(names)}; name its "
             "workdir, or WORKDIR/checkpoints/STAGE/STEP."
         )
     others = [stage for stage in config.stages if stage.name != folder.parent.name]

@@ -114,7 +114,7 @@ class StageCheckpoints:
         if changed:
             raise UserError(
                 f"{self.directory / str(step)} holds another state ({'; '.join(sorted(changed)[:5])}); "
-                "start from what it was started from, or choose another --workdir."
+                "use the configuration that it was started with, or choose another --workdir."
             )
         restored = self._manager.restore(
             step,
@@ -167,7 +167,7 @@ class StageCheckpoints:
             saved = "there is no complete one" if good is None else f"the last complete one is of step {good}"
             raise RunError(
                 f"a checkpoint cannot be written to {self.directory} ({' '.join(str(error).split())[:300]}); "
-                f"{saved}. See whether there is room and permission to write, then start again."
+                f"{saved}. Check free space and permissions, then start again."
             ) from error
 
 
@@ -272,7 +272,7 @@ def _saved(checkpointer: ocp.Checkpointer, folder: Path) -> tuple[Path, dict[str
         }
     if not converted.is_dir():
         raise UserError(
-            f"{folder} holds no checkpoint; expected WORKDIR/checkpoints/STAGE/STEP of a training run, or "
+            f"{folder} contains no checkpoint; expected WORKDIR/checkpoints/STAGE/STEP of a training run, or "
             "the --output of python -m dynfocus_jax.convert."
         )
     leaves = trees.flatten(checkpointer.metadata(converted).item_metadata.tree)

@@ -211,7 +211,7 @@ class StageRun:
             taken |= {new for _, new in moves}
         if source and fresh:
             names = ", ".join(trees.prefixes(fresh, self.shapes))
-            say(f"stage {self.stage.name}: not in what it starts from, so from scratch: {names}")
+            say(f"stage {self.stage.name}: new parameters, randomly initialised: {names}")
         # Copies own their memory: the state is donated, and `previous` may still be needed.
         return {
             path: sharding_lib.place(leaf, self.shapes[path]) if path in taken else leaf
@@ -230,8 +230,8 @@ def check_initial(folder: str | None, stages: Sequence[StageRun]) -> None:
     needed = [path for path in shapes if path not in trained and not belongs_to_connector(path)]
     if folder is None and needed:
         raise UserError(
-            f"{', '.join(trees.prefixes(needed, shapes))} would stay at random, as no stage trains it; set "
-            "config.initial to a checkpoint that holds it (python -m dynfocus_jax.convert makes one)."
+            f"{', '.join(trees.prefixes(needed, shapes))} would stay randomly initialised, as no stage trains it; "
+            "set config.initial to a checkpoint that holds it (python -m dynfocus_jax.convert makes one)."
         )
     if folder is not None:
         check_params(saved_shapes(Path(folder)), shapes, needed, f"config.initial {folder!r}")

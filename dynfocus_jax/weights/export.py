@@ -113,7 +113,7 @@ def family_of(part: str, tree: Mapping) -> str:
         return "clip" if "pre_norm/scale" in paths else "instruct_blip_vision" if "cls" in paths else "siglip"
     bias, norm = "blocks/query/bias" in paths, "blocks/query_norm/scale" in paths
     if bias and norm:
-        raise UserError("A language model with both qkv_bias and qk_norm is of no published family.")
+        raise UserError("A language model with both qkv_bias and qk_norm matches no published family.")
     return "qwen2" if bias else "qwen3" if norm else "llama"
 
 

@@ -91,8 +91,8 @@ def read_model(config: ConfigDict, dtype: str | None) -> dict:
     missing = [f"{part} = {path}" for part, path in named.items() if not Path(path).expanduser().exists()]
     if missing:
         raise UserError(
-            f"config.weights names what does not exist: {', '.join(missing)}; download them (the config or "
-            "configs/common.py says what they are), or name others with --config.weights.PART=PATH."
+            f"config.weights names files that do not exist: {', '.join(missing)}; download them (the config "
+            "or configs/common.py says what they are), or name others with --config.weights.PART=PATH."
         )
     shapes = abstract_params(_without_lora(config))
     params, used = {}, set()
@@ -121,7 +121,7 @@ def read_model(config: ConfigDict, dtype: str | None) -> dict:
         )
     if rest:
         names = ", ".join(trees.prefixes(rest, every))
-        print(f"not in the checkpoint, so from scratch where training starts from it: {names}")
+        print(f"not in the checkpoint, so training will initialise them randomly: {names}")
     return trees.unflatten(params)
 
 

@@ -77,5 +77,5 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 def test_a_file_that_cannot_be_written(tmp_path):
     predictions = Predictions(tmp_path)
     (tmp_path / "predictions.jsonl").mkdir()
-    with pytest.raises(RunError, match="make room and start again"):
+    with pytest.raises(RunError, match="free disk space and start again"):
         predictions.add(entry("a", "yes"))

@@ -106,8 +106,11 @@ def test_a_value_of_a_list_that_is_nested_too_deeply(tmp_path):
             r"starts with '\{': expected a JSON list, '\[...\]', or with the suffix .jsonl a record a line",
         ),
         ("null", "starts with 'n'"),
-        ("[", "ends at record 0 before the list does"),
-        ('[{"a": 1}', "ends at record 0 before the list does: is the file complete, and that record JSON"),
+        ("[", "ends at record 0, inside of the list"),
+        (
+            '[{"a": 1}',
+            "ends at record 0, inside of the list: check that the file is complete and that record is JSON",
+        ),
         ('[{"a": 1} ', "ends at record 0 before"),
         ('[{"a": 1},', "ends at record 1 before"),
         ('[{"a": 1}, {"b": "never closed}]', "ends at record 1 before"),

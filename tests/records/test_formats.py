@@ -200,7 +200,7 @@ def test_videochat2(tmp_path):
     ]
     assert [(entry.number, entry.id, entry.reason) for entry in refused] == [
         (4, "number 4", 'has neither "image" nor "video"'),
-        (5, "w.mp4", 'field "QA" is missing or no list of turns'),
+        (5, "w.mp4", 'field "QA" is missing or not a list of turns'),
         (6, "w.mp4", 'field "QA[0].a" is missing or not a string'),
         (7, "w.mp4", 'field "QA[0]" is a list, expected an object'),
         (8, "../w.mp4", 'field "video": path \'../w.mp4\' has "..", which could leave the media folder'),

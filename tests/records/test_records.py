@@ -175,7 +175,7 @@ def test_ids_become_unique(tmp_path):
         (3, "a", "duplicate"),
         (5, "a", "duplicate"),
     ]
-    assert refused[0].reason == "is the same as an earlier one; to use it more often, repeat its source"
+    assert refused[0].reason == "duplicates an earlier record; to use it more often, set repeat of its source"
 
 
 def test_many_records_under_one_id_take_no_time(tmp_path):

@@ -193,7 +193,7 @@ def test_told_to_stop_and_continued_on_other_devices(whole, tmp_path):
         time.sleep(0.001)
     process.terminate()
     output = ended(process)
-    stopped = int(re.search(r"stopped at step (\d+) of stage instruct; run again", output)[1])
+    stopped = int(re.search(r"stopped at step (\d+) of stage instruct; run the same command", output)[1])
     assert stopped < whole.steps - 2
     assert run.kept()[-1] == stopped
 

@@ -158,7 +158,7 @@ def test_command(converted, params):
     [
         (
             ["--config.weights.vision=nowhere.pth"],
-            "config.weights names what does not exist: vision = nowhere.pth; download them",
+            "config.weights names files that do not exist: vision = nowhere.pth; download them",
         ),
         (["--config.model.vision.mlp_dim=23"], "9 mis-shaped"),
         (["--dtype=int8"], "dtype"),
@@ -402,7 +402,7 @@ def test_training_starts_from_exactly_these_parameters(converted, params, start,
     for path, leaf in begun.items():
         equal = np.array_equal(leaf, expected[path])
         assert equal == (not path.startswith("connector/dpe/")), path
-    assert "not in what it starts from, so from scratch: connector/dpe\n" in capsys.readouterr().out
+    assert "new parameters, randomly initialised: connector/dpe\n" in capsys.readouterr().out
     after, _ = stage.run(None, stop_at=2)
     after = trees.flatten(jax.device_get(after))
     for path, leaf in after.items():

@@ -60,7 +60,7 @@ def _places(file: Path) -> dict[str, str]:
     """{video: its path without suffix, "1164/3238737531"}; empty without the file."""
     places = read_json(file) if file.is_file() else {}
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
-        raise UserError(f"{file} is no object of video ids and their places, as NExT-QA has it; remove it.")
+        raise UserError(f"{file} is not NExT-QA's map of video ids to paths; remove it.")
     return places
 
 

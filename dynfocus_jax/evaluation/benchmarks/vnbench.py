@@ -36,7 +36,7 @@ def read_vnbench(annotations: Path, media: MediaFolder) -> list[Question]:
         video = text_of(entry.get("video"), "video").lstrip("/")
         kind = text_of(entry.get("type"), "type")
         number = entry.get("try")
-        ensure(type(number) is int, 'field "try" is missing or no whole number')
+        ensure(type(number) is int, 'field "try" is missing or not an integer')
         if entry.get("gt_option") is not None:
             answer = letter_of(entry["gt_option"], "gt_option", options)
         else:
