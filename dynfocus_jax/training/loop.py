@@ -230,7 +230,7 @@ def check_initial(folder: str | None, stages: Sequence[StageRun]) -> None:
     needed = [path for path in shapes if path not in trained and not belongs_to_connector(path)]
     if folder is None and needed:
         raise UserError(
-            f"{', '.join(trees.prefixes(needed, shapes))} would stay randomly initialised, as no stage trains it; "
+            f"{', '.join(trees.prefixes(needed, shapes))} would stay randomly initialised: no stage trains it; "
             "set config.initial to a checkpoint that holds it (python -m dynfocus_jax.convert makes one)."
         )
     if folder is not None:
