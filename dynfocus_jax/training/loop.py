@@ -230,8 +230,8 @@ def check_initial(folder: str | None, stages: Sequence[StageRun]) -> None:
     needed = [path for path in shapes if path not in trained and not belongs_to_connector(path)]
     if folder is None and needed:
         raise UserError(
-            f"{', '.join(trees.prefixes(needed, shapes))} would stay randomly initialised: no stage trains it; "
-            "set config.initial to a checkpoint that holds it (python -m dynfocus_jax.convert makes one)."
+            f"{', '.join(trees.prefixes(needed, shapes))} would stay random, as no stage trains it. "
+            "Set config.initial to a checkpoint that holds it (python -m dynfocus_jax.convert makes one)."
         )
     if folder is not None:
         check_params(saved_shapes(Path(folder)), shapes, needed, f"config.initial {folder!r}")
