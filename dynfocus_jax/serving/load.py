@@ -7,12 +7,12 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dynfocus_jax.config import from_dict
+from dynfocus_jax.config import CONFIG, from_dict
 from dynfocus_jax.data.prepare import make_tokenizer
 from dynfocus_jax.errors import UserError
+from dynfocus_jax.sections import check_section
 from dynfocus_jax.serving.engine import Engine, serving_layout
 from dynfocus_jax.training.checkpoints import read_params
-from dynfocus_jax.validation import validate
 
 
 class Run(NamedTuple):
@@ -46,7 +46,7 @@ def load_run(checkpoint: Path) -> Run:
     config.data.features = None  # a question is about pixels
     if step is not None:
         config.stages = _ending_with(config, step)
-    validate(config)
+    check_section(config, CONFIG, "config")
     stage = config.stages[-1]
     folder = step or workdir / "checkpoints" / stage.name / str(stage.steps)
     if not folder.is_dir():
