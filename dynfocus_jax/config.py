@@ -16,6 +16,7 @@ from dynfocus_jax.errors import UserError, suggest
 from dynfocus_jax.media.images import CLIP_MEAN, CLIP_STD, LAYOUTS
 from dynfocus_jax.models.layers import ACTIVATIONS, REMAT_POLICIES
 from dynfocus_jax.models.llama import PROJECTIONS, ROPE_SCALINGS
+from dynfocus_jax.parallel.start import DISTRIBUTED
 from dynfocus_jax.records.sources import source as source
 from dynfocus_jax.sections import Field, Section, fill_section, new_section
 from dynfocus_jax.text.conversation import GUIDANCE, TEMPLATES
@@ -175,18 +176,6 @@ MESH: Section = {
     "fsdp": Field(1, "shards of the parameters, each with its part of the batch"),
     "tensor": Field(1, "shards of the heads and hidden units"),
     "context": Field(1, "shards of the language model's sequence"),
-}
-
-DISTRIBUTED: Section = {
-    "mode": Field(
-        "none",
-        'how processes find each other: "auto" from SLURM, GKE or the TPU, "explicit" by the fields below',
-        choices=("none", "auto", "explicit"),
-    ),
-    "address": Field(str, "host:port of process 0"),
-    "num_processes": Field(int, "number of processes", at_least=1),
-    "process_id": Field(int, "number of this process, from 0", at_least=0),
-    "timeout": Field(60, "seconds to wait for the other processes at the start", above=0),
 }
 
 CHECKPOINT: Section = {

@@ -14,9 +14,22 @@ from ml_collections import ConfigDict
 
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.parallel.roll_call import roll_call
-from dynfocus_jax.sections import require
+from dynfocus_jax.sections import Field, Section, check_section, require
 
 _HEARTBEAT = 45  # seconds of silence after which a process counts as dead, and JAX ends all others
+
+
+DISTRIBUTED: Section = {
+    "mode": Field(
+        "none",
+        'how processes find each other: "auto" from SLURM, GKE or the TPU, "explicit" by the fields below',
+        choices=("none", "auto", "explicit"),
+    ),
+    "address": Field(str, "host:port of process 0"),
+    "num_processes": Field(int, "number of processes", at_least=1),
+    "process_id": Field(int, "number of this process, from 0", at_least=0),
+    "timeout": Field(60, "seconds to wait for the other processes at the start", above=0),
+}
 
 
 def start(distributed: ConfigDict) -> None:
@@ -61,6 +74,7 @@ def check_distributed(distributed: ConfigDict) -> None:
     It is needed before there are devices, so before the rest of the configuration is checked.
     """
     where = "config.distributed"
+    check_section(distributed, DISTRIBUTED, where)
     fields = ("address", "num_processes", "process_id")
     if distributed.mode != "explicit":
         for name in fields:

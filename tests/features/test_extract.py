@@ -197,6 +197,8 @@ def test_a_batch_of_features_is_not_run_through_the_tower(config, extracted):
 
 def test_padding_does_not_matter(config, initial):
     """A sample of features gives the same visual tokens in a bucket of more frames."""
+    config = config.copy_and_resolve_references()
+    config.stages[0].connector = with_kind(config, "pooled")
     model = build_model(config, 0)
     frames = np.random.default_rng(0).standard_normal((1, 3, 16, 16)).astype(np.float32)
     mask = np.array([[True, True, True]])

@@ -14,7 +14,7 @@ from tests.commands import REPOSITORY
 from tests.features.small import CALL
 from tests.multihost.processes import LAUNCHER
 
-SMALL = REPOSITORY / "tests" / "extraction" / "small.py"
+SMALL = REPOSITORY / "tests" / "features" / "small.py"
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def train(config, mesh, params, batch, steps=2):
     step_number = place(np.zeros((), np.int32), abstract.step)
     state = TrainState(step_number, trained, placed(abstract.frozen), opt_state)
     model = build_model(config)
-    step = make_train_step(model, optimizer, schedule(stage), stage, jax.random.key(3), shardings)
+    step = make_train_step(model, optimizer, schedule(stage), stage, jax.random.key(4), shardings)
     metrics = []
     for _ in range(steps):
         state, values = step(state, to_devices(batch, mesh))
