@@ -86,7 +86,7 @@ def test_an_answer_and_what_it_took(engine):
     visual = engine.look(OneVideo().clip, "w1 w2")
     cone = 4 + 4 + 2  # P and the levels of M
     assert visual.count == J * cone + 2 * (5 - J)
-    assert f"5 frames: {J} cones of {cone} tokens, {5 - J} rods of 2" in took
+    assert f"5 frames: {J} in focus with {cone} tokens, {5 - J} others with 2;" in took
     named = re.findall(r"(\d) \((\d\.\d\d) s, score (\d\.\d\d)\)", took)
     assert [int(i) for i, _, _ in named] == visual.focus.nonzero()[0].tolist()
     assert [float(t) for _, t, _ in named] == [int(i) / 4 for i, _, _ in named]
@@ -156,7 +156,7 @@ def test_an_image(engine, tmp_path):
     Image.fromarray(OneVideo().clip.frames[0]).save(tmp_path / "a.png")
     talk = Talk(engine, make_media_reader(engine.config))
     _, took = talk.say(f"/video {tmp_path}/a.png", "w1")
-    assert "1 frame: 1 cones of 10 tokens, 0 rods of 2" in took
+    assert "1 frame: 1 in focus with 10 tokens, 0 others with 0;" in took
 
 
 def test_sampling_and_stop_strings_reach_the_engine(engine):
