@@ -177,7 +177,7 @@ def test_chat_gives_the_answer_and_the_focus_of_the_evaluation(run, heldout, tmp
     assert again[0] == 0, again[2]
     first, _, error = again[1].splitlines()
     assert first == answer
-    assert error.startswith("error: /nothing is no command")
+    assert error.startswith("error: /nothing is not a command")
 
 
 def chat_fails(*arguments):

@@ -346,7 +346,7 @@ def test_mistakes_in_the_settings_end_in_one_sentence(monkeypatch, tmp_path):
     good = settings("http://127.0.0.1:1/v1")
     (tmp_path / "file").write_text("")
     mistakes = [
-        (good._replace(model=" "), "model is not named"),
+        (good._replace(model=" "), "model is not set"),
         (good._replace(base_url="127.0.0.1:8000"), "expected an address such as"),
         (good._replace(base_url="http://host:port/v1"), "expected an address such as"),
         (good._replace(base_url="file:///etc/passwd"), "expected an address such as"),

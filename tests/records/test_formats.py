@@ -451,7 +451,7 @@ def test_nextqa_without_a_map_or_with_a_bad_one(tmp_path):
     records, _ = read(tmp_path, "nextqa", rows, suffix="csv")
     assert records[0].media == tmp_path / "media/40.mp4"
     write(tmp_path, "map_vid_vidorID.json", {"40": 5})
-    with pytest.raises(UserError, match=r"map_vid_vidorID.json is no object of video ids"):
+    with pytest.raises(UserError, match=r"map_vid_vidorID.json is not NExT-QA"):
         read(tmp_path, "nextqa", rows, suffix="csv")
     write(tmp_path, "map_vid_vidorID.json", {"40": "../../etc/passwd"})
     _, refused = read(tmp_path, "nextqa", rows, suffix="csv")

@@ -246,7 +246,7 @@ def test_end_token_and_limit(params, tokenizer):
     special = Special(WORDS, strict=False)
     config = make_config(end_tokens=(WORDS[end - 4],))
     assert Engine(config, params, special, mesh_of(data=1)).generate([request])[0].tokens == answer.tokens
-    with pytest.raises(UserError, match="no special token"):
+    with pytest.raises(UserError, match="not a special token"):
         Engine(make_config(end_tokens=("w35",)), params, tokenizer, mesh_of(data=1))
 
 
