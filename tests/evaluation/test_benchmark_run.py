@@ -201,7 +201,7 @@ def test_predictions_of_something_else_are_not_mixed(tmp_path):
     content = json.loads(annotations.read_text())
     content[0]["questions"][0]["question"] = "Another?"
     write_json(annotations, content)
-    with pytest.raises(UserError, match=r"holds other predictions .* \(questions: then "):
+    with pytest.raises(UserError, match=r"has predictions made with other settings .* \(questions: then "):
         evaluate("videomme", annotations, media, tmp_path / "out", Scripted(SCRIPT))
     questions = read_benchmark("videomme", annotations, media)
     with pytest.raises(UserError, match=r"; checkpoint: then 'scripted', now 'other'\)"):
@@ -212,7 +212,9 @@ def test_a_folder_that_holds_predictions_of_a_training_run(tmp_path):
     annotations, media = videomme(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "predictions.jsonl").write_text('{"id": "heldout-0", "prediction": "square"}\n')
-    with pytest.raises(UserError, match=r"holds other predictions .* \(there is no run\.json"):
+    with pytest.raises(
+        UserError, match=r"has predictions made with other settings .* \(there is no run\.json"
+    ):
         evaluate("videomme", annotations, media, tmp_path / "out", Scripted(SCRIPT))
 
 
@@ -311,7 +313,7 @@ def test_csv_without_a_column_and_files_that_do_not_fit(tmp_path):
     annotations = write_csv(tmp_path / "test.csv", columns, [])
     assert "no column 'a4'" in one_sentence(lambda: read_benchmark("nextqa", annotations, media))
     write_csv(tmp_path / "test.csv", NEXTQA, [])
-    assert "holds no question" in one_sentence(lambda: read_benchmark("nextqa", annotations, media))
+    assert "contains no questions" in one_sentence(lambda: read_benchmark("nextqa", annotations, media))
     row = ["1", 9, 9, 9, "why", 0, "0", "CW", "a", "b", "c", "d", "e"]
     write_csv(tmp_path / "test.csv", NEXTQA, [row])
     assert "gsub_test.json cannot be read" in one_sentence(

@@ -64,7 +64,7 @@ def test_a_failure_is_asked_again(tmp_path):
 @pytest.mark.parametrize("content", ["[1]\n", '{"id": 1}\n', "words\n"])
 def test_another_file_of_that_name(tmp_path, content):
     (tmp_path / "predictions.jsonl").write_text(content)
-    with pytest.raises(UserError, match="is no file of predictions"):
+    with pytest.raises(UserError, match="is not a predictions file"):
         Predictions(tmp_path)
 
 

@@ -374,7 +374,7 @@ def test_movies_are_converted_without_a_tower(config, folder, tmp_path, movie):
     done = extract_features(config, tmp_path, movies=folder / "movies")
     assert (done.media, done.skipped) == (2, 1)
     (listed,) = map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines())
-    assert "broken.pkl: no movie features" in listed["reason"]
+    assert "broken.pkl: not a movie-features file" in listed["reason"]
     config.data.features = str(tmp_path)
     reader = make_media_reader(config, folder)
     for name, frames in MOVIES:
@@ -450,7 +450,7 @@ def test_movies_with_numbers_that_are_none(config, tmp_path, movie):
     values[1, 3, 3] = np.inf
     (tmp_path / "inf.pkl").write_bytes(pickle.dumps({"feats": values, "inputs": "<image><image>"}))
     extract_features(config, tmp_path / "f", movies=tmp_path)
-    assert "not all finite" in (tmp_path / "f" / "skipped.jsonl").read_text()
+    assert "NaN or Inf" in (tmp_path / "f" / "skipped.jsonl").read_text()
 
 
 def test_no_movies(config, tmp_path):

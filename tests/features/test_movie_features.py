@@ -32,7 +32,7 @@ def read(tmp_path, content: bytes):
 
 
 def refused(tmp_path, content: bytes, why: str = ""):
-    with pytest.raises(MediaError, match=r"movie\.pkl: no movie features \(.*" + why):
+    with pytest.raises(MediaError, match=r"movie\.pkl: not a movie-features file \(.*" + why):
         read(tmp_path, content)
 
 

@@ -93,7 +93,7 @@ def test_every_part_from_its_own_file(files, params, capsys):
     converted = read_model(naming(files), None)
     same(converted, params, without=("connector/dpe",))
     printed = capsys.readouterr().out
-    assert "so from scratch where training starts from it: connector/dpe\n" in printed
+    assert "so training will initialise them randomly: connector/dpe\n" in printed
     assert "of which the first 3 are built: blocks.3." in printed
     assert f"{W_Q}: {files['connector']}, 0.000 M parameters, float32" in printed
 
@@ -111,7 +111,7 @@ def test_instruct_blip_combined_checkpoint(tmp_path, params, capsys):
     torch.save(to_torch(tensors), tmp_path / "pytorch_model.bin")
     named = dict.fromkeys(("vision", "text_encoder", "language"), str(tmp_path))
     same(read_model(naming(named), None), params, without=("connector", W_Q))
-    assert "from scratch where training starts from it: connector, text_encoder/query_projection\n" in (
+    assert "training will initialise them randomly: connector, text_encoder/query_projection\n" in (
         capsys.readouterr().out
     )
 
@@ -177,7 +177,7 @@ def test_command_without_its_arguments(converted):
     for arguments, message in (
         ([], "name one of --output"),
         (["--output=x", "--export=y"], "name one of --output"),
-        (["--export=y"], "--export and --checkpoint belong together"),
+        (["--export=y"], "must be given together"),
     ):
         code, _, stderr = convert(converted[2][0], *arguments)
         assert (code, message in stderr) == (2, True), stderr
@@ -227,7 +227,7 @@ def test_skip_may_leave_out_parts_of_the_connector(files, params, capsys):
     config = naming(files)
     config.weights.skip = (r"model\.vlm_att_key_projector\..*",)
     same(read_model(config, None), params, without=("connector/dpe", "connector/cce/context/key"))
-    assert "from scratch where training starts from it: connector/cce/context/key, connector/dpe\n" in (
+    assert "training will initialise them randomly: connector/cce/context/key, connector/dpe\n" in (
         capsys.readouterr().out
     )
 
