@@ -175,8 +175,8 @@ def test_command_that_fails_leaves_nothing(converted, tmp_path, change, message)
 
 def test_command_without_its_arguments(converted):
     for arguments, message in (
-        ([], "name one of --output"),
-        (["--output=x", "--export=y"], "name one of --output"),
+        ([], "give either --output"),
+        (["--output=x", "--export=y"], "give either --output"),
         (["--export=y"], "must be given together"),
     ):
         code, _, stderr = convert(converted[2][0], *arguments)
