@@ -36,8 +36,8 @@ DTYPES = {
 
 def load(
     source: str | Path | Source,
-    family: str | None,
-    target: Mapping,
+    family: str | None = None,
+    target: Mapping = MappingProxyType({}),
     dtype: str | None = None,
     skip: Sequence[str] = (),
     depth: int | None = None,
