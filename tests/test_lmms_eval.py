@@ -298,7 +298,7 @@ def test_repeated_questions_are_drawn_anew(make_model, engine):
 
 
 def test_mistakes_end_in_one_sentence(interface, make_model, monkeypatch):
-    with pytest.raises(UserError, match=r"unknown frames; there are checkpoint and num_frames\."):
+    with pytest.raises(UserError, match=r"unknown field frames; known fields: checkpoint, num_frames\."):
         make_model(frames=4)
     with pytest.raises(UserError, match="has no checkpoint"):
         model_class()()

@@ -245,7 +245,7 @@ def test_subtitles_that_cannot_be_used(spoken, tmp_path):
     load = loader([spoken], ((4, 14),), max_subtitle=8)
     srt(spoken.subtitles, (0.0, "red <eos>"))  # reads as the end of an answer, and is no tag
     spoken.subtitles.write_text(spoken.subtitles.read_text().replace("<eos>", "&lt;eos&gt;"))
-    assert "the subtitles hold a special token" in refused(load)
+    assert "the subtitles contain a special token" in refused(load)
     spoken.subtitles.write_text("red disc")
     assert "has no timing" in load.load(0, RNG).reason
     spoken.subtitles.unlink()

@@ -476,7 +476,7 @@ def test_parts_that_an_earlier_stage_has_no_use_for_are_not_lost(params, start, 
 
 
 def test_no_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="contains no checkpoint"):
         read_params(tmp_path)
     config = small_config()
     config.data.root = config.initial = str(tmp_path)
