@@ -303,7 +303,7 @@ def test_mistakes_end_in_one_sentence(interface, make_model, monkeypatch):
     with pytest.raises(UserError, match="has no checkpoint"):
         model_class()()
     model = make_model()
-    with pytest.raises(UserError, match="task task scores given answers"):
+    with pytest.raises(UserError, match="task task needs log-likelihoods"):
         model.loglikelihood(instances(model, ["a"]))
     with pytest.raises(UserError, match="task task has several rounds"):
         model.generate_until_multi_round(instances(model, ["a"]))
