@@ -29,7 +29,8 @@ from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.parallel.sharding import row_shares
 from dynfocus_jax.parallel.start import first_goes_ahead, is_first, say, start
 from dynfocus_jax.sections import to_dict
-from dynfocus_jax.training.loop import StageRun, check_initial
+from dynfocus_jax.training.initial_params import check_initial
+from dynfocus_jax.training.loop import StageRun
 from dynfocus_jax.training.preemption import Preemption
 from dynfocus_jax.validation import validate
 

@@ -18,7 +18,8 @@ from dynfocus_jax.data.prepare import make_tokenizer, prepare
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.models.llama import Llama
 from dynfocus_jax.training.checkpoints import read_params, save_params
-from dynfocus_jax.training.loop import StageRun, check_initial
+from dynfocus_jax.training.initial_params import check_initial
+from dynfocus_jax.training.loop import StageRun
 from dynfocus_jax.validation import validate
 from dynfocus_jax.weights.export import new_folder
 from dynfocus_jax.weights.merge import DTYPES
@@ -476,7 +477,7 @@ def test_parts_that_an_earlier_stage_has_no_use_for_are_not_lost(params, start, 
 
 
 def test_no_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="contains no checkpoint"):
+    with pytest.raises(UserError, match="has no checkpoint; expected"):
         read_params(tmp_path)
     config = small_config()
     config.data.root = config.initial = str(tmp_path)
