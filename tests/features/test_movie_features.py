@@ -206,16 +206,19 @@ def test_hostile_pickles_are_not_executed(tmp_path, name):
         copyreg.remove_extension(__name__, "write_marker", 77)
 
 
-def test_persistent_ids_and_changed_functions_are_expect_error(tmp_path):
-    expect_error(tmp_path, b"\x80\x03Pname\n.", "PERSID") expect_error(tmp_path,
-    b"\x80\x03X\x01\x00\x00\x00aQ.", "BINPERSID") # BUILD would set attributes of a function, or add unchecked
-    entries to a dict. expect_error(tmp_path, b"\x80\x03cnumpy\ndtype\n}X\x01\x00\x00\x00aK\x01sb.", "sets the
-    state of something") expect_error(tmp_path, b"\x80\x03}}X\x01\x00\x00\x00aK\x01sb.", "sets the state of
-    something") expect_error(tmp_path, b"\x80\x03cnumpy\nndarray\n)R.", "calls something")
+def test_persistent_ids_and_state_of_other_objects(tmp_path):
+    expect_error(tmp_path, b"\x80\x03Pname\n.", "PERSID")
+    expect_error(tmp_path, b"\x80\x03X\x01\x00\x00\x00aQ.", "BINPERSID")
+    # BUILD would set attributes of a function, or add unchecked entries to a dict.
+    expect_error(
+        tmp_path, b"\x80\x03cnumpy\ndtype\n}X\x01\x00\x00\x00aK\x01sb.", "sets the state of something"
+    )
+    expect_error(tmp_path, b"\x80\x03}}X\x01\x00\x00\x00aK\x01sb.", "sets the state of something")
+    expect_error(tmp_path, b"\x80\x03cnumpy\nndarray\n)R.", "calls something")
     expect_error(tmp_path, b"\x80\x03cnumpy\ndtype\n)R.", "0 arguments, expected 1 to 3")
 
 
-def test_object_arrays_are_expect_error(tmp_path):
+def test_object_arrays(tmp_path):
     feats = np.empty((1, 1, 1), object)
     feats[0, 0, 0] = Calls(os.system, "true")
     expect_error(tmp_path, pickle.dumps({"feats": feats, "inputs": "<image>"}, 4))

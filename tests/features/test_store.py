@@ -109,9 +109,9 @@ def test_round_trip(tmp_path, root, config):
         ["description.json"]
         + [f"features-{number:06d}.{kind}" for number in numbers for kind in ("array_record", "jsonl")]
     )
-    read = open_store(tmp_path / "f", root, config)
+    stored = open_store(tmp_path / "f", root, config)
     for limit, (rows, times, indices) in selections.items():
-        clip = read.read(record(root), limit)
+        clip = stored.read(record(root), limit)
         assert clip.frames.dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(clip.frames.view(np.uint16), features[rows].view(np.uint16))
         assert clip.times.dtype == np.float64
@@ -119,10 +119,10 @@ def test_round_trip(tmp_path, root, config):
         assert clip.indices.dtype == np.int32
         assert clip.indices.tolist() == indices
     for key, _, features in others:
-        np.testing.assert_array_equal(read.read(record(root, key.media), 4).frames, features[:4])
-    assert read.info(root / "a.mp4") == INFO
-    assert type(read.info(root / "a.mp4")) is MediaInfo
-    assert (read.weights_digest, read.code) == ("digest", {"source": "x"})
+        np.testing.assert_array_equal(stored.read(record(root, key.media), 4).frames, features[:4])
+    assert stored.info(root / "a.mp4") == INFO
+    assert type(stored.info(root / "a.mp4")) is MediaInfo
+    assert (stored.weights_digest, stored.code) == ("digest", {"source": "x"})
 
 
 def test_several_media_items_of_a_file(tmp_path, root, config):
@@ -134,7 +134,7 @@ def test_several_media_items_of_a_file(tmp_path, root, config):
         make_item(config, "a.gif", seed=4),
     ]
     write(tmp_path / "f", config, media)
-    read = open_store(tmp_path / "f", root, config)
+    stored = open_store(tmp_path / "f", root, config)
     records = [
         record(root, "a.gif", span=(0.5, 2.0)),
         record(root, "a.gif", span=(0.5, 2.5)),
@@ -142,8 +142,8 @@ def test_several_media_items_of_a_file(tmp_path, root, config):
         record(root, "a.gif"),
     ]
     for each, (_, _, features) in zip(records, media, strict=True):
-        np.testing.assert_array_equal(read.read(each, 4).frames, features)
-    np.testing.assert_array_equal(read.read(records[2], 64).frames, media[2][2])  # an image has one frame
+        np.testing.assert_array_equal(stored.read(each, 4).frames, features)
+    np.testing.assert_array_equal(stored.read(records[2], 64).frames, media[2][2])  # an image has one frame
 
 
 def test_media_keys(tmp_path):
@@ -158,19 +158,19 @@ def test_media_keys(tmp_path):
 
 def test_moved_folders(tmp_path, config):
     """The data root and the folder of features can be moved."""
-    medium = make_item(config)
-    write(tmp_path / "f", config, [medium])
+    item = make_item(config)
+    write(tmp_path / "f", config, [item])
     shutil.move(tmp_path / "f", tmp_path / "g")
-    read = open_store(tmp_path / "g", tmp_path / "moved", config)
-    np.testing.assert_array_equal(read.read(record(tmp_path / "moved"), 4).frames, medium[2])
+    stored = open_store(tmp_path / "g", tmp_path / "moved", config)
+    np.testing.assert_array_equal(stored.read(record(tmp_path / "moved"), 4).frames, item[2])
 
 
 def test_later_entry_replaces_earlier(tmp_path, root, config):
     first, second = make_item(config, limits=(4,), seed=1), make_item(config, limits=(2, 4), seed=2)
     write(tmp_path / "f", config, [first])
     write(tmp_path / "f", config, [second])
-    read = open_store(tmp_path / "f", root, config)
-    np.testing.assert_array_equal(read.read(record(root), 2).frames, second[2][:2])
+    stored = open_store(tmp_path / "f", root, config)
+    np.testing.assert_array_equal(stored.read(record(root), 2).frames, second[2][:2])
 
 
 def test_subtitles(tmp_path, root, config):
@@ -185,10 +185,10 @@ def test_subtitles(tmp_path, root, config):
 def test_threads_and_pickling(tmp_path, root, config):
     media = [make_item(config, f"{i}.mp4", seed=i) for i in range(8)]
     write(tmp_path / "f", config, media, numbers=itertools.count(), max_bytes=1)
-    read = pickle.loads(pickle.dumps(open_store(tmp_path / "f", root, config)))
+    stored = pickle.loads(pickle.dumps(open_store(tmp_path / "f", root, config)))
 
     def is_exact(i):
-        return np.array_equal(read.read(record(root, f"{i % 8}.mp4"), 4).frames, media[i % 8][2])
+        return np.array_equal(stored.read(record(root, f"{i % 8}.mp4"), 4).frames, media[i % 8][2])
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(is_exact, range(200)))
@@ -219,15 +219,15 @@ def test_grain_carries_bfloat16_between_processes(tmp_path, root, config):
 
 
 def test_media_reader_reads_features(tmp_path, root, config):
-    medium = make_item(config, frames=6, limits=(4, 6))
-    write(tmp_path / "f", config, [medium])
+    item = make_item(config, frames=6, limits=(4, 6))
+    write(tmp_path / "f", config, [item])
     config.data.features = str(tmp_path / "f")
     reader = MediaReader(
         16, features=open_features(config, root), blank=blank_frame(config), cache_bytes=2**20
     )
     for limit in (6, 4, 6, 4):  # the second time from the cache
         clip = reader.read(record(root), limit, np.random.default_rng(0))
-        np.testing.assert_array_equal(clip.frames, medium[2][:limit])
+        np.testing.assert_array_equal(clip.frames, item[2][:limit])
     info = reader.info(root / "a.mp4")
     assert info == INFO
     assert reader.count(info, record(root), 6) == 6
@@ -248,25 +248,24 @@ def test_no_features_configured(root, config):
 
 def test_media_that_were_not_extracted(tmp_path, root, config):
     write(tmp_path / "f", config, [make_item(config, limits=(2, 4))])
-    read = open_store(tmp_path / "f", root, config)
+    stored = open_store(tmp_path / "f", root, config)
     there, other = record(root), record(root, "b.mp4")
-    assert read.missing_reason(there, [2, 4]) is None
-    assert "for 2, 4 frames, not for 8" in read.missing_reason(there, [2, 8])
-    assert "no features of it" in read.missing_reason(other, [2])
-    assert "no features of it" in read.missing_reason(record(root, span=(0.0, 1.0)), [2])
+    assert stored.missing_reason(there, [2, 4]) is None
+    assert "for 2, 4 frames, not for 8" in stored.missing_reason(there, [2, 8])
+    assert "no features of it" in stored.missing_reason(other, [2])
+    assert "no features of it" in stored.missing_reason(record(root, span=(0.0, 1.0)), [2])
     with pytest.raises(MediaError, match="for 2, 4 frames, not for 8"):
-        read.read(there, 8)
-    with pytest.raises(MediaError, match=r"b\.mp4: .*no features of it; see the reason in its
-    skipped\.jsonl"):
-        read.read(other, 2)
+        stored.read(there, 8)
+    with pytest.raises(MediaError, match=r"b\.mp4: .*no features of it; see .* skipped\.jsonl"):
+        stored.read(other, 2)
     with pytest.raises(MediaError, match="no features of it"):
-        read.info(root / "b.mp4")
+        stored.info(root / "b.mp4")
     text = Record("t", None, (("why ?", "so"),))
-    read.check_coverage([there, there, text, other], [2], 0.34)
+    stored.check_coverage([there, there, text, other], [2], 0.34)
     with pytest.raises(UserError, match=r"1 of 3 records have no features, .* share of 0\.33"):
-        read.check_coverage([there, there, text, other], [2], 0.33)
+        stored.check_coverage([there, there, text, other], [2], 0.33)
     with pytest.raises(UserError, match="not for 8"):
-        read.check_coverage([there], [2, 8], 0.0)
+        stored.check_coverage([there], [2, 8], 0.0)
 
 
 def test_configurations_that_do_not_determine_frames(config):
@@ -315,10 +314,10 @@ def test_damaged_bytes_are_detected(folder, root, config):
     assert num_detected >= 3
 
 
-def read_or_error(read, record):
+def read_or_error(stored, record):
     """Return the clip and an empty message, or None and the error message."""
     try:
-        return read.read(record, 4), ""
+        return stored.read(record, 4), ""
     except MediaError as error:
         return None, str(error)
 
@@ -348,10 +347,10 @@ def test_missing_or_truncated_shard(folder, root, config):
 
 
 def test_shard_deleted_while_in_use(folder, root, config):
-    read = open_store(folder, root, config)
+    stored = open_store(folder, root, config)
     (folder / "features-000000.array_record").unlink()
     with pytest.raises(MediaError, match="cannot be opened"):
-        read.read(record(root), 4)
+        stored.read(record(root), 4)
 
 
 @pytest.mark.parametrize("text", ["", "x", "{}\n", '{"shard": "a", "bytes": 1}\n{"media": 1}\n', "[]\n"])
