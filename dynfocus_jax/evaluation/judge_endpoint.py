@@ -12,7 +12,7 @@ from typing import NamedTuple
 import httpx2
 
 from dynfocus_jax.errors import UserError
-from dynfocus_jax.media.deadline import TimedOut, within
+from dynfocus_jax.media.timeouts import CallTimeout, call_with_timeout
 
 
 class JudgeSettings(NamedTuple):
@@ -109,8 +109,8 @@ class Endpoint:
 
     def _attempt(self, body: dict, seconds: float) -> Reply:
         try:
-            status, headers, content = within(seconds, lambda: self._post(body, seconds))
-        except (TimedOut, httpx2.TimeoutException):
+            status, headers, content = call_with_timeout(lambda: self._post(body, seconds), seconds)
+        except (CallTimeout, httpx2.TimeoutException):
             raise _Again(f"no complete reply in {seconds:.3g} s") from None
         except httpx2.RequestError as error:
             raise _Again(f"the connection failed: {_short(str(error) or type(error).__name__)}") from None
