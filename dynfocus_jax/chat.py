@@ -1,15 +1,15 @@
-"""Talk with a trained model about a video or an image, or with its language model alone.
+"""Talk with a trained model about a video or an image, or without either.
 
     python -m dynfocus_jax.chat --checkpoint runs/toy --video clip.mp4
     python -m dynfocus_jax.chat --checkpoint runs/toy --video clip.mp4 --question "what shape is red ?"
 
-With --question it answers that and ends; otherwise it reads questions from the terminal (or a pipe), a line
-each, and answers while it writes. Lines that begin with / are commands:
+With --question, answers it and exits. Otherwise reads questions from the terminal (or a pipe), one per line,
+and streams the answers. Lines that start with / are commands:
 
-    /focus FILE.png   draw the frames, their scores and which are in focus (the default is focus.png)
-    /video FILE       go on with another video or image
-    /reset            forget the conversation so far
-    /quit             end; so does the end of the input
+    /focus FILE.png   draw the frames, their scores and which are in focus (default: focus.png)
+    /video FILE       start a new conversation about another video or image
+    /reset            forget the conversation
+    /quit             exit, as does the end of the input
 """
 
 import sys
@@ -32,101 +32,135 @@ from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.records.records import Record
 from dynfocus_jax.serving.engine import Engine
 from dynfocus_jax.serving.load import load_engine, load_run
-from dynfocus_jax.serving.requests import Completion, Request, Visual
+from dynfocus_jax.serving.requests import Completion, EncodedClip, Request
 from dynfocus_jax.serving.token_sampling import SamplingParams, check_sampling
-from dynfocus_jax.visualize.focus import Strip, draw_focus
+from dynfocus_jax.visualize.focus import FocusStrip, draw_focus
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or WORKDIR/checkpoints/STAGE/STEP.")
-_VIDEO = flags.DEFINE_string("video", None, "Video or image file; left out: text only.")
-_QUESTION = flags.DEFINE_string("question", None, "Answer this and end; left out: questions from the input.")
+_VIDEO = flags.DEFINE_string("video", None, "Video or image file to talk about.")
+_QUESTION = flags.DEFINE_string("question", None, "Answer this question and exit.")
 _PICTURE = flags.DEFINE_string("focus_picture", None, "With --question: draw the frames to this file.")
-_FRAMES = flags.DEFINE_integer("num_frames", None, "Most frames of a video (config.generation.num_frames).")
-_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "Most tokens of an answer.")
-_TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy (config.generation.temperature).")
-_TOP_K = flags.DEFINE_integer("top_k", None, "Candidates for a token, 0 for all.")
-_TOP_P = flags.DEFINE_float("top_p", None, "Probability that the candidates reach together.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of what is drawn.")
-_STOP = flags.DEFINE_multi_string("stop", [], "A string that ends an answer; may be given again.")
+_FRAMES = flags.DEFINE_integer(
+    "num_frames", None, "Frames sampled from a video (default: config.generation.num_frames)."
+)
+_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", None, "Maximum tokens of an answer (default: config.generation.max_new_tokens)."
+)
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", None, "Sampling temperature, 0 is greedy (default: config.generation.temperature)."
+)
+_TOP_K = flags.DEFINE_integer(
+    "top_k", None, "Sample from the k most likely tokens, 0 from all (default: config.generation.top_k)."
+)
+_TOP_P = flags.DEFINE_float(
+    "top_p",
+    None,
+    "Sample from the most likely tokens whose probabilities reach p (default: config.generation.top_p).",
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling.")
+_STOP = flags.DEFINE_multi_string("stop", [], "String that ends an answer; can be given several times.")
 
 
-class Shown(NamedTuple):
-    """The latest question, what was looked at for it, and the answer."""
+class Exchange(NamedTuple):
+    """A question, the clip that was encoded for it (None without a video), and the answer."""
 
-    visual: Visual | None
+    encoded: EncodedClip | None
     question: str
     answer: str
 
 
 class Chat:
-    """A conversation about at most one clip at a time.
+    """A conversation about one clip at a time, or without one.
 
-    request: sampling, limits and stop strings of every answer; write: what shows text, as `print` does.
+    Args:
+      engine: answers the questions.
+      media: reads video and image files.
+      request: sampling settings, limits and stop strings of every answer.
+      write: writes text, with the arguments of `print`.
     """
 
     def __init__(self, engine: Engine, media: MediaReader, request: Request, write: Callable[..., None]):
         self._engine, self._media, self._request, self._write = engine, media, request, write
         self._messages: tuple[tuple[str, str], ...] = ()
         self._clip: Clip | None = None
-        self._shown: Shown | None = None
+        self._latest: Exchange | None = None
 
     def open(self, path: Path) -> None:
-        """Begin anew, about this file. Raises MediaError when it cannot be read."""
+        """Start a new conversation about a file; raise MediaError if the file cannot be read."""
         record = Record("clip", path.expanduser(), ())
         self._clip = self._media.read(record, self._engine.num_frames, np.random.default_rng(0))
         self.reset()
 
     def reset(self) -> None:
         """Forget the conversation."""
-        self._messages, self._shown = (), None
+        self._messages, self._latest = (), None
 
     def ask(self, question: str) -> None:
-        """Write the answer while it comes, and what it took.
+        """Stream the answer to a question, then write the tokens and the time that it took.
 
         Raises:
-          UserError: there is none; the conversation stays as it was.
+          UserError: the question cannot be answered; the conversation stays as it was.
         """
-        tokenizer = self._engine.tokenizer
-        unknown = [word for word in question.split() if tokenizer.encode(word) == [tokenizer.unk_id]]
-        if unknown:
-            self._write(f"note: the model does not know the words {', '.join(unknown)}")
+        self._warn_of_unknown_words(question)
         messages = (*self._messages, ("user", question))
         request = replace(self._request, messages=messages, clip=self._clip)
         written: list[str] = []
 
-        def show(_id: str, text: str) -> None:
+        def stream(_id: str, text: str) -> None:
             written.append(text)
             self._write(text, end="", flush=True)
 
         with _compilations() as compiled:
-            completion = self._engine.generate([request], on_token=show)[0]
+            completion = self._engine.generate([request], on_token=stream)[0]
         if completion.error is not None:
             raise UserError(completion.error)
         self._write("" if written else "(no answer)")
-        visual = None if self._clip is None else self._engine.look(self._clip, self._engine.query(messages))
+        encoded = None
+        if self._clip is not None:
+            encoded = self._engine.encode_clip(self._clip, self._engine.query(messages))
         self._messages = (*messages, ("assistant", completion.text))
-        self._shown = Shown(visual, question, completion.text)
-        self._write(_summary(self._engine, completion, visual, self._clip, bool(compiled)))
+        self._latest = Exchange(encoded, question, completion.text)
+        self._write(_summary(completion, encoded, self._clip, compiled=bool(compiled)))
+
+    def _warn_of_unknown_words(self, question: str) -> None:
+        tokenizer = self._engine.tokenizer
+        if tokenizer.unk_id is None:
+            return
+        unknown = [word for word in question.split() if tokenizer.encode(word) == [tokenizer.unk_id]]
+        if unknown:
+            self._write(f"note: the model does not know the words {', '.join(unknown)}")
 
     def draw(self, path: Path) -> None:
-        """Draw what the latest answer was made from.
+        """Draw the frames that the latest answer is based on.
 
         Raises:
-          UserError: nothing was asked yet, there is no clip, the model has no focus, or it cannot be written.
+          UserError: nothing has been asked about a clip yet, the connector chooses no frames, or the file
+            cannot be written.
         """
-        if self._shown is None or self._clip is None:
+        if self._latest is None or self._clip is None or self._latest.encoded is None:
             raise UserError("nothing to draw: ask a question about a video first.")
-        visual, question, answer = self._shown
-        if visual.focus is None:
-            raise UserError("nothing to draw: this model's connector chooses no frames.")
-        strip = Strip(self._clip.frames, self._clip.times, visual.scores, visual.focus, question, answer)
+        focus = self._latest.encoded.focus
+        if focus is None:
+            raise UserError("nothing to draw: this model's connector does not choose frames.")
+        strip = FocusStrip(
+            self._clip.frames,
+            self._clip.times,
+            np.asarray(focus.scores),
+            np.asarray(focus.chosen),
+            self._latest.question,
+            self._latest.answer,
+        )
         try:
             draw_focus(path.expanduser(), [strip])
         except (OSError, ValueError) as error:
-            raise UserError(f"the picture cannot be written to {path} ({error}).") from None
-        self._write(f"drawn to {path}")
+            raise UserError(
+                f"cannot write the picture to {path} ({error}); use an existing folder and a name that ends "
+                "in .png or .pdf."
+            ) from None
+        self._write(f"wrote {path}")
 
-    def command(self, line: str) -> bool:
-        """Does what a line of input says; False when it ends the conversation."""
+    def handle(self, line: str) -> bool:
+        """Execute a command or answer a question; return False if the line ends the conversation."""
         name, _, argument = line.partition(" ")
         argument = argument.strip()
         try:
@@ -139,9 +173,7 @@ class Chat:
             elif name == "/video" and argument:
                 self.open(Path(argument))
             elif name.startswith("/"):
-                raise UserError(
-                    f"{line} is not a command; the commands are /focus, /video FILE, /reset and /quit."
-                )
+                raise UserError(f"{line} is not a command; use /focus [FILE], /video FILE, /reset or /quit.")
             elif line:
                 self.ask(line)
         except (MediaError, UserError) as error:
@@ -151,10 +183,10 @@ class Chat:
 
 @contextmanager
 def _compilations() -> Iterator[list[str]]:
-    """The programs that are compiled meanwhile, as JAX's events."""
+    """Collect JAX's events of programs that are compiled inside the context."""
     events: list[str] = []
 
-    def listen(event: str, _seconds: float, **_about) -> None:
+    def listen(event: str, duration_secs: float, **metadata: str | int) -> None:
         if event.endswith("backend_compile_duration"):
             events.append(event)
 
@@ -166,39 +198,38 @@ def _compilations() -> Iterator[list[str]]:
 
 
 def _summary(
-    engine: Engine, completion: Completion, visual: Visual | None, clip: Clip | None, compiled: bool
+    completion: Completion, encoded: EncodedClip | None, clip: Clip | None, *, compiled: bool
 ) -> str:
-    """Return the line below an answer: frames and tokens that were used, and the speed."""
+    """Return the line below an answer: frames and tokens of the prompt, and the speed."""
     rate = completion.tokens_per_second
     speed = f"first token after {completion.seconds_to_first_token:.2f} s"
     speed += "" if rate is None else f", {rate:.1f} tokens/s"
-    speed += ", compiling included" if compiled else ""
+    speed += ", including compilation" if compiled else ""
     text = f"{completion.prompt_tokens} text tokens"
-    if visual is None:
+    if encoded is None or clip is None:
         return f"[{text}; {speed}]"
-    return f"[{_frames_used(visual, clip)}; {visual.count} visual and {text}; {speed}]"
+    return f"[{_frame_summary(encoded, clip)}; {encoded.count} visual and {text}; {speed}]"
 
 
-def _frames_used(visual: Visual, clip: Clip) -> str:
-    """Frames, and tokens of each kind of them."""
-    frames = f"{visual.frames} frame{'' if visual.frames == 1 else 's'}"
-    if visual.focus is None:
-        return f"{frames} of {visual.count // visual.frames} tokens"
-    chosen = visual.focus.nonzero()[0]
-    of_chosen, of_others = (
-        visual.frame_tokens[mask].max(initial=0) for mask in (visual.focus, ~visual.focus)
-    )
-    named = ", ".join(f"{i} ({clip.times[i]:.2f} s, score {visual.scores[i]:.2f})" for i in chosen)
-    others = visual.frames - len(chosen)
-    counts = f"{len(chosen)} in focus with {of_chosen} tokens, {others} others with {of_others}"
+def _frame_summary(encoded: EncodedClip, clip: Clip) -> str:
+    """Return the number of frames and the tokens spent on them, and name the frames in focus."""
+    frames = f"{encoded.frames} frame{'' if encoded.frames == 1 else 's'}"
+    focus = encoded.focus
+    if focus is None:
+        return f"{frames} of {encoded.count // encoded.frames} tokens"
+    chosen = focus.chosen.nonzero()[0]
+    tokens, other_tokens = (focus.tokens[mask].max(initial=0) for mask in (focus.chosen, ~focus.chosen))
+    named = ", ".join(f"{i} ({clip.times[i]:.2f} s, score {focus.scores[i]:.2f})" for i in chosen)
+    others = encoded.frames - len(chosen)
+    counts = f"{len(chosen)} in focus with {tokens} tokens, {others} others with {other_tokens}"
     return f"{frames}: {counts}; in focus: {named or 'none'}"
 
 
 def main() -> None:
     if _CHECKPOINT.value is None:
-        raise UserError("--checkpoint is missing; name the workdir of a training run.")
+        raise UserError("--checkpoint is missing; give the workdir of a training run.")
     if _QUESTION.value is not None and not _QUESTION.value.strip():
-        raise UserError("--question is empty; leave it out to be asked, or ask something.")
+        raise UserError("--question is empty; give a question, or leave it out to talk interactively.")
 
     # --- Model ----------------------------------------------------------------------------------------
     run = load_run(Path(_CHECKPOINT.value))
@@ -219,7 +250,7 @@ def main() -> None:
     media = make_media_reader(run.config)
     video = None if _VIDEO.value is None else Path(_VIDEO.value).expanduser()
     if video is not None and not video.is_file():
-        raise UserError(f"--video {video}: no such file, check the path.")
+        raise UserError(f"--video {video} does not exist; check the path.")
     engine = load_engine(run, make_mesh(mesh_shape({"data": -1}, jax.device_count())))
     request = Request(
         "chat", (), sampling=sampling, max_new_tokens=_NEW_TOKENS.value, stop=tuple(_STOP.value)
@@ -240,14 +271,14 @@ def main() -> None:
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
-            if not chat.command(input(prompt).strip()):
+            if not chat.handle(input(prompt).strip()):
                 return
         except EOFError:
             return
-        except KeyboardInterrupt:  # stops an answer
+        except KeyboardInterrupt:  # ends an answer, not the conversation
             if not prompt:
                 raise
-            print("\n(interrupted; /quit ends)")
+            print("\n(interrupted; /quit exits)")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from dynfocus_jax.models.llama import PROJECTIONS, ROPE_SCALINGS
 from dynfocus_jax.parallel.start import DISTRIBUTED
 from dynfocus_jax.records.sources import source as source
 from dynfocus_jax.sections import Field, Section, fill_section, new_section
+from dynfocus_jax.serving.token_sampling import SAMPLING
 from dynfocus_jax.text.conversation import GUIDANCE, TEMPLATES
 
 _DTYPES = ("float32", "bfloat16")
@@ -200,9 +201,7 @@ GENERATION: Section = {
     "num_frames": Field(int, "frames of a video; None: evaluation.media_frames", at_least=1),
     "max_new_tokens": Field(256, "tokens of an answer at most", at_least=1),
     "max_length": Field(int, "visual and text tokens with the answer, at most; None: no limit", at_least=1),
-    "temperature": Field(0.0, "of sampling; 0 is greedy", at_least=0),
-    "top_k": Field(0, "most likely tokens that are sampled from; 0: all", at_least=0),
-    "top_p": Field(1.0, "smallest probability mass that is sampled from", above=0, at_most=1),
+    **SAMPLING,
     "end_tokens": Field((), "special tokens that end an answer, besides the tokenizer's eos_token"),
     # Sizes that programs are compiled for; inputs are padded to the next one
     "frames": Field((), "compiled clip lengths, frames; (): 1 and num_frames"),

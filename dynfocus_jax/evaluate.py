@@ -50,7 +50,7 @@ from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.parallel.start import first_goes_ahead, is_first, own_name, say, start
 from dynfocus_jax.sections import to_dict
 from dynfocus_jax.serving.engine import Engine, serving_layout
-from dynfocus_jax.serving.load import Run, load_run
+from dynfocus_jax.serving.load import TrainedRun, load_run
 from dynfocus_jax.training.checkpoints import read_params
 from dynfocus_jax.validation import validate
 
@@ -152,14 +152,14 @@ def evaluate(name: str, output: Path, config: ConfigDict, settings: ConfigDict, 
     say(f"predictions, results.json and table.txt are in {output}")
 
 
-def _load(trained: Run, axes: ConfigDict) -> tuple[Engine, str]:
+def _load(trained: TrainedRun, axes: ConfigDict) -> tuple[Engine, str]:
     """The whole model on this process's devices, and a digest of its weights."""
     mesh = make_mesh(mesh_shape(axes, jax.local_device_count()), jax.local_devices())
     params = read_params(trained.folder, serving_layout(trained.config, mesh))
     return Engine(trained.config, params, trained.tokenizer, mesh), digest(trees.flatten(params), mesh)
 
 
-def _described(trained: Run, weights: str, num_frames: int) -> dict:
+def _described(trained: TrainedRun, weights: str, num_frames: int) -> dict:
     """Return what the answers depend on, besides the questions and their prompts."""
     config, (stage, step) = trained.config, trained.folder.parts[-2:]
     model = to_dict(config.model) | {"num_frames": num_frames}

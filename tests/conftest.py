@@ -31,7 +31,12 @@ FAST = (
     *("tests/evaluation/test_parsing.py", "tests/evaluation/test_choice_benchmarks.py"),
     *("tests/evaluation/test_other_benchmarks.py", "tests/evaluation/test_text_match.py"),
     *("tests/evaluation/test_judge_prompts.py", "tests/evaluation/test_predictions.py"),
-    *("tests/features/test_movie_features.py", "tests/serving/test_text.py", "tests/weights/test_files.py"),
+    *(
+        "tests/features/test_movie_features.py",
+        "tests/serving/test_answer_text.py",
+        "tests/serving/test_batch_layout.py",
+        "tests/weights/test_files.py",
+    ),
     *("tests/weights/test_gguf.py", "tests/training/test_feed.py", "tests/models/test_full_size.py"),
     *(
         "tests/parallel/test_sharding.py",

@@ -10,8 +10,13 @@ from jaxtyping import jaxtyped
 from dynfocus_jax.batch import Batch
 from dynfocus_jax.connectors.interface import ConnectorInputs, Focus, QuestionWords, Subtitles, VisualTokens
 from dynfocus_jax.models.llama import Cache
+from dynfocus_jax.serving.programs import ClipSummary, DecodeState
+from dynfocus_jax.serving.token_sampling import RowSampling
 
-STRUCTURES = (Batch, ConnectorInputs, QuestionWords, Subtitles, VisualTokens, Focus, Cache)
+STRUCTURES = (
+    *(Batch, ConnectorInputs, QuestionWords, Subtitles, VisualTokens, Focus),
+    *(Cache, DecodeState, ClipSummary, RowSampling),
+)
 
 
 @jaxtyped(typechecker=None)

@@ -1,4 +1,4 @@
-"""The conversation of `chat`: turns, commands, what is printed, and that mistakes leave it as it was."""
+"""`chat`: turns, commands, printed lines, and that errors do not change the conversation."""
 
 import re
 
@@ -33,7 +33,7 @@ WORDS = [f"w{i}" for i in range(VOCABULARY - 4)]
 
 
 class OneVideo:
-    """Reads one video, whose path is asked for, and no other."""
+    """A reader of one video, a.mp4; any other path is an error."""
 
     def __init__(self):
         frames = np.random.default_rng(1).integers(0, 256, (5, SIZE, SIZE, 3), dtype=np.uint8)
@@ -58,7 +58,7 @@ def engine():
 
 
 class Talk:
-    """A chat whose output is kept."""
+    """A chat whose output is recorded."""
 
     def __init__(self, engine, media=None, **request):
         self.text = ""
@@ -68,29 +68,29 @@ class Talk:
         self.text += text + end
 
     def say(self, *lines):
-        """What is written when these lines are put in, the last one's alone."""
+        """Enter lines; return the output of the last one."""
         for line in lines:
             self.text = ""
-            assert self.chat.command(line)
+            assert self.chat.handle(line)
         return self.text.splitlines()
 
 
-def test_an_answer_and_what_it_took(engine):
+def test_an_answer_and_its_summary(engine):
     answer, first = Talk(engine).say("/video a.mp4", "w1 w2")
     again, took = Talk(engine).say("/video a.mp4", "w1 w2")
     assert again == answer
-    assert first.endswith(", compiling included]")
-    assert "compiling" not in took
+    assert first.endswith(", including compilation]")
+    assert "compilation" not in took
     expected = engine.generate([Request("x", (("user", "w1 w2"),), clip=OneVideo().clip)])[0]
     assert answer == (expected.text or "(no answer)")
-    visual = engine.look(OneVideo().clip, "w1 w2")
+    encoded = engine.encode_clip(OneVideo().clip, "w1 w2")
     cone = 4 + 4 + 2  # P and the levels of M
-    assert visual.count == J * cone + 2 * (5 - J)
+    assert encoded.count == J * cone + 2 * (5 - J)
     assert f"5 frames: {J} in focus with {cone} tokens, {5 - J} others with 2;" in took
     named = re.findall(r"(\d) \((\d\.\d\d) s, score (\d\.\d\d)\)", took)
-    assert [int(i) for i, _, _ in named] == visual.focus.nonzero()[0].tolist()
+    assert [int(i) for i, _, _ in named] == encoded.focus.chosen.nonzero()[0].tolist()
     assert [float(t) for _, t, _ in named] == [int(i) / 4 for i, _, _ in named]
-    assert f"{visual.count} visual and {expected.prompt_tokens} text tokens" in took
+    assert f"{encoded.count} visual and {expected.prompt_tokens} text tokens" in took
     assert re.search(r"first token after \d+\.\d\d s", took)
     assert ("tokens/s" in took) == (len(expected.tokens) > 1)
 
@@ -116,25 +116,25 @@ def test_without_a_video(engine):
     assert re.match(r"\[\d+ text tokens; first token", took)
 
 
-def test_focus_draws_what_the_answer_was_made_from(engine, tmp_path):
+def test_focus_draws_the_frames_of_the_latest_answer(engine, tmp_path):
     talk = Talk(engine)
     picture = tmp_path / "focus.png"
     assert talk.say(f"/focus {picture}") == ["error: nothing to draw: ask a question about a video first."]
-    assert talk.say("/video a.mp4", "w1", f"/focus {picture}") == [f"drawn to {picture}"]
+    assert talk.say("/video a.mp4", "w1", f"/focus {picture}") == [f"wrote {picture}"]
     with Image.open(picture) as image:
         assert image.size[0] > 500
     (line,) = talk.say(f"/focus {tmp_path}/none/focus.png")
-    assert line.startswith("error: the picture cannot be written")
+    assert line.startswith("error: cannot write the picture to")
     (line,) = talk.say(f"/focus {tmp_path}/focus.nothing")
-    assert line.startswith("error: the picture cannot be written")
+    assert line.startswith("error: cannot write the picture to")
 
 
-def test_mistakes_are_told_and_change_nothing(engine):
+def test_errors_are_written_and_change_nothing(engine):
     talk = Talk(engine)
     talk.say("/video a.mp4", "w1 w2")
     assert talk.say("/video b.mp4") == ["error: b.mp4: no such file"]
     (line,) = talk.say("/fokus")
-    assert line == "error: /fokus is not a command; the commands are /focus, /video FILE, /reset and /quit."
+    assert line == "error: /fokus is not a command; use /focus [FILE], /video FILE, /reset or /quit."
     assert "holds a special token" in talk.say("w1 <eos>")[0]
     assert talk.say("") == []
     again = Talk(engine)
@@ -142,17 +142,17 @@ def test_mistakes_are_told_and_change_nothing(engine):
     assert talk.say("w9")[0] == again.say("w9")[0]
 
 
-def test_words_that_the_model_does_not_know_are_named(engine):
+def test_unknown_words_are_named(engine):
     note, *_ = Talk(engine).say("w1 zebra w2 zoo")
     assert note == "note: the model does not know the words zebra, zoo"
 
 
 def test_quit_ends(engine):
-    assert not Talk(engine).chat.command("/quit")
+    assert not Talk(engine).chat.handle("/quit")
 
 
 def test_an_image(engine, tmp_path):
-    """Of a real file, read as the configuration says; it has no frame times to speak of."""
+    """An image file, read as the configuration says."""
     Image.fromarray(OneVideo().clip.frames[0]).save(tmp_path / "a.png")
     talk = Talk(engine, make_media_reader(engine.config))
     _, took = talk.say(f"/video {tmp_path}/a.png", "w1")
@@ -169,18 +169,18 @@ def test_sampling_and_stop_strings_reach_the_engine(engine):
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({}, "--checkpoint is missing; name the workdir of a training run"),
-        ({"checkpoint": "/nowhere"}, "--checkpoint /nowhere has no config.json; name the workdir"),
-        ({"checkpoint": "/nowhere", "question": " "}, "--question is empty; leave it out to be asked"),
+        ({}, "--checkpoint is missing; give the workdir of a training run"),
+        ({"checkpoint": "/nowhere"}, "--checkpoint /nowhere has no config.json; give the workdir"),
+        ({"checkpoint": "/nowhere", "question": " "}, "--question is empty; give a question"),
     ],
 )
-def test_flags_that_make_no_sense(given, sentence):
+def test_missing_and_empty_flags(given, sentence):
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["test"])
     with flagsaver.flagsaver(**given), pytest.raises(UserError, match=sentence):
         main()
 
 
-def test_ask_raises_what_a_command_tells(engine):
+def test_ask_raises_the_error_that_a_line_prints(engine):
     with pytest.raises(UserError, match="special token"):
         Talk(engine).chat.ask("<bos>")

@@ -167,7 +167,7 @@ def test_chat_gives_the_answer_and_the_focus_of_the_evaluation(run, heldout, tmp
     assert [int(i) for i in re.findall(r"(\d+) \(\d+\.\d\d s, score \d\.\d\d\)", took)] == prediction["focus"]
     assert "16 frames: 2 in focus with 10 tokens, 14 others with 2;" in took
     assert "48 visual and" in took
-    assert drawn == f"drawn to {picture}"
+    assert drawn == f"wrote {picture}"
     with Image.open(picture) as image:
         assert image.size[0] > 1000
 

@@ -29,26 +29,26 @@ def predict(
 ) -> list[Prediction]:
     """The predictions of answered batches, whose `index` points into `records`, in their order."""
     predictions = []
-    for index_of_row, tokens, look in batches:
+    for index_of_row, tokens, clips in batches:
         for row, index in enumerate(index_of_row):
             if index < 0:
                 continue
             record = records[index]
             text = decode(tokens[row])
             recall = chance = scores = focus = None
-            if look.focus is not None:
-                scores, focus = look.scores[row], look.focus[row]
+            if clips.focus is not None:
+                scores, focus = np.asarray(clips.focus.scores[row]), np.asarray(clips.focus.chosen[row])
                 if record.needle_frames:
                     needles = list(record.needle_frames[-1])
                     recall = float(focus[needles].mean())
-                    chance = _chance(focus, look.candidates[row], needles)
+                    chance = _chance(focus, np.asarray(clips.focus.candidates[row]), needles)
             predictions.append(
                 Prediction(
                     record,
                     text,
                     text == record.turns[-1][1],
-                    int(look.count[row]),
-                    int(look.frames[row]),
+                    int(clips.count[row]),
+                    int(clips.frames[row]),
                     recall,
                     chance,
                     scores,

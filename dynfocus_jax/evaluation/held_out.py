@@ -24,7 +24,7 @@ from dynfocus_jax.parallel.start import is_first, own_name
 from dynfocus_jax.records.records import read_records
 from dynfocus_jax.serving.engine import Engine
 from dynfocus_jax.text.conversation import TEMPLATES
-from dynfocus_jax.visualize.focus import Strip, draw_focus
+from dynfocus_jax.visualize.focus import FocusStrip, draw_focus
 
 
 def evaluate_run(
@@ -81,7 +81,7 @@ def check_features(config: ConfigDict, data_root: Path) -> None:
         features.require(records, [evaluation.media_frames], config.data.max_skip_share)
 
 
-def _strips(predictions: list[Prediction], evaluation: ConfigDict, media: MediaReader) -> list[Strip]:
+def _strips(predictions: list[Prediction], evaluation: ConfigDict, media: MediaReader) -> list[FocusStrip]:
     """One question for each of the first videos, of another type each where there are several."""
     strips, seen_media, seen_kinds = [], set(), set()
     kinds = {prediction.record.kind for prediction in predictions}
@@ -101,7 +101,7 @@ def _strips(predictions: list[Prediction], evaluation: ConfigDict, media: MediaR
         seen_kinds.add(record.kind)
         count = len(clip.frames)
         strips.append(
-            Strip(
+            FocusStrip(
                 clip.frames,
                 clip.times,
                 prediction.frame_scores[:count],

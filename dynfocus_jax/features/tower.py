@@ -17,7 +17,7 @@ from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.parallel.sharding import batch_sharding, local_rows, on_mesh, to_devices
 from dynfocus_jax.parameters import sharded_shapes
 from dynfocus_jax.training.checkpoints import read_params, saved_shapes
-from dynfocus_jax.weights.parts import check_params
+from dynfocus_jax.weights.conversion import check_params
 
 
 def frames_mesh(mesh: Mapping[str, int], num_devices: int) -> Mesh:

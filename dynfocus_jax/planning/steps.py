@@ -98,9 +98,9 @@ def serving_steps(config: ConfigDict, mesh: Mesh) -> tuple[Step, Step]:
     length = text + _visual_tokens(config, index, frames) + evaluation.max_subtitle
     held = {"parameters": params, "batch": batch}
 
-    state = programs.empty.eval_shape(rows, length + evaluation.max_new_tokens)
+    state = programs.empty_state.eval_shape(rows, length + evaluation.max_new_tokens)
     answers = {"parameters": params, "batch": state._replace(cache=None), "key-value cache": state.cache}
-    where, prefill, decode = "config.evaluation", programs.prefill, programs.decode
+    where, prefill, decode = "config.evaluation", programs.encode_and_prefill, programs.decode
     return (
         Step("prefill", where, prefill, (params, batch), held, rows, rows * length, prefill),
         Step("decode", where, decode, (params, state), answers, rows, rows, decode),

@@ -1,1 +1,1 @@
-"""Answers from a trained model."""
+"""Answering questions with a trained model: the engine, its compiled programs, requests and completions."""

@@ -1,4 +1,4 @@
-"""The generation engine: questions about clips in, answers out, several at a time, streamed if wanted."""
+"""The generation engine: batches requests of different lengths, and streams their answers."""
 
 import hashlib
 import itertools
@@ -6,14 +6,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import cachetools
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from dynfocus_jax import trees
@@ -22,60 +22,87 @@ from dynfocus_jax.errors import SampleError, UserError
 from dynfocus_jax.media.video import Clip
 from dynfocus_jax.parallel.sharding import batch_sharding, place, replicated, row_shares
 from dynfocus_jax.serving.answer_text import AnswerText
-from dynfocus_jax.serving.programs import Look, State, make_programs, serving_layout
-from dynfocus_jax.serving.requests import Completion, Messages, Request, Visual, turns_of
-from dynfocus_jax.serving.token_sampling import GREEDY, as_rows, check_sampling
+from dynfocus_jax.serving.batch_layout import BatchLayout, bucket_size, choose_layout
+from dynfocus_jax.serving.programs import (
+    ClipSummary,
+    DecodeState,
+    FrameFocus,
+    make_programs,
+    serving_layout,
+)
+from dynfocus_jax.serving.requests import Completion, EncodedClip, Messages, Request, split_turns
+from dynfocus_jax.serving.token_sampling import GREEDY, check_sampling, stack_sampling
 from dynfocus_jax.text.conversation import TEMPLATES, Conversation, encode_prompt, query_text
+from dynfocus_jax.text.tokenizers import Tokenizer
 from dynfocus_jax.video_language_model import Prompts, build_model, stage_connector
 
-_AHEAD = 2  # tokens that are computed before the first of them is read: the device never waits for the host
+# Decode steps that are dispatched before the tokens of the first of them are fetched: the device never waits
+# for the host
+_DISPATCHED = 2
 
 OnToken = Callable[[str, str], None]
+
+T = TypeVar("T")
 
 
 @dataclass
 class _Job:
-    """A request on its way."""
+    """A request in progress."""
 
-    number: int  # of the request
+    number: int  # position in the call of `generate`
     request: Request
     prompt: Conversation
-    query: str  # what the text encoder reads
-    text_size: int  # to which the text is padded
-    visual_size: int  # the same of the visual tokens
-    limit: int  # most new tokens
+    query: str  # text for the text encoder
+    text_size: int  # text tokens, padded
+    visual_size: int  # visual tokens, padded
+    max_tokens: int  # of the answer
     answer: AnswerText
-    visual: Visual | None = None
-    reason: str | None = None  # why the answer ended, or cannot be begun
-    text: str = ""  # of an answer that has ended
-    times: list[float] = field(default_factory=list)  # of the first and the latest token
+    encoded: EncodedClip | None = None
+    finish_reason: str | None = None  # None while it is being answered
+    error: str | None = None  # why it cannot be answered
+    text: str = ""  # set when the answer is complete
+    token_times: list[float] = field(default_factory=list)  # of the first and of the latest token
 
     @property
     def visual_count(self) -> int:
-        return 0 if self.visual is None else self.visual.count
+        return 0 if self.encoded is None else self.encoded.count
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of the longest possible answer, without padding."""
+        return self.visual_count + len(self.prompt.tokens) + self.max_tokens
+
+    @property
+    def running(self) -> bool:
+        return self.finish_reason is None and self.error is None
 
 
 class BatchAnswers(NamedTuple):
-    """Answers to a batch: its `index [B]`, answers (none for padding rows) and encoded clips."""
+    """Answers to the rows of a batch."""
 
-    index: np.ndarray
-    tokens: list[list[int]]
-    look: Look
+    index: np.ndarray  # int32 [B], number of the record, -1 for padding rows
+    tokens: list[list[int]]  # of each row; none for padding rows
+    clips: ClipSummary
 
 
 class Engine:
-    """Answers questions with a trained model, the one of the last stage.
+    """Answers questions with the model of the last stage of a configuration.
 
-    Every process that has devices of the mesh makes the same calls, and gets the same answers.
+    Every process that has devices of the mesh must make the same calls, and gets the same answers.
 
     Args:
-      config: a whole configuration; `config.generation` has the engine's settings.
-      params: parameters, nested dicts; those that lie as `serving_layout` says are taken as they are.
-      tokenizer: see `data.prepare.make_tokenizer`.
-      mesh: its devices.
+      config: a whole configuration; the engine's settings are in `config.generation`.
+      params: parameters as nested dicts; arrays that already have the layout of `serving_layout` are used
+        without a copy.
+      tokenizer: the tokenizer of the model (`data.prepare.make_tokenizer`).
+      mesh: the devices to run on.
+
+    Raises:
+      UserError: parameters of the model are missing, or `config.generation.end_tokens` names a token that is
+        not a special token.
     """
 
-    def __init__(self, config: ConfigDict, params: dict, tokenizer, mesh: Mesh):
+    def __init__(self, config: ConfigDict, params: dict, tokenizer: Tokenizer, mesh: Mesh):
         self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
         self._settings, self._template = config.generation, TEMPLATES[config.data.template]
         model, connector = build_model(config), stage_connector(config)
@@ -87,80 +114,78 @@ class Engine:
         if missing:
             raise UserError(
                 f"the checkpoint lacks {len(missing)} parameters of the model, the first is {missing[0]}; "
-                "name one of the stage that was trained last."
+                "use a checkpoint of the run's last stage."
             )
         self._params = trees.unflatten({path: _placed(flat[path], like) for path, like in layout.items()})
-        self._ends = frozenset({tokenizer.eos_id, *map(self._end_id, self._settings.end_tokens)})
-        self._programs = make_programs(model, mesh, self._ends, tokenizer.pad_id)
-        self._looks = cachetools.LRUCache(self._settings.cached_clips)
+        self._end_ids = frozenset({tokenizer.eos_id, *map(self._end_id, self._settings.end_tokens)})
+        self._programs = make_programs(model, mesh, self._end_ids, tokenizer.pad_id)
+        self._encoded_clips = cachetools.LRUCache(self._settings.cached_clips)
         self.num_frames = self._settings.num_frames or config.evaluation.media_frames
         self._frame_sizes = tuple(self._settings.frames) or tuple(sorted({1, self.num_frames}))
 
-    # ---- Looking -------------------------------------------------------------------------------------
+    # ---- Encoding clips ------------------------------------------------------------------------------
 
-    def look(self, clip: Clip, prompt: str) -> Visual:
-        """The visual tokens of a clip for what the text encoder reads; kept for the next time.
+    def encode_clip(self, clip: Clip, query: str) -> EncodedClip:
+        """Encode a clip as visual tokens, given the text for the text encoder; results are cached.
 
         Raises:
           SampleError: the clip has more frames than `config.generation.frames` allows.
         """
-        ids = tuple(self.tokenizer.encode_query(prompt, self.config.data.max_query))
+        ids = tuple(self.tokenizer.encode_query(query, self.config.data.max_query))
         frames = np.ascontiguousarray(clip.frames)
         content = hashlib.blake2b(frames.view(np.uint8).data, digest_size=16).digest()
         key = (content, frames.shape, frames.dtype.str, ids if self._reads_query else None)
-        if key in self._looks:
-            return self._looks[key]
-        visual = self._look(frames, ids)
-        if self._looks.maxsize:
-            self._looks[key] = visual
-        return visual
+        if key in self._encoded_clips:
+            return self._encoded_clips[key]
+        encoded = self._encode(frames, ids)
+        if self._encoded_clips.maxsize:
+            self._encoded_clips[key] = encoded
+        return encoded
 
     def query(self, messages: Messages) -> str:
-        """Return the text encoder's input for a conversation, as `config.data.text_guidance` says."""
-        turns, question = turns_of(messages)
+        """Return the text for the text encoder of a conversation (`config.data.text_guidance`)."""
+        turns, question = split_turns(messages)
         return query_text([*turns, (question, "")], self.config.data.text_guidance)
 
-    def _look(self, frames: np.ndarray, ids: tuple[int, ...]) -> Visual:
+    def _encode(self, frames: np.ndarray, query_ids: tuple[int, ...]) -> EncodedClip:
         count = len(frames)
-        blank = np.zeros(frames.shape[1:], frames.dtype)
-        size = self.config.model.vision.image_size
         sample = padding_sample(
-            self._frame_size(count), size, 1, self.config.data.max_query, blank=blank
-        )  # the text is not read
+            self._frame_size(count),
+            self.config.model.vision.image_size,
+            max_text=1,  # the text is not used
+            max_query=self.config.data.max_query,
+            blank=np.zeros(frames.shape[1:], frames.dtype),
+        )
         sample.frames[:count] = frames
         sample.frame_mask[:count] = True
-        sample.query_tokens[: len(ids)] = ids
-        sample = sample._replace(query_length=np.int32(len(ids)))
-        batch = jax.tree.map(lambda x: self._same(np.asarray(x)[None]), sample)
-        look = self._programs.look(self._params, batch)
-        tokens, look = look.tokens, jax.device_get(look._replace(tokens=None))
-        of_frames = (look.focus, look.scores, look.frame_tokens)
-        return Visual(
-            tokens,
-            int(look.count[0]),
-            count,
-            *(None if each is None else each[0, :count] for each in of_frames),
-        )
+        sample.query_tokens[: len(query_ids)] = query_ids
+        sample = sample._replace(query_length=np.int32(len(query_ids)))
+        batch = jax.tree.map(lambda x: self._replicate(np.asarray(x)[None]), sample)
+        tokens, summary = self._programs.encode_clips(self._params, batch)
+        summary = jax.device_get(summary)
+        focus = summary.focus and FrameFocus(*(each[0, :count] for each in summary.focus))
+        return EncodedClip(tokens, int(summary.count[0]), count, focus)
 
     def _frame_size(self, count: int) -> int:
-        fitting = [size for size in self._frame_sizes if size >= count]
-        if not fitting:
+        """Return the smallest compiled clip length that holds `count` frames."""
+        size = next((size for size in self._frame_sizes if size >= count), None)
+        if size is None:
             raise SampleError(
-                f"the clip has {count} frames, over the {self._frame_sizes[-1]} of config.generation: read "
-                "fewer, or raise num_frames"
+                f"the clip has {count} frames, expected at most {self._frame_sizes[-1]}: sample fewer "
+                "frames, or raise config.generation.num_frames (or the last of config.generation.frames)"
             )
-        return fitting[0]
+        return size
 
-    # ---- Answering -----------------------------------------------------------------------------------
+    # ---- Answering requests --------------------------------------------------------------------------
 
     def generate(self, requests: Sequence[Request], *, on_token: OnToken | None = None) -> list[Completion]:
-        """The answers, in the order of the requests.
+        """Answer requests; the completions are in the order of the requests.
 
-        on_token: called with a request's id and the next piece of its text as soon as it is known.
+        The answer to a request does not depend on the other requests, except for the rounding of matrix
+        products in batches of different sizes. A request that cannot be answered (its prompt is too long, its
+        text has a special token) gets a completion with an `error`; the others are answered.
 
-        What cannot be answered (too long, a special token in the text) is a completion with an `error`.
-        Requests that are answered together are independent of each other: each answer is what it would be
-        alone, as far as the rounding of the matrix products of a larger batch allows.
+        on_token: called with a request's id and each new piece of its answer as soon as the text is final.
         """
         started = time.perf_counter()
         completions: dict[int, Completion] = {}
@@ -170,217 +195,243 @@ class Engine:
                 jobs.append(self._job(number, request, on_token))
             except (SampleError, UserError) as error:
                 completions[number] = Completion(request.id, error=str(error))
-        jobs.sort(key=lambda job: (job.visual_size + job.text_size, job.limit))  # like beside like
-        for group in _parts(jobs, self._settings.batch[-1]):
+        # Requests of similar length share a batch, which saves padding
+        jobs.sort(key=lambda job: (job.visual_size + job.text_size, job.max_tokens))
+        for group in _split(jobs, self._settings.batch[-1]):
             self._answer(group)
             completions |= {job.number: self._completion(job, started) for job in group}
         return [completions[number] for number in range(len(requests))]
 
     def _job(self, number: int, request: Request, on_token: OnToken | None) -> _Job:
-        turns, question = turns_of(request.messages)
+        """Check a request and encode its prompt."""
+        turns, question = split_turns(request.messages)
         check_sampling(request.sampling, f"request {request.id}")
-        limit = self._settings.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
-        if limit < 1 or not all(request.stop):
-            raise SampleError("max_new_tokens is less than 1 or a stop string is empty: correct the request")
-        has_visual = request.clip is not None or request.visual is not None
+        max_tokens = request.max_new_tokens
+        if max_tokens is None:
+            max_tokens = self._settings.max_new_tokens
+        if max_tokens < 1:
+            raise SampleError(f"max_new_tokens is {max_tokens}, expected at least 1")
+        if not all(request.stop):
+            raise SampleError("a stop string is empty; leave it out")
         prompt = encode_prompt(
             self.tokenizer,
             question,
             self._template,
             turns,
-            has_visual=has_visual,
+            has_visual=request.clip is not None or request.encoded is not None,
             visual_at_end=request.visual_at_end,
             answer_start=request.answer_start,
         )
         visual_size = 0
-        if request.visual is not None:
-            visual_size = request.visual.tokens.shape[1]
+        if request.encoded is not None:
+            visual_size = request.encoded.tokens.shape[1]
         elif request.clip is not None:
             visual_size = self._visual_size(self._frame_size(len(request.clip.frames)))
         query = self.query(request.messages) if request.query is None else request.query
-        piece = on_token and (lambda text: on_token(request.id, text))
-        answer = AnswerText(self.tokenizer.decode, request.stop, piece)
-        text_size = _size(len(prompt.tokens), self._settings.text)
-        return _Job(number, request, prompt, query, text_size, visual_size, limit, answer)
+        on_text = None if on_token is None else lambda text: on_token(request.id, text)
+        answer = AnswerText(self.tokenizer.decode, request.stop, on_text)
+        text_size = bucket_size(len(prompt.tokens), self._settings.text)
+        return _Job(number, request, prompt, query, text_size, visual_size, max_tokens, answer)
 
     def _answer(self, jobs: list[_Job]) -> None:
-        """Answer a group together."""
-        jobs = [job for job in jobs if self._is_short_enough(job)]
+        """Answer a group of requests together: prefill all prompts, then decode all answers."""
+        for job in jobs:
+            self._encode_job(job)
+        jobs = [job for job in jobs if job.running]
         if not jobs:
             return
-        shares, sizes = row_shares(self.mesh), self._settings.batch
-        slots = -(-_size(len(jobs), sizes) // shares)  # rows of each share
-        longest = max(job.visual_size for job in jobs) + max(job.text_size for job in jobs)
-        together = max(  # rows of each share whose prompts are read at a time
-            size
-            for size in {1, *sizes}
-            if size == 1
-            or (slots % size == 0 and size <= len(jobs) / shares and size * longest <= self._settings.prefill)
+        prompt_length = max(job.visual_size for job in jobs) + max(job.text_size for job in jobs)
+        layout = choose_layout(
+            len(jobs), row_shares(self.mesh), prompt_length, self._settings.batch, self._settings.prefill
         )
-        whole = max(job.visual_count + len(job.prompt.tokens) + job.limit for job in jobs)
-        needed = max(longest, whole)
-        state = self._programs.empty(shares * slots, _cache_length(needed, self._settings.cache))
-        seats: dict[int, _Job] = {}  # by row
-        firsts = []
-        for number, part in enumerate(_parts(jobs, shares * together)):
-            rows = {i % shares * together + i // shares: job for i, job in enumerate(part)}
-            start = number * together
-            seats |= {row // together * slots + start + row % together: job for row, job in rows.items()}
-            state, tokens = self._admit(state, start, rows, shares * together)
+        longest = max(prompt_length, *(job.length for job in jobs))
+        state = self._programs.empty_state(layout.decode_size, _cache_length(longest, self._settings.cache))
+        rows: dict[int, _Job] = {}  # of the decode batch
+        first_tokens = []
+        for number, group in enumerate(_split(jobs, layout.prefill_size)):
+            prefill_rows = {layout.prefill_row(position): job for position, job in enumerate(group)}
+            rows |= {layout.decode_row(number, row): job for row, job in prefill_rows.items()}
+            state, tokens = self._prefill(state, number, prefill_rows, layout)
             tokens.copy_to_host_async()
-            firsts.append((rows, tokens))
-        for rows, tokens in firsts:
-            tokens = np.asarray(tokens)
-            for row, job in rows.items():
-                self._take(job, int(tokens[row]))
+            first_tokens.append((prefill_rows, tokens))
+        for prefill_rows, tokens in first_tokens:
+            self._add_tokens(prefill_rows, np.asarray(tokens))
 
-        def take(tokens: np.ndarray) -> bool:
-            for row, job in seats.items():
-                if job.reason is None:
-                    self._take(job, int(tokens[row]))
-            return any(job.reason is None for job in jobs)
+        def add_tokens(tokens: np.ndarray) -> bool:
+            self._add_tokens(rows, tokens)
+            return any(job.running for job in jobs)
 
-        if any(job.reason is None for job in jobs):
-            self._decode(state, max(job.limit for job in jobs) - 1, take)
+        if any(job.running for job in jobs):
+            self._decode(state, max(job.max_tokens for job in jobs) - 1, add_tokens)
 
-    def _is_short_enough(self, job: _Job) -> bool:
-        """Look at the clip; False for a job that is too long then, which has its reason."""
-        request, most = job.request, self._settings.max_length
-        if request.visual is not None or request.clip is not None:
-            job.visual = request.visual or self.look(request.clip, job.query)
-        total = job.visual_count + len(job.prompt.tokens) + job.limit
-        if most is not None and total > most:
-            job.reason = (
-                f"{job.visual_count} visual and {len(job.prompt.tokens)} text tokens and an answer of up to "
-                f"{job.limit} are over the {most} of config.generation.max_length"
+    def _encode_job(self, job: _Job) -> None:
+        """Encode the clip of a request, and set `job.error` if the request turns out to be too long."""
+        request, max_length = job.request, self._settings.max_length
+        if request.encoded is not None:
+            job.encoded = request.encoded
+        elif request.clip is not None:
+            job.encoded = self.encode_clip(request.clip, job.query)
+        if max_length is not None and job.length > max_length:
+            job.error = (
+                f"{job.visual_count} visual tokens, {len(job.prompt.tokens)} text tokens and an answer of up "
+                f"to {job.max_tokens} tokens exceed config.generation.max_length={max_length}; shorten the "
+                "request or raise the limit"
             )
-        return job.reason is None
 
-    def _admit(self, state: State, slot: int, jobs: dict[int, _Job], rows: int) -> tuple[State, jax.Array]:
-        """Read prompts, each in its row of so many (the others are padding), and gives them their seats."""
+    def _prefill(
+        self, state: DecodeState, number: int, jobs: dict[int, _Job], layout: BatchLayout
+    ) -> tuple[DecodeState, jax.Array]:
+        """Prefill the prompts of `jobs` {row: job} and insert them into the decode batch as prefill `number`.
+
+        Rows without a job are padding. Returns the new state and the first token of each row.
+        """
+        size = layout.prefill_size
         text_size = max(job.text_size for job in jobs.values())
         visual_size = max(job.visual_size for job in jobs.values())
-        tokens = np.full((rows, text_size), self.tokenizer.pad_id, np.int32)
-        length, position, count, limit = np.zeros((4, rows), np.int32)
+        tokens = np.full((size, text_size), self.tokenizer.pad_id, np.int32)
+        length, position, count, max_tokens = np.zeros((4, size), np.int32)
         length[:] = 1
-        none = self._same(np.zeros((1, 0, self._width), self.config.model.dtype))
-        visuals, settings = [none] * rows, [GREEDY] * rows
+        no_visual = self._replicate(np.zeros((1, 0, self._width), self.config.model.dtype))
+        visuals, sampling = [no_visual] * size, [GREEDY] * size
         for row, job in jobs.items():
             length[row], position[row] = len(job.prompt.tokens), job.prompt.visual_position
             tokens[row, : length[row]] = job.prompt.tokens
-            count[row], limit[row] = job.visual_count, job.limit
-            visuals[row] = none if job.visual is None else job.visual.tokens
-            settings[row] = job.request.sampling
-        visuals = tuple(_lengthened(each, visual_size) for each in visuals)
-        prompts = self._rows(Prompts(tokens, length, position))
-        logits, cache = self._programs.read(self._params, prompts, visuals, self._rows(count))
-        return self._programs.admit(
-            state, self._same(np.int32(slot)), logits, cache, self._rows(as_rows(settings)), self._rows(limit)
+            count[row], max_tokens[row] = job.visual_count, job.max_tokens
+            visuals[row] = no_visual if job.encoded is None else job.encoded.tokens
+            sampling[row] = job.request.sampling
+        padded = tuple(_pad_length(each, visual_size) for each in visuals)
+        prompts = Prompts(*map(self._shard_rows, (tokens, length, position)))
+        logits, cache = self._programs.prefill(self._params, prompts, padded, self._shard_rows(count))
+        return self._insert(state, number * layout.prefill_rows, logits, cache, sampling, max_tokens)
+
+    def _insert(
+        self,
+        state: DecodeState,
+        slot: int,
+        logits: jax.Array,
+        cache,
+        sampling: Sequence,
+        max_tokens: np.ndarray,
+    ) -> tuple[DecodeState, jax.Array]:
+        return self._programs.insert(
+            state,
+            self._replicate(np.asarray(slot, np.int32)),
+            logits,
+            cache,
+            self._shard_rows(stack_sampling(sampling)),
+            self._shard_rows(max_tokens),
         )
 
-    def _decode(self, state: State, most: int, take: Callable[[np.ndarray], bool]) -> None:
-        """Decode up to `most` tokens of every row, which `take` gets until it wants no more."""
-        computed: deque[jax.Array] = deque()
-        for step in range(most + _AHEAD):
-            if step < most:
+    def _decode(self, state: DecodeState, steps: int, add_tokens: Callable[[np.ndarray], bool]) -> None:
+        """Decode up to `steps` tokens of every row; stop when `add_tokens`, called each time, is False."""
+        dispatched: deque[jax.Array] = deque()
+        for step in range(steps + _DISPATCHED):
+            if step < steps:
                 state, tokens = self._programs.decode(self._params, state)
                 tokens.copy_to_host_async()
-                computed.append(tokens)
-            if step >= _AHEAD and not take(np.asarray(computed.popleft())):
+                dispatched.append(tokens)
+            if step >= _DISPATCHED and not add_tokens(np.asarray(dispatched.popleft())):
                 return
 
-    def _take(self, job: _Job, token: int) -> None:
-        """The next token of an answer."""
-        job.times[1:] = [time.perf_counter()]
-        job.answer.add(token)
-        if token in self._ends or job.answer.stopped:
-            job.reason = "stop"
-        elif len(job.answer.tokens) == job.limit:
-            job.reason = "length"
-        if job.reason is not None:
-            job.text = job.answer.finish()
+    def _add_tokens(self, jobs: dict[int, _Job], tokens: np.ndarray) -> None:
+        """Append the next token of each row to its answer, for answers that have not ended."""
+        for row, job in jobs.items():
+            if not job.running:
+                continue
+            token = int(tokens[row])
+            job.token_times[1:] = [time.perf_counter()]
+            job.answer.add(token)
+            if token in self._end_ids or job.answer.stopped:
+                job.finish_reason = "stop"
+            elif len(job.answer.tokens) == job.max_tokens:
+                job.finish_reason = "length"
+            if not job.running:
+                job.text = job.answer.finish()
 
     def _completion(self, job: _Job, started: float) -> Completion:
-        if not job.times:
-            return Completion(job.request.id, error=job.reason)
-        count, (first, last) = len(job.answer.tokens), (job.times[0], job.times[-1])
+        if job.finish_reason is None:
+            return Completion(job.request.id, error=job.error)
+        count, (first, last) = len(job.answer.tokens), (job.token_times[0], job.token_times[-1])
         return Completion(
             job.request.id,
             job.text,
             tuple(job.answer.tokens),
-            job.reason,
+            job.finish_reason,
             job.visual_count,
             len(job.prompt.tokens),
-            first - started,
-            (count - 1) / (last - first) if count > 1 else None,
+            seconds_to_first_token=first - started,
+            tokens_per_second=(count - 1) / (last - first) if count > 1 else None,
         )
+
+    # ---- Answering a batch of the evaluation ---------------------------------------------------------
 
     def answer_batch(self, batch: Batch, max_new_tokens: int) -> BatchAnswers:
-        """Greedy answers to prompts of one shape that are read together: a batch that lies on the mesh."""
-        look, logits, cache = self._programs.prefill(self._params, batch)
+        """Answer the prompts of a batch that is on the mesh, greedily; all prompts have one padded length."""
+        clips, logits, cache = self._programs.encode_and_prefill(self._params, batch)
         rows = len(batch.tokens)
-        state = self._programs.empty(rows, cache.keys.shape[3] + max_new_tokens)
+        state = self._programs.empty_state(rows, cache.keys.shape[3] + max_new_tokens)
         index = multihost_utils.process_allgather(batch.index, tiled=True)
-        settings, limit = as_rows([GREEDY] * rows), np.where(index < 0, 0, max_new_tokens).astype(np.int32)
-        state, first = self._programs.admit(
-            state, self._same(np.int32(0)), logits, cache, self._rows(settings), self._rows(limit)
-        )
-        answers, ended = [[] for _ in range(rows)], index < 0
+        max_tokens = np.where(index < 0, 0, max_new_tokens).astype(np.int32)
+        state, first = self._insert(state, 0, logits, cache, [GREEDY] * rows, max_tokens)
+        answers: list[list[int]] = [[] for _ in range(rows)]
+        ended = index < 0
 
-        def take(tokens: np.ndarray) -> bool:
+        def add_tokens(tokens: np.ndarray) -> bool:
             for row in np.flatnonzero(~ended):
                 answers[row].append(int(tokens[row]))
-                ended[row] = tokens[row] in self._ends
+                ended[row] = tokens[row] in self._end_ids
             return not ended.all()
 
-        if take(np.asarray(first)):
-            self._decode(state, max_new_tokens - 1, take)
-        return BatchAnswers(index, answers, jax.device_get(look))
+        if add_tokens(np.asarray(first)):
+            self._decode(state, max_new_tokens - 1, add_tokens)
+        return BatchAnswers(index, answers, jax.device_get(clips))
 
-    # ---- Small things --------------------------------------------------------------------------------
+    # ---- Helpers -------------------------------------------------------------------------------------
 
     def _end_id(self, token: str) -> int:
+        """Return the id of a special token."""
         ids = self.tokenizer.encode(token)
         if len(ids) != 1 or ids[0] not in self.tokenizer.special_ids:
             raise UserError(
-                f"config.generation.end_tokens has {token!r}, which is not a special token of the tokenizer."
+                f"config.generation.end_tokens: {token!r} is not a special token of the tokenizer; name one "
+                "that is, such as its eos_token."
             )
         return ids[0]
 
-    def _same(self, x: np.ndarray) -> jax.Array:
-        """An array of which every device has a copy."""
-        return _global(x, replicated(self.mesh))
+    def _replicate(self, x: np.ndarray) -> jax.Array:
+        """Copy an array to every device."""
+        return _global_array(x, replicated(self.mesh))
 
-    def _rows(self, tree):
-        """Arrays [R, ...], rows over the devices."""
-        return jax.tree.map(lambda x: _global(x, batch_sharding(self.mesh)), tree)
+    def _shard_rows(self, tree: Any) -> Any:
+        """Split numpy arrays [R, ...] by rows over the devices."""
+        return jax.tree.map(lambda x: _global_array(x, batch_sharding(self.mesh)), tree)
 
 
-def _global(x: np.ndarray, sharding) -> jax.Array:
+def _global_array(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x[index]))
 
 
-def _placed(leaf, like: jax.ShapeDtypeStruct) -> jax.Array:
-    same = isinstance(leaf, jax.Array) and (leaf.dtype, leaf.sharding) == (like.dtype, like.sharding)
-    return leaf if same else place(leaf, like)
+def _placed(leaf: np.ndarray | jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Return a parameter in the dtype and layout of `like`; without a copy if it has them already."""
+    if isinstance(leaf, jax.Array) and (leaf.dtype, leaf.sharding) == (like.dtype, like.sharding):
+        return leaf
+    return place(leaf, like)
 
 
-def _parts(items: list, size: int) -> Iterator[list]:
+def _split(items: list[T], size: int) -> Iterator[list[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _size(count: int, sizes: Sequence[int]) -> int:
-    """The smallest of the ascending sizes that holds `count`; of none the next multiple of the last."""
-    return next((size for size in sizes if size >= count), -(-count // sizes[-1]) * sizes[-1])
-
-
 def _cache_length(needed: int, unit: int) -> int:
-    """A length of at least `needed`: 1, 2, 3, 4, 6, 8, 12, 16, ... units, so that there are few of them."""
+    """Return the first of 1, 2, 3, 4, 6, 8, 12, 16, ... units that holds `needed` positions.
+
+    Each length compiles a decode program; these keep both the programs and the padding few.
+    """
     lengths = (unit * (half << power) // 2 for power in itertools.count() for half in (2, 3))
     return next(length for length in lengths if length >= needed and length % unit == 0)
 
 
-def _lengthened(tokens: jax.Array, size: int) -> jax.Array:
-    return (
-        tokens if tokens.shape[1] == size else jnp.pad(tokens, ((0, 0), (0, size - tokens.shape[1]), (0, 0)))
-    )
+def _pad_length(tokens: jax.Array, size: int) -> jax.Array:
+    """Pad visual tokens [1, Lv, D] to `size` tokens; those that have it are not copied."""
+    padding = size - tokens.shape[1]
+    return jnp.pad(tokens, ((0, 0), (0, padding), (0, 0))) if padding else tokens

@@ -1,4 +1,4 @@
-"""A trained model from its checkpoint, ready to answer."""
+"""Load a trained model from its checkpoint into the engine."""
 
 import json
 from pathlib import Path
@@ -12,25 +12,26 @@ from dynfocus_jax.data.prepare import make_tokenizer
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.sections import check_section
 from dynfocus_jax.serving.engine import Engine, serving_layout
+from dynfocus_jax.text.tokenizers import Tokenizer
 from dynfocus_jax.training.checkpoints import read_params
 
 
-class Run(NamedTuple):
-    """A training run: its configuration, tokenizer, and the folder of a checkpoint's parameters."""
+class TrainedRun(NamedTuple):
+    """Configuration and tokenizer of a training run, and the folder of a checkpoint's parameters."""
 
     config: ConfigDict
-    tokenizer: object
+    tokenizer: Tokenizer
     folder: Path
 
 
-def load_run(checkpoint: Path) -> Run:
-    """Read a run's configuration and tokenizer, without its parameters.
+def load_run(checkpoint: Path) -> TrainedRun:
+    """Load a training run's configuration and tokenizer, without its parameters.
 
     Args:
-      checkpoint: the workdir of a finished run, or WORKDIR/checkpoints/STAGE/STEP of any.
+      checkpoint: the workdir of a finished run, or one checkpoint, WORKDIR/checkpoints/STAGE/STEP.
 
     Raises:
-      UserError: it is neither, or the run is not finished.
+      UserError: the path is neither, or the run is not finished.
     """
     checkpoint = checkpoint.expanduser().absolute()
     workdir, step = checkpoint, None
@@ -38,36 +39,39 @@ def load_run(checkpoint: Path) -> Run:
         workdir, step = checkpoint.parents[2], checkpoint
     if not (workdir / "config.json").is_file():
         raise UserError(
-            f"--checkpoint {checkpoint} has no config.json; name the workdir of a training run, or "
+            f"--checkpoint {checkpoint} has no config.json; give the workdir of a training run, or "
             "WORKDIR/checkpoints/STAGE/STEP."
         )
     config = from_dict(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
-    config.initial = None  # what training started from may be gone
-    config.data.features = None  # a question is about pixels
+    config.initial = None  # the checkpoint that training started from may be gone
+    config.data.features = None  # questions are about pixels
     if step is not None:
-        config.stages = _ending_with(config, step)
+        config.stages = _stages_ending_with(config, step)
     check_section(config, CONFIG, "config")
     stage = config.stages[-1]
     folder = step or workdir / "checkpoints" / stage.name / str(stage.steps)
     if not folder.is_dir():
         raise UserError(
-            f"{folder.parent} has no checkpoint of step {folder.name}, the end of stage {stage.name!r}; "
-            "finish the training run, or name one of its checkpoints."
+            f"{folder.parent} has no checkpoint of step {folder.name}, the last of stage {stage.name!r}; "
+            "finish the training run, or give one of its checkpoints."
         )
-    return Run(config, make_tokenizer(config, workdir / "vocabulary.json", strict=False), folder)
+    return TrainedRun(config, make_tokenizer(config, workdir / "vocabulary.json", strict=False), folder)
 
 
-def load_engine(run: Run, mesh: Mesh) -> Engine:
-    """The engine of a run's checkpoint; each process reads its share of the parameters."""
+def load_engine(run: TrainedRun, mesh: Mesh) -> Engine:
+    """Load the engine of a run's checkpoint; each process reads only the parameters of its own devices."""
     return Engine(run.config, read_params(run.folder, serving_layout(run.config, mesh)), run.tokenizer, mesh)
 
 
-def _ending_with(config: ConfigDict, folder: Path) -> tuple[ConfigDict, ...]:
-    """The stages, last the one whose checkpoint a folder is; all together say what is in which dtype."""
+def _stages_ending_with(config: ConfigDict, folder: Path) -> tuple[ConfigDict, ...]:
+    """Return the stages with the one that wrote checkpoint `folder` last, as the engine uses the last stage.
+
+    The other stages stay, because the parameters that any stage trains have `param_dtype`.
+    """
     names = [stage.name for stage in config.stages]
     if folder.parent.name not in names:
         raise UserError(
-            f"--checkpoint {folder} is not a checkpoint of the run's stages {', '.join(names)}; name its "
+            f"--checkpoint {folder} is not a checkpoint of the run's stages {', '.join(names)}; give the "
             "workdir, or WORKDIR/checkpoints/STAGE/STEP."
         )
     others = [stage for stage in config.stages if stage.name != folder.parent.name]

@@ -1,50 +1,45 @@
-"""Requests to the engine, and completions from it."""
+"""Requests to the engine, and the completions that it returns."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from dynfocus_jax.errors import SampleError
 from dynfocus_jax.media.video import Clip
+from dynfocus_jax.serving.programs import FrameFocus
 from dynfocus_jax.serving.token_sampling import GREEDY, SamplingParams
 
 Messages = tuple[tuple[str, str], ...]
 
 
-class Visual(NamedTuple):
-    """The visual tokens of one clip, as its prompt made them: `tokens [1, Lv, D]` on the devices.
+class EncodedClip(NamedTuple):
+    """The visual tokens of one clip, encoded for one question."""
 
-    count: valid tokens; frames: of the clip.
-    focus: bool `[frames]`, which the connector chose; scores: float32 `[frames]`; frame_tokens: int32
-    `[frames]`, visual tokens spent on each frame. All None for a connector that chooses no frames.
-    """
-
-    tokens: jax.Array
-    count: int
-    frames: int
-    focus: np.ndarray | None
-    scores: np.ndarray | None
-    frame_tokens: np.ndarray | None
+    tokens: jax.Array  # [1, Lv, D], padded, replicated over the devices
+    count: int  # valid tokens
+    frames: int  # frames of the clip
+    focus: FrameFocus | None  # arrays [frames]; None for a connector that chooses no frames
 
 
 @dataclass(frozen=True)
 class Request:
-    """A question to be answered.
+    """A question to be answered, about a clip or without one.
 
-    messages: ("user", text) and ("assistant", text) in turn; the last is the user's question.
-    clip: what it is about, pixels or features; visual: or what `Engine.look` made of it. Neither: text only.
-    max_new_tokens: None is `config.generation.max_new_tokens`.
-    stop: strings that end the answer. answer_start: words that it is made to begin with, not part of it.
-    query: what the text encoder reads; None: of the messages what `config.data.text_guidance` says.
-    visual_at_end: the visual tokens stand after the first question, not before it.
+    messages: ("user", text) and ("assistant", text) pairs in turn; the last is the user's question.
+    clip: pixels or features to encode.
+    encoded: the result of `Engine.encode_clip`, used instead of `clip`.
+    max_new_tokens: None takes `config.generation.max_new_tokens`.
+    stop: strings that end the answer.
+    answer_start: text that the answer must begin with; the completion does not repeat it.
+    query: text for the text encoder; None takes it from the messages as `config.data.text_guidance` says.
+    visual_at_end: put the visual tokens behind the first question instead of before it.
     """
 
     id: str
     messages: Messages
     clip: Clip | None = None
-    visual: Visual | None = None
+    encoded: EncodedClip | None = None
     sampling: SamplingParams = GREEDY
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
@@ -55,13 +50,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer.
+    """The answer to a request.
 
-    text: without special tokens and stop string; tokens: all that were generated, the end token included.
-    finish_reason: "stop" (end token or stop string) | "length" | "error": there is none, `error` says why.
-    visual_tokens, prompt_tokens: what was read, the latter without the former.
-    seconds_to_first_token: since `generate` was called. tokens_per_second: of those behind the first; None
-      when there are none.
+    text: without special tokens and without the stop string.
+    tokens: all tokens that were generated, including the end token.
+    finish_reason: "stop" (end token or stop string), "length" (max_new_tokens) or "error" (no answer, the
+      reason is in `error`).
+    visual_tokens, prompt_tokens: tokens of the prompt; the latter counts text only.
+    seconds_to_first_token: time since `generate` was called.
+    tokens_per_second: speed after the first token; None if there is only one.
     """
 
     id: str
@@ -75,21 +72,18 @@ class Completion:
     error: str | None = None
 
 
-def turns_of(messages: Messages) -> tuple[list[tuple[str, str]], str]:
-    """The (question, answer) turns so far, and the question.
+def split_turns(messages: Messages) -> tuple[list[tuple[str, str]], str]:
+    """Split messages into the (question, answer) turns so far and the question to be answered.
 
     Raises:
-      SampleError: they are not of user and assistant in turn, or the last is no question.
+      SampleError: user and assistant do not alternate, or the last message is not the user's.
     """
     roles = [role for role, _ in messages]
-    if (
-        not messages
-        or roles != [("user", "assistant")[i % 2] for i in range(len(roles))]
-        or len(roles) % 2 == 0
-    ):
+    alternating = [("user", "assistant")[i % 2] for i in range(len(roles))]
+    if roles != alternating or len(roles) % 2 == 0:
         raise SampleError(
-            f"the messages are of {', '.join(roles) or 'nobody'}: expected user and assistant in turn, and "
-            "the user's question last"
+            f"the roles of the messages are {', '.join(roles) or '(none)'}, expected user and assistant in "
+            "turn, ending with the user's question"
         )
     texts = [text for _, text in messages]
     return list(zip(texts[:-1:2], texts[1::2], strict=True)), texts[-1]

@@ -1,98 +1,97 @@
-"""Sampling of the next token: greedy, or by temperature, top-k and top-p, each row by its own settings.
+"""Sampling of the next token, greedy or by temperature, top-k and top-p; each row has its own settings.
 
-The rules and their order are those of Hugging Face's `generate`: the temperature divides the logits, top-k
-keeps the k largest, top-p of the rest the smallest set whose probabilities reach p.
+The rules and their order are those of Hugging Face's `generate`: the logits are divided by the temperature,
+then top-k keeps the k largest, then top-p keeps the smallest set of those whose probabilities reach p.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, Int32, UInt32
 
-from dynfocus_jax.errors import UserError
+from dynfocus_jax.sections import Field, Section, check_value
 
 
 class SamplingParams(NamedTuple):
     """Sampling settings of one answer.
 
-    temperature: 0 is greedy; top_k: so many candidates, 0 for all; top_p: in (0, 1], 1 for all.
-    seed: an answer depends on its own seed and prompt, not on what is answered beside it.
+    An answer depends on its own seed and prompt, not on the other requests of its batch.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # most likely tokens that are kept; 0 keeps all
+    top_p: float = 1.0  # probability mass that is kept, in (0, 1]; 1 keeps all
     seed: int = 0
 
 
 GREEDY = SamplingParams()
 
+SAMPLING: Section = {
+    "temperature": Field(0.0, "temperature of sampling; 0 is greedy", at_least=0, below=float("inf")),
+    "top_k": Field(0, "most likely tokens that are sampled from; 0: all", at_least=0),
+    "top_p": Field(1.0, "smallest probability mass that is sampled from", above=0, at_most=1),
+}
+_SEED = Field(0, "seed of sampling", at_least=0, below=2**32)
 
-class Rows(NamedTuple):
-    """`SamplingParams` of the rows of a batch: float32, int32, float32 and uint32, each `[B]`."""
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    seed: jax.Array
+class RowSampling(NamedTuple):
+    """`SamplingParams` of the rows of a batch."""
+
+    temperature: Float32[Array, " B"]
+    top_k: Int32[Array, " B"]
+    top_p: Float32[Array, " B"]
+    seed: UInt32[Array, " B"]
 
 
 def check_sampling(params: SamplingParams, where: str) -> None:
-    """Check the settings; raise UserError if one is out of range.
-
-    Raises:
-      UserError: they do not.
-    """
-    if not 0 <= params.temperature < float("inf"):
-        raise UserError(f"{where}: temperature is {params.temperature}, expected 0 (greedy) or more.")
-    if params.top_k < 0:
-        raise UserError(f"{where}: top_k is {params.top_k}, expected 0 (all tokens) or more.")
-    if not 0 < params.top_p <= 1:
-        raise UserError(f"{where}: top_p is {params.top_p}, expected more than 0 and at most 1.")
-    if not 0 <= params.seed < 2**32:
-        raise UserError(f"{where}: seed is {params.seed}, expected 0 to 2**32 - 1.")
+    """Check that every setting is in its range; raise UserError, which begins with `where`, otherwise."""
+    for name, field in {**SAMPLING, "seed": _SEED}.items():
+        check_value(getattr(params, name), field, f"{where}: {name}")
 
 
-def as_rows(params: Sequence[SamplingParams]) -> Rows:
-    """The settings of each row, as numpy arrays."""
-    columns = zip(*params, strict=True)
-    dtypes = (np.float32, np.int32, np.float32, np.uint32)
-    return Rows(*(np.asarray(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)))
+def stack_sampling(params: Sequence[SamplingParams]) -> RowSampling:
+    """Return the settings of each row as numpy arrays."""
+    dtypes = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "seed": np.uint32}
+    columns: dict[str, Any] = {
+        name: np.asarray([getattr(row, name) for row in params], dtype) for name, dtype in dtypes.items()
+    }
+    return RowSampling(**columns)
 
 
-def kept_logits(logits: jax.Array, rows: Rows) -> jax.Array:
-    """Logits float32 `[B, V]` over the temperature; those that top-k and top-p leave out are -inf.
+def filter_logits(logits: Float32[Array, "B V"], sampling: RowSampling) -> Float32[Array, "B V"]:
+    """Return the logits over the temperature, with -inf for tokens that top-k or top-p leaves out.
 
-    Tokens that tie with the last one kept are kept too. Greedy rows hold unspecified values.
+    Tokens that tie with the last one kept are kept too. The values of greedy rows are unspecified.
     """
     vocab = logits.shape[-1]
-    scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None]
+    scaled = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1)[:, None]
     ranked = -jnp.sort(-scaled, axis=-1)  # [B, V], descending
-    count = jnp.where(rows.top_k > 0, jnp.minimum(rows.top_k, vocab), vocab)
+    count = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)
     least = jnp.take_along_axis(ranked, count[:, None] - 1, axis=-1)
     ranked = jnp.where(ranked >= least, ranked, -jnp.inf)
     probability = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability  # of all tokens that are likelier
-    inside = ((before < rows.top_p[:, None]) | (rows.top_p[:, None] >= 1)) & (ranked > -jnp.inf)
+    before = jnp.cumsum(probability, axis=-1) - probability  # mass of all likelier tokens
+    top_p = sampling.top_p[:, None]
+    inside = ((before < top_p) | (top_p >= 1)) & (ranked > -jnp.inf)
     least = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(scaled >= least, scaled, -jnp.inf)
 
 
-def choose(logits: jax.Array, rows: Rows, number: jax.Array) -> jax.Array:
-    """The next token of each row, int32 `[B]`.
-
-    logits: float32 `[B, V]`; number: int32 `[B]`, how many tokens of the answer there are already.
-    """
+def sample_tokens(
+    logits: Float32[Array, "B V"], sampling: RowSampling, num_generated: Int32[Array, " B"]
+) -> Int32[Array, " B"]:
+    """Sample the next token of each row, of whose answer there are `num_generated` tokens already."""
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def draw():
-        def one(seed, number, logits):
-            return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), number), logits)
+    def sample():
+        def sample_row(seed, num_generated, logits):
+            return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), num_generated), logits)
 
-        drawn = jax.vmap(one)(rows.seed, number, kept_logits(logits, rows))
-        return jnp.where(rows.temperature > 0, drawn.astype(jnp.int32), greedy)
+        sampled = jax.vmap(sample_row)(sampling.seed, num_generated, filter_logits(logits, sampling))
+        return jnp.where(sampling.temperature > 0, sampled.astype(jnp.int32), greedy)
 
-    # Sorting the vocabulary costs more than all else here, and most batches are greedy.
-    return jax.lax.cond(jnp.any(rows.temperature > 0), draw, lambda: greedy)
+    # Most batches are greedy, and sorting the vocabulary costs more than everything else here.
+    return jax.lax.cond(jnp.any(sampling.temperature > 0), sample, lambda: greedy)

@@ -30,6 +30,10 @@ class Tokenizer(Protocol):
     def eos_id(self) -> int: ...
 
     @property
+    def unk_id(self) -> int | None:
+        """Id of words that the tokenizer does not know; None if it can encode any text."""
+
+    @property
     def special_ids(self) -> frozenset[int]:
         """Ids that must not occur in the text of a conversation."""
         ...
@@ -268,6 +272,7 @@ class TextAndQueryTokenizer:
     def __init__(self, text: Tokenizer, query: QueryTokenizer):
         self._text, self._query = text, query
         self.pad_id, self.bos_id, self.eos_id = text.pad_id, text.bos_id, text.eos_id
+        self.unk_id = text.unk_id
         self.special_ids, self.vocab_size = text.special_ids, text.vocab_size
 
     def encode(self, text: str) -> list[int]:

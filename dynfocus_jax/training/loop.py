@@ -27,7 +27,7 @@ from dynfocus_jax.training.state import TrainState
 from dynfocus_jax.training.step import make_train_step
 from dynfocus_jax.version import code_version
 from dynfocus_jax.video_language_model import build_model
-from dynfocus_jax.weights.parts import belongs_to_connector, check_params
+from dynfocus_jax.weights.conversion import belongs_to_connector, check_params
 
 
 class StageRun:

@@ -1,1 +1,1 @@
-"""Figures."""
+"""Pictures of the frames that a model chose."""

@@ -14,7 +14,7 @@ from dynfocus_jax.extract import extract_features
 from dynfocus_jax.parameters import init_params, param_shapes
 from dynfocus_jax.training.checkpoints import save_params
 from dynfocus_jax.video_language_model import build_model
-from dynfocus_jax.weights.parts import belongs_to_connector
+from dynfocus_jax.weights.conversion import belongs_to_connector
 from tests.features.small import CALL, FRAMES, make_config
 from tests.tiny import SIZE, mesh_of, shaken, tiny_config
 

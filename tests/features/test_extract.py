@@ -346,7 +346,7 @@ def test_no_tower(config, initial, tmp_path):
         extract_features(config, tmp_path / "f")
     save_params(tmp_path / "i", {"language": read_params(initial)["language"]})
     config.initial = str(tmp_path / "i")
-    with pytest.raises(UserError, match=r"does not fit config\.model: it lacks vision"):
+    with pytest.raises(UserError, match=r"does not fit config\.model \(missing: vision"):
         extract_features(config, tmp_path / "f")
     assert not (tmp_path / "f").exists()
 

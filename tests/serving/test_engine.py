@@ -1,4 +1,4 @@
-"""The engine: against a naive loop, batches against single requests, meshes, reuse of looks, bad requests."""
+"""The engine: a naive loop, batches against single requests, meshes, the cache of clips, bad requests."""
 
 import dataclasses
 
@@ -54,7 +54,7 @@ def params():
     model = model_of(make_config())
     batch = stack([pad(make_sample(np.random.default_rng(0), 3, 4, 3), FRAMES, 6)])
     params = random_params(model, batch)
-    params["language"]["head"]["kernel"] *= 5.0  # sharper preferences, different ones for different rows
+    params["language"]["head"]["kernel"] *= 5.0  # rows get different answers
     return params
 
 
@@ -73,7 +73,7 @@ def words(rng, count):
 
 
 def mixed_requests(count=16):
-    """Videos, images and text, one turn to three, greedy and sampled, short and long, some with a stop."""
+    """Videos, images and text, one to three turns, greedy and sampled, some with stop strings."""
     rng = np.random.default_rng(3)
     requests = []
     for number in range(count):
@@ -97,7 +97,7 @@ def mixed_requests(count=16):
 
 
 def naive_answer(config, params, tokenizer, request, count):
-    """Greedy tokens by running the whole sequence again for each, without a cache; in the engine's order."""
+    """Greedy tokens, each from a forward pass over the whole sequence, without a KV cache."""
     model = model_of(config)
     turns = list(zip(request.messages[:-1:2], request.messages[1::2], strict=True))
     history = [(question, answer) for (_, question), (_, answer) in turns]
@@ -146,7 +146,7 @@ def test_greedy_answers_equal_a_naive_loop_without_cache(engine, params, tokeniz
 
 
 def prompts_batch(tokenizer, requests):
-    """Their last questions alone as a batch of evaluation; the third row is one that could not be read."""
+    """The last question of each request as a batch of the evaluation; the third row is a padding row."""
     rng, rows = np.random.default_rng(0), []
     for number, request in enumerate(requests):
         question = request.messages[-1][1]
@@ -164,8 +164,8 @@ def prompts_batch(tokenizer, requests):
     return stack(rows)
 
 
-def test_a_batch_gives_what_requests_give(engine, tokenizer):
-    """The evaluation's way in: prompts of one shape read together, with their look."""
+def test_a_batch_of_the_evaluation_equals_single_requests(engine, tokenizer):
+    """Answers, counts and focus of `answer_batch` against `generate`."""
     requests = [
         dataclasses.replace(each, messages=each.messages[-1:], sampling=SamplingParams(), stop=())
         for each in mixed_requests(8)
@@ -178,13 +178,14 @@ def test_a_batch_gives_what_requests_give(engine, tokenizer):
         if row == 2:
             continue
         assert tuple(answers.tokens[row]) == alone.tokens
-        assert answers.look.count[row] == alone.visual_tokens
-        assert answers.look.frames[row] == (0 if request.clip is None else len(request.clip.frames))
+        assert answers.clips.count[row] == alone.visual_tokens
+        assert answers.clips.frames[row] == (0 if request.clip is None else len(request.clip.frames))
         if request.clip is not None:
-            visual = engine.look(request.clip, request.messages[-1][1])
-            assert answers.look.focus[row].nonzero()[0].tolist() == visual.focus.nonzero()[0].tolist()
-            assert set(visual.focus.nonzero()[0]) <= set(answers.look.candidates[row].nonzero()[0])
-            assert answers.look.candidates[row].sum() == min(K, visual.frames)
+            encoded = engine.encode_clip(request.clip, request.messages[-1][1])
+            chosen, focus = encoded.focus.chosen.nonzero()[0], answers.clips.focus
+            assert focus.chosen[row].nonzero()[0].tolist() == chosen.tolist()
+            assert set(chosen) <= set(focus.candidates[row].nonzero()[0])
+            assert focus.candidates[row].sum() == min(K, encoded.frames)
 
 
 def same(one, other):
@@ -203,7 +204,7 @@ def test_sixteen_mixed_requests_together_equal_each_alone(engine):
 
 
 def test_on_a_mesh(engine, params, tokenizer):
-    """Rows over `fsdp`, kernels over it and `tensor`."""
+    """Rows are split over `fsdp`, kernels over `fsdp` and `tensor`."""
     mesh = mesh_of(fsdp=2, tensor=2)
     meshed = Engine(make_config(text=(16,), cache=64), params, tokenizer, mesh)
     requests = [each for each in mixed_requests(10) if each.clip is None or len(each.clip.frames) > 1][:5]
@@ -212,18 +213,18 @@ def test_on_a_mesh(engine, params, tokenizer):
     batch = prompts_batch(tokenizer, requests[:4])
     one, other = (each.answer_batch(to_devices(batch, each.mesh), 7) for each in (meshed, engine))
     assert one.tokens == other.tokens
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one.look, other.look)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one.clips, other.clips)
 
 
-def test_more_requests_than_devices_share(engine, params, tokenizer):
+def test_a_batch_that_the_mesh_does_not_divide(engine, params, tokenizer):
     requests = [dataclasses.replace(each, clip=None) for each in mixed_requests(5)]
     meshed = Engine(make_config(text=(16,), cache=64), params, tokenizer, mesh_of(data=3))
     for one, other in zip(meshed.generate(requests), engine.generate(requests), strict=True):
         assert same(one, other)
 
 
-def test_end_token_and_limit(params, tokenizer):
-    """The end token is the last of an answer, and no part of its text; so is any that the settings name."""
+def test_end_tokens(params, tokenizer):
+    """An answer ends with the first end token, the tokenizer's or one of config.generation.end_tokens."""
     request = Request("a", (("user", "w5 w6"),))
     plain = Engine(make_config(), params, tokenizer, mesh_of(data=1)).generate([request])[0]
     assert plain.finish_reason == "length"
@@ -261,7 +262,7 @@ def test_stop_string_ends_the_answer(engine):
     assert len(answer.tokens) < len(whole.tokens)
 
 
-def test_streamed_pieces_make_the_text(engine):
+def test_streamed_pieces_concatenate_to_the_text(engine):
     requests = mixed_requests()
     pieces = {request.id: [] for request in requests}
     answers = engine.generate(requests, on_token=lambda name, text: pieces[name].append(text))
@@ -269,11 +270,15 @@ def test_streamed_pieces_make_the_text(engine):
     assert max(map(len, pieces.values())) > 3
 
 
-def test_visual_tokens_are_computed_once_a_clip_and_prompt(engine, monkeypatch):
+def test_a_clip_is_encoded_once_per_query(engine, monkeypatch):
     calls = []
     programs = engine._programs
-    look = lambda *arguments: calls.append(1) or programs.look(*arguments)  # noqa: E731
-    monkeypatch.setattr(engine, "_programs", programs._replace(look=look))
+
+    def encode_clips(*arguments):
+        calls.append(1)
+        return programs.encode_clips(*arguments)
+
+    monkeypatch.setattr(engine, "_programs", programs._replace(encode_clips=encode_clips))
     rng = np.random.default_rng(11)
     clip, other = clip_of(rng, 4), clip_of(rng, 4)
     first = Request("a", (("user", "w1"),), clip=clip)
@@ -285,17 +290,17 @@ def test_visual_tokens_are_computed_once_a_clip_and_prompt(engine, monkeypatch):
     assert len(calls) == 2, "the text encoder reads another question"
     engine.generate([dataclasses.replace(first, clip=other)])
     assert len(calls) == 3
-    visual = engine.look(clip, "w1")
+    encoded = engine.encode_clip(clip, "w1")
     turns = (("user", "w1"), ("assistant", "w3"), ("user", "w9"))
-    reused = engine.generate([Request("c", turns, visual=visual)])[0]
+    reused = engine.generate([Request("c", turns, encoded=encoded)])[0]
     assert len(calls) == 3
-    assert reused.visual_tokens == visual.count
+    assert reused.visual_tokens == encoded.count
 
 
-def test_a_look_is_what_the_model_computes(engine, params):
-    """Tokens, count and focus of a clip that is padded, against the model on the clip as it is."""
+def test_an_encoded_clip_equals_the_model(engine, params):
+    """Tokens, count and focus of a padded clip, against the model on the clip without padding."""
     clip = clip_of(np.random.default_rng(2), 4)
-    visual = engine.look(clip, "w7 w8")
+    encoded = engine.encode_clip(clip, "w7 w8")
     ids = engine.tokenizer.encode("w7 w8")
     sample = make_sample(np.random.default_rng(0), clip.frames, 2, len(ids))._replace(
         query_tokens=np.asarray(ids, np.int32)
@@ -305,17 +310,17 @@ def test_a_look_is_what_the_model_computes(engine, params):
     expected = jax.jit(lambda p, b: model.apply({"params": p}, b, method=VideoLanguageModel.visual_tokens))(
         params, batch
     )
-    assert visual.count == int(expected.count[0])
+    assert encoded.count == int(expected.count[0])
     np.testing.assert_allclose(
-        visual.tokens[0, : visual.count], expected.tokens[0, : visual.count], rtol=1e-5, atol=1e-5
+        encoded.tokens[0, : encoded.count], expected.tokens[0, : encoded.count], rtol=1e-5, atol=1e-5
     )
     frames = expected.focus.frames[0][np.asarray(expected.focus.valid[0])]
-    assert visual.focus.nonzero()[0].tolist() == sorted(frames.tolist())
-    np.testing.assert_allclose(visual.scores, expected.focus.scores[0], rtol=1e-5, atol=1e-6)
-    assert visual.frames == 4
+    assert encoded.focus.chosen.nonzero()[0].tolist() == sorted(frames.tolist())
+    np.testing.assert_allclose(encoded.focus.scores, expected.focus.scores[0], rtol=1e-5, atol=1e-6)
+    assert encoded.frames == 4
 
 
-def test_bad_requests_end_in_a_sentence_each_and_take_nobody_down(engine):
+def test_bad_requests_get_an_error_each_and_the_others_are_answered(engine):
     rng = np.random.default_rng(4)
     good = Request("good", (("user", "w1 w2"),))
     bad = {
@@ -338,16 +343,16 @@ def test_bad_requests_end_in_a_sentence_each_and_take_nobody_down(engine):
     assert engine.generate([]) == []
 
 
-def test_too_long_for_the_context(params, tokenizer):
+def test_requests_over_max_length(params, tokenizer):
     engine = Engine(make_config(max_length=30), params, tokenizer, mesh_of(data=1))
     clip = clip_of(np.random.default_rng(4), FRAMES)
     answers = engine.generate([Request("a", (("user", "w1"),), clip=clip), Request("b", (("user", "w1"),))])
-    assert "over the 30 of config.generation.max_length" in answers[0].error
+    assert "exceed config.generation.max_length=30;" in answers[0].error
     assert answers[1].error is None
 
 
-def test_answer_start_is_read_and_not_repeated(engine):
-    """What is put into the answer's mouth is where the answer, told so far, would have come by itself."""
+def test_answer_start_is_prefilled_and_not_repeated(engine):
+    """After the beginning of its own answer as `answer_start`, the model continues as without it."""
     request = Request("a", (("user", "w5 w6"),))
     whole = engine.generate([request])[0]
     start, rest = whole.text.split()[:2], whole.text.split()[2:]
@@ -358,13 +363,13 @@ def test_answer_start_is_read_and_not_repeated(engine):
     assert answer.prompt_tokens == whole.prompt_tokens + 2
 
 
-def test_params_in_their_layout_are_not_copied(engine, params, tokenizer):
+def test_parameters_in_the_serving_layout_are_not_copied(engine, params, tokenizer):
     again = Engine(make_config(), engine._params, tokenizer, engine.mesh)
     for one, other in zip(jax.tree.leaves(again._params), jax.tree.leaves(engine._params), strict=True):
         assert one is other
 
 
-def test_bfloat16_holds_the_matrices_once(params, tokenizer):
+def test_bfloat16_matrices_are_held_in_bfloat16(params, tokenizer):
     config = make_config()
     config.model.dtype = "bfloat16"
     engine = Engine(config, params, tokenizer, mesh_of(data=1))

@@ -1,4 +1,4 @@
-"""The choice of tokens: what top-k and top-p keep against Hugging Face's, how often each is drawn, seeds."""
+"""Token sampling: the tokens that top-k and top-p keep as in Hugging Face, their frequencies, seeds."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,13 @@ from transformers.generation.logits_process import (
 )
 
 from dynfocus_jax.errors import UserError
-from dynfocus_jax.serving.token_sampling import SamplingParams, as_rows, check_sampling, choose, kept_logits
+from dynfocus_jax.serving.token_sampling import (
+    SamplingParams,
+    check_sampling,
+    filter_logits,
+    sample_tokens,
+    stack_sampling,
+)
 
 VOCAB = 50
 SETTINGS = [
@@ -37,11 +43,11 @@ def as_hugging_face(logits, params):
     return LogitsProcessorList(warpers)(None, torch.from_numpy(logits[None]))[0].numpy()
 
 
-def test_kept_logits_are_hugging_faces():
+def test_filtered_logits_equal_hugging_face():
     """Rows of all settings in one batch, with logits as far apart as a trained model's."""
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 4, (len(SETTINGS), VOCAB)).astype(np.float32)
-    got = np.asarray(jax.jit(kept_logits)(logits, as_rows(SETTINGS)))
+    got = np.asarray(jax.jit(filter_logits)(logits, stack_sampling(SETTINGS)))
     for row, params in enumerate(SETTINGS):
         expected = as_hugging_face(logits[row], params)
         np.testing.assert_array_equal(got[row] > -np.inf, expected > -np.inf, err_msg=str(params))
@@ -52,33 +58,37 @@ def test_kept_logits_are_hugging_faces():
     assert len(set(counts)) > 5
 
 
-def test_draws_have_the_probabilities_that_are_left():
+def test_sampled_tokens_have_the_renormalised_probabilities():
     logits = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.06, 0.04]))
     count = 4000
-    rows = as_rows([SamplingParams(1.0, 4, 0.85, seed=seed) for seed in range(count)])
-    tokens = np.asarray(jax.jit(choose)(jnp.tile(logits, (count, 1)), rows, jnp.zeros(count, jnp.int32)))
+    rows = stack_sampling([SamplingParams(1.0, 4, 0.85, seed=seed) for seed in range(count)])
+    tokens = np.asarray(
+        jax.jit(sample_tokens)(jnp.tile(logits, (count, 1)), rows, jnp.zeros(count, jnp.int32))
+    )
     shares = np.bincount(tokens, minlength=5) / count
     # Of 0.96 the first three have 0.9 (two have 0.73): top-p keeps three.
     np.testing.assert_allclose(shares, [4 / 9, 3 / 9, 2 / 9, 0, 0], atol=0.03)
 
 
-def test_greedy_rows_beside_drawn_ones():
+def test_greedy_and_sampled_rows_in_one_batch():
     rng = np.random.default_rng(1)
     logits = rng.normal(0, 1, (200, VOCAB)).astype(np.float32)
-    rows = as_rows([SamplingParams(), SamplingParams(3.0, seed=5)] * 100)
-    tokens = np.asarray(choose(jnp.asarray(logits), rows, jnp.zeros(200, jnp.int32)))
+    rows = stack_sampling([SamplingParams(), SamplingParams(3.0, seed=5)] * 100)
+    tokens = np.asarray(sample_tokens(jnp.asarray(logits), rows, jnp.zeros(200, jnp.int32)))
     best = logits.argmax(axis=1)
     np.testing.assert_array_equal(tokens[::2], best[::2])
     assert (tokens[1::2] != best[1::2]).sum() > 50
 
 
-def test_a_draw_depends_on_seed_and_number_alone():
+def test_a_sample_depends_only_on_seed_and_position():
     logits = jnp.zeros((6, VOCAB))
-    rows = as_rows([SamplingParams(1.0, seed=seed) for seed in (1, 1, 1, 2, 1, 2**32 - 1)])
-    tokens = choose(logits, rows, jnp.array([0, 0, 1, 0, 2, 0], jnp.int32)).tolist()
+    rows = stack_sampling([SamplingParams(1.0, seed=seed) for seed in (1, 1, 1, 2, 1, 2**32 - 1)])
+    tokens = sample_tokens(logits, rows, jnp.array([0, 0, 1, 0, 2, 0], jnp.int32)).tolist()
     assert tokens[0] == tokens[1]
     assert len({*tokens[1:]}) > 3
-    alone = choose(logits[:1], as_rows([SamplingParams(1.0, seed=1)]), jnp.array([1], jnp.int32))
+    alone = sample_tokens(
+        logits[:1], stack_sampling([SamplingParams(1.0, seed=1)]), jnp.array([1], jnp.int32)
+    )
     assert alone.tolist() == [tokens[2]]
 
 
@@ -92,6 +102,6 @@ def test_a_draw_depends_on_seed_and_number_alone():
         (SamplingParams(1.0, 0, 1.0, -1), "seed"),
     ],
 )
-def test_impossible_settings(params, field):
+def test_settings_out_of_range(params, field):
     with pytest.raises(UserError, match=f"request 7: {field} is"):
         check_sampling(params, "request 7")

@@ -494,6 +494,7 @@ def test_queries_are_encoded_by_the_query_tokenizer(folders):
     )
     assert sample.tokens[: sample.length].tolist() == conversation.tokens.tolist()
     assert (sample.tokens[sample.length :] == tokenizer.pad_id).all()
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (1, 2, 0)
 
 
 def test_query_padding_is_zero(folders):
