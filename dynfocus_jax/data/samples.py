@@ -9,7 +9,7 @@ from dynfocus_jax.batch import Batch, padding_sample
 from dynfocus_jax.data.budget import Budget
 from dynfocus_jax.data.media_reader import MediaReader
 from dynfocus_jax.errors import MediaError, SampleError
-from dynfocus_jax.media.subtitles import between, interleave
+from dynfocus_jax.media.subtitles import assign_subtitles, tokenize_subtitles
 from dynfocus_jax.media.video import Clip
 from dynfocus_jax.records.records import Record
 from dynfocus_jax.text.conversation import (
@@ -170,8 +170,8 @@ class SampleLoader:
         room, encode = self.budget.max_subtitle, self._tokenizer.encode
         if not room:
             return [], [], ()
-        assigned = between(self.media.subtitles(record), times, record.span)
-        tokens, frames, kept = interleave(assigned, encode, room)
+        assigned = assign_subtitles(self.media.subtitles(record), times, record.span)
+        tokens, frames, kept = tokenize_subtitles(assigned, encode, room)
         if not self._tokenizer.special_ids.isdisjoint(tokens):
             raise SampleError("the subtitles contain a special token: remove it")
         total = sum(map(len, assigned))

@@ -11,7 +11,7 @@ from PIL import Image
 from dynfocus_jax.data.media_reader import MediaReader
 from dynfocus_jax.data.prepare import make_media_reader
 from dynfocus_jax.errors import MediaError, SampleError, UserError
-from dynfocus_jax.media.images import fit
+from dynfocus_jax.media.images import fit_to_square
 from dynfocus_jax.media.video import Clip
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.records.records import Record
@@ -27,7 +27,7 @@ class LmmsAnswerer:
     """Reads what chats are about and answers them together.
 
     engine: what answers; media: what reads files; num_frames: of a video; layout, mean: of a picture, see
-    `data.images.fit`.
+    `media.images.fit_to_square`.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class LmmsAnswerer:
             raise SampleError(f"there are {len(visuals)} images or videos in the chat; the model takes one")
         kind, source, span = _source(visuals[0])
         if kind == "image" and isinstance(source, Image.Image):
-            picture = fit(source.convert("RGB"), self._media.size, self._layout, self._mean)
+            picture = fit_to_square(source.convert("RGB"), self._media.size, self._layout, self._mean)
             return Clip(np.asarray(picture)[None], np.zeros(1), np.zeros(1, np.int32))
         if kind not in ("image", "video") or not isinstance(source, str | Path):
             raise SampleError(

@@ -1,4 +1,4 @@
-"""Frame sampling: by frame number, or by time where not all timestamps are known."""
+"""Frame sampling: by frame number, or by time for files in which not all timestamps are known."""
 
 import math
 from typing import NamedTuple, Protocol
@@ -6,16 +6,18 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from ml_collections import ConfigDict
 
-CLOCK = 6e-4  # seconds; containers round the times of frames to milliseconds
+TIME_TOLERANCE = 6e-4  # seconds; containers round timestamps to milliseconds
 
 
 class Sampling(NamedTuple):
     """A rule that chooses frames.
 
-    kind: "uniform", the middles of equal parts of the frames; "segments", the middle or, with `pick`
-      "random", a random frame of each of these parts; "fps", the frames shown at the beginning and every
-      1 / `fps` seconds after it, of which, when they are more than `cap`, `above` uniform ones stay (the
-      published rule: 1 a second, above 2000 frames 200).
+    kind:
+      "uniform": the middle frame of each of equal parts of the video.
+      "segments": as "uniform", or with `pick` "random" a random frame of each part.
+      "fps": the frames shown at the beginning and every 1 / `fps` seconds after it. If these are more than
+        `cap`, only `above` of them are kept, evenly spaced (the published rule: 1 frame per second, or 200
+        frames if there are more than 2000).
     """
 
     kind: str = "uniform"
@@ -26,7 +28,7 @@ class Sampling(NamedTuple):
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> "Sampling":
-        """The rule that the section `config.data.sampling` describes."""
+        """Return the rule of the section `config.data.sampling`."""
         return cls(**{field: section[field] for field in cls._fields})
 
 
@@ -34,31 +36,47 @@ UNIFORM = Sampling()
 
 
 class TimedMedia(Protocol):
-    """The part of `video.MediaInfo` that counting frames needs."""
+    """The fields of `video.MediaInfo` that are needed to count frames."""
 
-    modality: str
-    duration: float  # seconds
-    frames: int
+    @property
+    def modality(self) -> str: ...
+
+    @property
+    def duration(self) -> float: ...  # seconds
+
+    @property
+    def frames(self) -> int: ...
 
 
-def sample_indices(total: int, num_frames: int) -> np.ndarray:
-    """Middles of `num_frames` equal parts of `total` frames, int64 [min(total, num_frames)]."""
-    count = min(total, num_frames)
-    return ((2 * np.arange(count) + 1) * total) // (2 * count)
+def middle_indices(total: int, num_parts: int) -> np.ndarray:
+    """Return the middle of each of `num_parts` equal parts of `total` items.
+
+    Returns:
+      int64 [min(total, num_parts)]: floor((i + 0.5) * total / parts).
+    """
+    parts = min(total, num_parts)
+    return ((2 * np.arange(parts) + 1) * total) // (2 * parts)
 
 
-def count(
+def count_frames(
     info: TimedMedia, sampling: Sampling, limit: int, *, span: tuple[float, float] | None = None
 ) -> int:
-    """Return the number of frames that reading returns, at most `limit`; as exact as the header `info`."""
+    """Return the number of frames that will be read from a file; as accurate as its header.
+
+    Args:
+      info: the header of the file.
+      sampling: the rule that chooses frames.
+      limit: largest number of frames.
+      span: start and end of the part of the video that is sampled, in seconds. None means all of it.
+    """
     if info.modality == "image":
         return 1
     frames, duration = info.frames, info.duration
     if span is not None and duration > 0:
-        inside = max(0.0, min(span[1], duration) - max(span[0], 0.0))
-        frames, duration = max(1, math.ceil(frames * inside / duration - CLOCK)), inside
+        overlap = max(0.0, min(span[1], duration) - max(span[0], 0.0))
+        frames, duration = max(1, math.ceil(frames * overlap / duration - TIME_TOLERANCE)), overlap
     if sampling.kind == "fps":
-        frames = min(frames, _ticks(duration, sampling.fps))
+        frames = min(frames, _num_steps(duration, sampling.fps))
         frames = sampling.above if frames > sampling.cap else frames
     return min(frames, limit)
 
@@ -66,63 +84,93 @@ def count(
 def choose_frames(
     times: np.ndarray, end: float, sampling: Sampling, limit: int, draws: np.ndarray | None = None
 ) -> np.ndarray:
-    """Numbers of the frames that the rule chooses, ascending, each once: int64 [at most limit].
+    """Choose frames of a video whose timestamps are all known.
 
-    times: float64 [T], seconds, ascending, when each frame is shown; end: when the last one is over.
-    draws: float64 [limit] in [0, 1), which frame of each segment; None is the middle.
+    Args:
+      times: float64 [T], seconds, ascending: when each frame is shown.
+      end: when the last frame ends, in seconds.
+      sampling: the rule.
+      limit: largest number of frames.
+      draws: float64 [limit] in [0, 1): position of the chosen frame within each segment, see
+        `draw_positions`. None means the middle.
+
+    Returns:
+      Frame numbers, int64 [at most limit], ascending and distinct.
     """
     total = len(times)
     if sampling.kind == "fps":
-        ticks = np.arange(_ticks(end - times[0], sampling.fps)) / sampling.fps
-        return _thin(np.unique(shown_at(times, times[0] + ticks)), sampling, limit)
+        steps = np.arange(_num_steps(end - times[0], sampling.fps)) / sampling.fps
+        return _thin_out(np.unique(frames_shown_at(times, times[0] + steps)), sampling, limit)
     if draws is None:
-        return sample_indices(total, limit)
+        return middle_indices(total, limit)
     parts = min(total, limit)
     edges = np.arange(parts + 1) * total // parts
     return edges[:-1] + (draws[:parts] * np.diff(edges)).astype(np.int64)
 
 
-def choose_moments(
+def choose_times(
     start: float, end: float, frames: int, sampling: Sampling, limit: int, draws: np.ndarray | None = None
 ) -> np.ndarray:
-    """Moments at which the chosen frames are shown, ascending: float64 [at most limit], seconds.
+    """Choose times at which frames are read, for a file in which not all timestamps are known.
 
-    For files of which not every frame's time is known: the parts are equal parts of the time, which are equal
-    parts of the frames where these last equally long.
+    The parts of the rule are equal parts of the time. If all frames have the same duration, these are equal
+    parts of the frames as well.
 
-    start, end: of what is sampled, in seconds; frames: how many frames that has; draws: as above.
+    Args:
+      start: beginning of the part that is sampled, in seconds.
+      end: end of that part, in seconds.
+      frames: number of its frames.
+      sampling: the rule.
+      limit: largest number of frames.
+      draws: as in `choose_frames`.
+
+    Returns:
+      float64 [at most limit], seconds, ascending.
     """
     if sampling.kind == "fps":
-        return _thin(start + np.arange(_ticks(end - start, sampling.fps)) / sampling.fps, sampling, limit)
+        steps = np.arange(_num_steps(end - start, sampling.fps)) / sampling.fps
+        return _thin_out(start + steps, sampling, limit)
     parts = min(frames, limit)
-    inside = 0.5 if draws is None else draws[:parts]
-    return start + (np.arange(parts) + inside) / parts * (end - start)
+    position = 0.5 if draws is None else draws[:parts]
+    return start + (np.arange(parts) + position) / parts * (end - start)
 
 
-def shown_at(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """Number of the frame shown at each moment, int64 like `moments`: the last that began by then."""
-    return np.maximum(np.searchsorted(times, moments + CLOCK, side="right") - 1, 0)
+def frames_shown_at(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    """Return the number of the frame shown at each moment: the last one that began by then.
+
+    Args:
+      times: float64 [T], seconds, ascending: when each frame is shown.
+      moments: float64 of any shape, seconds.
+
+    Returns:
+      int64 of the shape of `moments`.
+    """
+    return np.maximum(np.searchsorted(times, moments + TIME_TOLERANCE, side="right") - 1, 0)
 
 
-def draw(sampling: Sampling, limit: int, rng: np.random.Generator | None) -> np.ndarray | None:
-    """Return the random `draws` for `choose_frames`, float64 [limit]; None if nothing is random.
+def draw_positions(sampling: Sampling, limit: int, rng: np.random.Generator | None) -> np.ndarray | None:
+    """Draw the position of the chosen frame within each segment, for `choose_frames`.
 
-    Raises ValueError when the rule is random and `rng` is missing.
+    Returns:
+      float64 [limit] in [0, 1); None if the rule is not random.
+
+    Raises:
+      ValueError: if the rule is random and `rng` is None.
     """
     if sampling.kind != "segments" or sampling.pick == "middle":
         return None
     if rng is None:
-        raise ValueError("random frames of segments are drawn from rng, found None: pass a generator")
+        raise ValueError('rng is None, but sampling with pick="random" draws frames; pass a generator.')
     return rng.random(limit)
 
 
-def _ticks(duration: float, fps: float) -> int:
+def _num_steps(duration: float, fps: float) -> int:
     """Return the number of multiples of 1 / fps within the duration, 0 included."""
-    return max(1, math.ceil((duration - CLOCK) * fps))
+    return max(1, math.ceil((duration - TIME_TOLERANCE) * fps))
 
 
-def _thin(values: np.ndarray, sampling: Sampling, limit: int) -> np.ndarray:
-    """Return the values chosen by "fps" that are kept under the cap and the limit."""
+def _thin_out(values: np.ndarray, sampling: Sampling, limit: int) -> np.ndarray:
+    """Apply the cap of "fps" and the limit to chosen values."""
     if len(values) > sampling.cap:
-        values = values[sample_indices(len(values), sampling.above)]
-    return values[sample_indices(len(values), limit)]
+        values = values[middle_indices(len(values), sampling.above)]
+    return values[middle_indices(len(values), limit)]

@@ -1,4 +1,4 @@
-"""Reading images, and making any picture the square that a vision tower takes."""
+"""Image files, and conversion of any image to the square input of a vision tower."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from dynfocus_jax.errors import MediaError, MediaTimeout
+from dynfocus_jax.errors import MediaError
 
 IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -16,10 +16,10 @@ IMAGE_SUFFIXES = frozenset(
 LAYOUTS = ("crop", "pad", "stretch")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_MAX_PIXELS = 2**28  # of a picture, also when padded: 0.8 GB
+_MAX_PIXELS = 2**28  # of an image, also after padding: 0.8 GB
 
-# What EXIF's orientation asks for, from 2 on.
-_TURNS = (
+_ORIENTATION = 0x0112  # EXIF tag
+_TRANSPOSES = (  # for the orientations 2 to 8
     Image.Transpose.FLIP_LEFT_RIGHT,
     Image.Transpose.ROTATE_180,
     Image.Transpose.FLIP_TOP_BOTTOM,
@@ -28,47 +28,50 @@ _TURNS = (
     Image.Transpose.TRANSVERSE,
     Image.Transpose.ROTATE_90,
 )
-_ORIENTATION = 0x0112
-_STRIP = 8  # times as long as wide
-
-
-def timed_out(path: str | Path, seconds: float) -> MediaTimeout:
-    """The error of a file that was not read in so many seconds."""
-    return MediaTimeout(
-        f"{path}: reading it takes more than {seconds:g} s, replace or remove it, or raise "
-        "config.data.timeout"
-    )
+_MAX_ASPECT = 8  # long side over short side of an image that is scaled as a whole
 
 
 def check_exists(path: str | Path) -> None:
-    """Raise MediaError unless `path` is a file (or leads to one): no folder, pipe or device is opened."""
+    """Check that `path` is a file or a link to one, not a folder, pipe or device; raise MediaError if not."""
     if not Path(path).is_file():
-        raise MediaError(f"{path}: no such file, check the path and the media folder")
+        raise MediaError(f"{path}: no such file; check the path and the media folder.")
 
 
 @contextmanager
-def _reading(path: str | Path) -> Iterator[None]:
+def _open_image(path: str | Path) -> Iterator[Image.Image]:
+    """Open an image; turn every error, also within the context, into a MediaError."""
     check_exists(path)
     try:
-        yield
-    except Exception as error:  # Pillow's readers raise whatever bytes that make no sense lead to
+        with Image.open(path) as image:
+            yield image
+    except Exception as error:  # Pillow raises exceptions of any type for invalid bytes
         reason = str(error) or type(error).__name__
-        raise MediaError(f"{path}: not a readable image ({reason}), replace or remove it") from error
+        raise MediaError(f"{path}: not a readable image ({reason}); replace or remove it.") from error
 
 
 def read_image(
     path: str | Path, *, size: int, layout: str = "crop", mean: Sequence[float] = CLIP_MEAN
 ) -> np.ndarray:
-    """Read an image, or the first one of several in a file: uint8 [size, size, 3], RGB.
+    """Read an image file, or the first image of a file with several.
 
-    It is turned upright by its EXIF orientation; transparency is dropped, as Hugging Face's image processors
-    do it; of 16 bits the upper 8 are kept. layout, mean: see `fit`.
+    The image is turned upright by its EXIF orientation. Transparency is dropped, as in Hugging Face's image
+    processors. Of 16-bit values the upper 8 bits are kept.
 
-    Raises MediaError when the file is missing, is not an image or is truncated.
+    Args:
+      path: the file.
+      size: height and width of the result.
+      layout: see `fit_to_square`.
+      mean: see `fit_to_square`.
+
+    Returns:
+      uint8 [size, size, 3], RGB.
+
+    Raises:
+      MediaError: if the file is missing, truncated or not an image.
     """
-    with _reading(path), Image.open(path) as image:
-        upright = _upright(_to_rgb(image), _orientation(image))
-        return np.asarray(fit(upright, size, layout, mean))
+    with _open_image(path) as image:
+        upright = _turn_upright(_to_rgb(image), _orientation(image))
+        return np.asarray(fit_to_square(upright, size, layout, mean))
 
 
 class ImageHeader(NamedTuple):
@@ -78,22 +81,31 @@ class ImageHeader(NamedTuple):
     is_animated: bool
 
 
-def image_header(path: str | Path) -> ImageHeader:
-    """Look at an image without decoding it. Raises MediaError when it is missing or not an image."""
-    with _reading(path), Image.open(path) as image:
-        turned = _orientation(image) >= 5 and image.format != "TIFF"  # of which Pillow gives the upright size
-        return ImageHeader(image.size[:: -1 if turned else 1], getattr(image, "is_animated", False))
+def read_image_header(path: str | Path) -> ImageHeader:
+    """Read the header of an image without decoding it.
+
+    Raises:
+      MediaError: if the file is missing or not an image.
+    """
+    with _open_image(path) as image:
+        width, height = image.size
+        if _orientation(image) >= 5 and image.format != "TIFF":  # Pillow's size of a TIFF is already upright
+            width, height = height, width
+        return ImageHeader((width, height), getattr(image, "is_animated", False))
 
 
-def fit(
+def fit_to_square(
     image: Image.Image, size: int, layout: str = "crop", mean: Sequence[float] = CLIP_MEAN
 ) -> Image.Image:
-    """Make an RGB picture a square of `size` pixels, scaled bicubically with antialiasing.
+    """Convert an RGB image to a square, scaled bicubically with antialiasing.
 
-    layout: "crop" scales the shorter side to `size` and cuts out the centre (CLIPImageProcessor); "pad" first
-      makes it a square with borders of the mean colour (LLaVA's expand2square, then CLIPImageProcessor);
-      "stretch" scales both sides to `size` (SiglipImageProcessor).
-    mean: the vision tower's mean colour, three values in [0, 1], used by "pad".
+    Args:
+      image: an RGB image. One that has the right size is returned unchanged.
+      size: height and width of the result in pixels.
+      layout: "crop" scales the shorter side to `size` and crops the centre (CLIPImageProcessor); "pad" first
+        pads the image to a square with the mean colour (LLaVA's expand2square, then CLIPImageProcessor);
+        "stretch" scales both sides to `size` (SiglipImageProcessor).
+      mean: mean colour of the vision tower, three values in [0, 1]. Used by "pad".
     """
     if layout == "pad":
         image = _pad(image, tuple(int(255 * value) for value in mean))
@@ -108,10 +120,10 @@ def _crop(image: Image.Image, size: int) -> Image.Image:
     short = min(image.size)
     scaled = [size if side == short else int(size * side / short) for side in image.size]
     left, top = ((side - size) // 2 for side in scaled)
-    if max(scaled) <= _STRIP * size:
+    if max(scaled) <= _MAX_ASPECT * size:
         box = (left, top, left + size, top + size)
         return image.resize(scaled, Image.Resampling.BICUBIC).crop(box)
-    # Of a long strip only what stays is computed, for the whole would be a huge picture.
+    # Scale only the part of a long strip that is kept, because the whole strip would be a huge image.
     scale = [side / full for side, full in zip(image.size, scaled, strict=True)]
     box = (left * scale[0], top * scale[1], (left + size) * scale[0], (top + size) * scale[1])
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
@@ -122,7 +134,7 @@ def _pad(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
     if image.width == image.height:
         return image
     if side * side > _MAX_PIXELS:
-        raise ValueError(f"padded to a square it has {side} x {side} pixels, more than {_MAX_PIXELS}")
+        raise ValueError(f"{side} x {side} pixels after padding, expected at most {_MAX_PIXELS}")
     square = Image.new("RGB", (side, side), color)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
@@ -130,23 +142,23 @@ def _pad(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.width * image.height > _MAX_PIXELS:
-        raise ValueError(f"it has {image.width} x {image.height} pixels, more than {_MAX_PIXELS}")
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+        raise ValueError(f"{image.width} x {image.height} pixels, expected at most {_MAX_PIXELS}")
+    if image.mode.startswith("I"):  # 16 bits; Pillow's conversion would clip the values at 255
         values = np.asarray(image)
         if values.min() < 0 or values.max() >= 2**16:
-            raise ValueError("its values are not those of 16 bits")
+            raise ValueError(f"values from {values.min()} to {values.max()}, expected 16 bits")
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("its values are fractions, of which it is not known which one is white")
+        raise ValueError("floating-point values, whose value of white is unknown")
     return image.convert("RGB")
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # EXIF is often damaged where the picture is not
+    except Exception:  # EXIF data is often damaged in images that are not
         return 1
 
 
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    return image.transpose(_TURNS[orientation - 2]) if 2 <= orientation <= 8 else image
+def _turn_upright(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_TRANSPOSES[orientation - 2]) if 2 <= orientation <= 8 else image

@@ -14,7 +14,7 @@ from dynfocus_jax.parallel.start import say
 from dynfocus_jax.parameters import init_params
 from dynfocus_jax.training.checkpoints import read_params, saved_shapes
 from dynfocus_jax.video_language_model import VideoLanguageModel
-from dynfocus_jax.weights.parts import belongs_to_connector, check_params
+from dynfocus_jax.weights.conversion import belongs_to_connector, check_params
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]  # {parameter path: shape, dtype and layout}
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from dynfocus_jax import trees
 from dynfocus_jax.batch import Batch
 from dynfocus_jax.errors import RunError
-from dynfocus_jax.features.compatibility import check_frozen, check_tower
+from dynfocus_jax.features.compatibility import check_vision_frozen, check_vision_weights
 from dynfocus_jax.parallel.sharding import local_rows, place, to_devices
 from dynfocus_jax.parallel.start import say
 from dynfocus_jax.parameters import trained_paths
@@ -79,7 +79,7 @@ class StageRun:
         self.is_trained = trained_paths(self.config, index, self.shapes)
         check_copies(self.stage, self.shapes)
         if self.config.data.features is not None:
-            check_frozen(self.name, self.shapes, self.is_trained)
+            check_vision_frozen(self.name, self.shapes, self.is_trained)
         self.checkpoints = StageCheckpoints(
             workdir / "checkpoints" / self.name,
             settings={
@@ -126,7 +126,7 @@ class StageRun:
             state = self._initial_state(key, previous, optimizer)
         else:
             state, earlier_seconds = self.checkpoints.restore(self._abstract)
-        check_tower(self.data.loader.media.features, trees.flatten(state.frozen), self.mesh)
+        check_vision_weights(self.data.loader.media.features, trees.flatten(state.frozen), self.mesh)
         first_step = int(state.step)
         _print_start(self.data, state, first_step)
         train_step = make_train_step(

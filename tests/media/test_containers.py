@@ -1,4 +1,4 @@
-"""Whether a file is cut off shows in its sizes, whatever its header claims."""
+"""Truncation is detected from the sizes in a container, whatever its header claims."""
 
 import struct
 
@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dynfocus_jax.media.containers import is_cut
+from dynfocus_jax.media.containers import is_truncated
 from tests.media.videos import encode, numbered, write_kind
 
-SAYS = ["h264", "h264-index-first", "h264-mkv", "vp9", "mjpeg", "mjpeg-avi", "gif"]
+KINDS_WITH_SIZES = ["h264", "h264-index-first", "h264-mkv", "vp9", "mjpeg", "mjpeg-avi", "gif"]
 
 
 def boxes(content):
-    """Where the boxes of an MP4 file begin; nowhere in others."""
+    """Return the offsets of the boxes of an MP4 file, none for other files."""
     found, at = [], 0
     while content[4:8] in (b"ftyp", b"wide") and at < len(content):
         found.append(at)
@@ -21,43 +21,44 @@ def boxes(content):
     return found
 
 
-@pytest.mark.parametrize("kind", SAYS)
-def test_every_cut_is_seen(tmp_path, kind):
+@pytest.mark.parametrize("kind", KINDS_WITH_SIZES)
+def test_truncation_is_detected_at_every_length(tmp_path, kind):
     path = write_kind(tmp_path, kind, count=8)
     content = path.read_bytes()
-    assert is_cut(path) is False
-    # Where a box ends, or within the first 8 bytes of the next, it is not: then its index or all frames lack.
-    unseen = {start + i for start in boxes(content) for i in range(8)}
-    for length in {*range(64, len(content), max(1, len(content) // 97)), len(content) - 1} - unseen:
+    assert is_truncated(path) is False
+    # A cut between two boxes, or in the first 8 bytes of one, is not detected: the index or all frames are
+    # missing then, which is found out later.
+    undetected = {start + i for start in boxes(content) for i in range(8)}
+    for length in {*range(64, len(content), max(1, len(content) // 97)), len(content) - 1} - undetected:
         path.write_bytes(content[:length])
-        assert is_cut(path) is True, length
+        assert is_truncated(path) is True, length
 
 
-@pytest.mark.parametrize("kind", SAYS)
+@pytest.mark.parametrize("kind", KINDS_WITH_SIZES)
 @pytest.mark.parametrize("junk", [b"\0" * 100, b"<html>not found</html>" * 20, b"\xff" * 7])
-def test_what_was_appended_does_not_matter(tmp_path, kind, junk):
+def test_appended_bytes_do_not_matter(tmp_path, kind, junk):
     path = write_kind(tmp_path, kind, count=4)
     path.write_bytes(path.read_bytes() + junk)
-    assert is_cut(path) is False
+    assert is_truncated(path) is False
 
 
-def test_boxes_of_64_bits_and_to_the_end(tmp_path):
+def test_boxes_with_64_bit_sizes_and_without_size(tmp_path):
     path = write_kind(tmp_path, "h264", count=4)
     content = path.read_bytes()
     at = content.index(b"mdat") - 4
     size = int.from_bytes(content[at : at + 4], "big")
     large = content[:at] + struct.pack(">I4sQ", 1, b"mdat", size + 8) + content[at + 8 :]
     path.write_bytes(large)
-    assert is_cut(path) is False
+    assert is_truncated(path) is False
     path.write_bytes(large[: at + size])
-    assert is_cut(path) is True
+    assert is_truncated(path) is True
     path.write_bytes(content[:at] + b"\0\0\0\0" + content[at + 4 : at + size])
-    assert is_cut(path) is None
+    assert is_truncated(path) is None
 
 
-def test_what_does_not_say(tmp_path):
+def test_containers_without_sizes(tmp_path):
     class Pipe:
-        """A file that cannot go back to fill sizes in."""
+        """A file that cannot seek back to fill in sizes."""
 
         def __init__(self, path):
             self._file = path.open("wb")
@@ -69,44 +70,44 @@ def test_what_does_not_say(tmp_path):
     pipe = Pipe(path)
     encode(pipe, numbered(8), "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}, format="webm")
     pipe._file.close()
-    assert is_cut(path) is None
+    assert is_truncated(path) is None
     for kind in ("h264-ts", "flv", "wmv"):
-        assert is_cut(write_kind(tmp_path, kind, count=4)) is None
+        assert is_truncated(write_kind(tmp_path, kind, count=4)) is None
     for name, content in [("text.mp4", b"hello world, this is text"), ("empty.mp4", b"")]:
         (tmp_path / name).write_bytes(content)
-        assert is_cut(tmp_path / name) is None
+        assert is_truncated(tmp_path / name) is None
 
 
-def test_a_transport_stream_is_made_of_packets(tmp_path):
+def test_transport_stream_cut_within_a_packet(tmp_path):
     path = write_kind(tmp_path, "h264-ts", count=8)
     content = path.read_bytes()
     assert len(content) % 188 == 0
     path.write_bytes(content[:-1])
-    assert is_cut(path) is True
+    assert is_truncated(path) is True
     path.write_bytes(b"".join(b"time" + content[at : at + 188] for at in range(0, len(content), 188)))
-    assert is_cut(path) is None
+    assert is_truncated(path) is None
     path.write_bytes(path.read_bytes()[:-100])
-    assert is_cut(path) is True
+    assert is_truncated(path) is True
 
 
-def test_pictures_of_a_gif_may_have_palettes_of_their_own(tmp_path):
+def test_gif_with_a_palette_per_image(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
-    pictures = [Image.fromarray(each).quantize(16 * (i + 1)) for i, each in enumerate(noise)]
-    pictures[0].save(tmp_path / "i.gif", save_all=True, append_images=pictures[1:], duration=50)
+    images = [Image.fromarray(each).quantize(16 * (i + 1)) for i, each in enumerate(noise)]
+    images[0].save(tmp_path / "i.gif", save_all=True, append_images=images[1:], duration=50)
     content = (tmp_path / "i.gif").read_bytes()
-    assert is_cut(tmp_path / "i.gif") is False
+    assert is_truncated(tmp_path / "i.gif") is False
     for length in range(13, len(content), 31):
         (tmp_path / "i.gif").write_bytes(content[:length])
-        assert is_cut(tmp_path / "i.gif") is True
+        assert is_truncated(tmp_path / "i.gif") is True
 
 
-def test_avi_of_several_chunks_and_unfinished(tmp_path):
+def test_avi_with_several_chunks_and_without_size(tmp_path):
     path = write_kind(tmp_path, "mjpeg-avi", count=4)
     content = path.read_bytes()
     more = b"RIFF" + struct.pack("<I", 16) + b"AVIX" + bytes(12)
     path.write_bytes(content + more)
-    assert is_cut(path) is False
+    assert is_truncated(path) is False
     path.write_bytes(content + more[:-1])
-    assert is_cut(path) is True
+    assert is_truncated(path) is True
     path.write_bytes(content[:4] + bytes(4) + content[8:])
-    assert is_cut(path) is None
+    assert is_truncated(path) is None

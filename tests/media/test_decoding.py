@@ -1,4 +1,4 @@
-"""Frames are exact however they are reached, and no more is read, decoded or kept than they need."""
+"""Frames are exact, whichever way they are read, and no more than necessary is read, decoded or kept."""
 
 import gc
 import itertools
@@ -10,24 +10,32 @@ import numpy as np
 import pytest
 
 from dynfocus_jax.media import decoding, video
-from dynfocus_jax.media.frame_sampling import UNIFORM, Sampling, choose_frames, choose_moments, draw, shown_at
+from dynfocus_jax.media.frame_sampling import (
+    UNIFORM,
+    Sampling,
+    choose_frames,
+    choose_times,
+    draw_positions,
+    frames_shown_at,
+)
 from dynfocus_jax.media.video import read_media, read_video
 from tests.media.videos import KINDS, REAL, container_times, content, encode, numbered, write_kind
 
 RULES = [UNIFORM, Sampling("fps", fps=3.0), Sampling("segments", pick="random")]
 LARGE = {"VideoFrame", "Packet", "ndarray", "Image"}
-WAYS = ("_read_around", "_read_near", "_read_through")
-THROUGH = {"h264-avi", "mpeg4-avi", "gif"}  # no times that can be trusted
-EITHER = {"h264-no-key-frames", "mpeg2"}  # pictures that recover bit by bit; times that libav may guess wrong
-AROUND = {kind for kind, (suffix, *_) in KINDS.items() if suffix not in ("ts", "mpg", "wmv", "flv")} - THROUGH
+READERS = ("_read_by_seeking", "_read_indexed", "_read_sequentially")
+SEQUENTIAL = {"h264-avi", "mpeg4-avi", "gif"}  # their timestamps are not reliable
+EITHER = {"h264-no-key-frames", "mpeg2"}  # gradual refresh; pts that libav may guess wrongly
+UNSEEKABLE = ("ts", "mpg", "wmv", "flv")  # suffixes; these containers do not tell whether they are truncated
+SEEKABLE = {kind for kind, (suffix, *_) in KINDS.items() if suffix not in UNSEEKABLE} - SEQUENTIAL
 
 
 @pytest.fixture
-def ways(monkeypatch):
-    """The ways that led to frames, one for each file read."""
+def used_readers(monkeypatch):
+    """Names of the functions that read the frames, one for each file read."""
     taken = []
 
-    def spied(name):
+    def spy_on(name):
         function = getattr(video, name)
 
         def spy(*arguments):
@@ -38,14 +46,14 @@ def ways(monkeypatch):
 
         return spy
 
-    for name in WAYS:
-        monkeypatch.setattr(video, name, spied(name))
+    for name in READERS:
+        monkeypatch.setattr(video, name, spy_on(name))
     return taken
 
 
 @pytest.fixture
 def packets(monkeypatch):
-    """A counter of the packets that were looked at, for whatever reason."""
+    """A counter of the packets that are read."""
     counter = [0]
     check = decoding.Deadline.check
 
@@ -57,58 +65,60 @@ def packets(monkeypatch):
     return counter
 
 
-def assert_exact(path, expected, ways, *, numbers=(1, 3, 17, 100), rules=RULES):
-    """Whatever is asked for is what decoding everything gives, to the bit."""
+def assert_exact(path, expected, used_readers, *, numbers=(1, 3, 17, 100), rules=RULES):
+    """Check that sampled frames are bitwise those of decoding the whole file."""
     times, size = expected.times, expected.frames.shape[2]
     end = times[-1] + np.median(np.diff(times))
     top = (size - expected.frames.shape[1]) // 2
     for number, rule in itertools.product(numbers, rules):
         options = {"sampling": rule, "rng": np.random.default_rng(7), "layout": "pad", "mean": (0, 0, 0)}
         clip = read_video(path, number, size=size, **options)
-        draws = draw(rule, number, np.random.default_rng(7))
-        if ways[-1] == "_read_around":
-            moments = choose_moments(times[0], end, len(times), rule, number, draws)
-            chosen = np.unique(shown_at(times, moments))
+        draws = draw_positions(rule, number, np.random.default_rng(7))
+        if used_readers[-1] == "_read_by_seeking":
+            moments = choose_times(times[0], end, len(times), rule, number, draws)
+            chosen = np.unique(frames_shown_at(times, moments))
         else:
             chosen = choose_frames(times, end, rule, number, draws)
         assert clip.indices.tolist() == chosen.tolist()
-        pictures = clip.frames[:, top : top + expected.frames.shape[1]]
-        np.testing.assert_array_equal(pictures, expected.frames[chosen])
+        images = clip.frames[:, top : top + expected.frames.shape[1]]
+        np.testing.assert_array_equal(images, expected.frames[chosen])
         np.testing.assert_allclose(clip.times, times[chosen], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_frames_are_those_of_decoding_everything(tmp_path, kind, ways):
+def test_frames_equal_those_of_decoding_the_whole_file(tmp_path, kind, used_readers):
     path = write_kind(tmp_path, kind)
-    assert_exact(path, content(path), ways)
-    if kind in THROUGH:
-        assert set(ways) == {"_read_through"}
+    assert_exact(path, content(path), used_readers)
+    if kind in SEQUENTIAL:
+        assert set(used_readers) == {"_read_sequentially"}
     elif kind in EITHER:
-        assert set(ways) <= {"_read_near", "_read_through"}
+        assert set(used_readers) <= {"_read_indexed", "_read_sequentially"}
     else:
-        assert set(ways) == {"_read_near"}
+        assert set(used_readers) == {"_read_indexed"}
 
 
-@pytest.mark.parametrize("kind", sorted(AROUND))
-def test_of_large_files_too(tmp_path, kind, ways, monkeypatch):
-    monkeypatch.setattr(video, "_LARGE", 0)
+@pytest.mark.parametrize("kind", sorted(SEEKABLE))
+def test_frames_of_large_files(tmp_path, kind, used_readers, monkeypatch):
+    monkeypatch.setattr(video, "_LARGE_FILE", 0)
     path = write_kind(tmp_path, kind)
-    assert_exact(path, content(path), ways)
-    assert set(ways) == {"_read_around"} or (kind in EITHER and "_read_around" in ways)
+    assert_exact(path, content(path), used_readers)
+    assert set(used_readers) == {"_read_by_seeking"} or (
+        kind in EITHER and "_read_by_seeking" in used_readers
+    )
 
 
 @pytest.mark.parametrize("name", ["bikes.mp4", "carphone_pristine.mp4"])
 @pytest.mark.parametrize("large", [2**30, 0])
-def test_real_videos(name, ways, monkeypatch, large):
-    monkeypatch.setattr(video, "_LARGE", large)
-    assert_exact(REAL / name, content(REAL / name), ways, numbers=(6,), rules=RULES[:2])
-    assert set(ways) == {"_read_near" if large else "_read_around"}
+def test_real_videos(name, used_readers, monkeypatch, large):
+    monkeypatch.setattr(video, "_LARGE_FILE", large)
+    assert_exact(REAL / name, content(REAL / name), used_readers, numbers=(6,), rules=RULES[:2])
+    assert set(used_readers) == {"_read_indexed" if large else "_read_by_seeking"}
 
 
 @pytest.mark.parametrize("large", [2**30, 0])
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
-def test_frames_that_last_differently(tmp_path, ways, monkeypatch, large, suffix):
-    monkeypatch.setattr(video, "_LARGE", large)
+def test_variable_frame_rate(tmp_path, used_readers, monkeypatch, large, suffix):
+    monkeypatch.setattr(video, "_LARGE_FILE", large)
     pts = np.cumsum(np.random.default_rng(3).integers(8, 400, 70)).tolist()  # milliseconds
     path = tmp_path / f"v.{suffix}"
     encode(path, numbered(70), options={"g": "12", "bf": "3"}, pts=pts)
@@ -116,24 +126,24 @@ def test_frames_that_last_differently(tmp_path, ways, monkeypatch, large, suffix
     np.testing.assert_allclose(times - times[0], np.subtract(pts, pts[0]) / 1000, atol=1e-3)
     options = {"size": 64, "layout": "pad", "mean": (0, 0, 0)}
     clip = read_video(path, 1000, sampling=Sampling("fps", fps=10.0), **options)
-    ticks = np.arange(times[0], times[-1], 0.1)
-    shown = np.unique(np.searchsorted(times, ticks + 6e-4, side="right") - 1)
-    assert len(shown) < len(times) - 5  # some frames are not shown at any tick
-    # how long the last one lasts is not known here, and the header, which says when to stop in a large file,
-    # may not count the last ones' lengths
+    steps = np.arange(times[0], times[-1], 0.1)
+    shown = np.unique(np.searchsorted(times, steps + 6e-4, side="right") - 1)
+    assert len(shown) < len(times) - 5  # some frames are not shown at any of these times
+    # The duration of the last frame is unknown here, and the header, which gives the end of a large file, may
+    # not include the last frames.
     common = min(len(shown), len(clip.times))
     assert common >= len(shown) - (0 if large else 1)
     np.testing.assert_allclose(clip.times[:common], times[shown[:common]], rtol=0, atol=1e-9)
     np.testing.assert_array_equal(clip.frames[:common, 8:56], expected.frames[shown[:common]])
-    assert set(ways) == {"_read_near" if large else "_read_around"}
+    assert set(used_readers) == {"_read_indexed" if large else "_read_by_seeking"}
 
 
-# ---- how much is done ------------------------------------------------------------------------------------
+# ---- Amount of work --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def hour(tmp_path_factory):
-    """An hour with a key frame every 30 s, 2 frames a second."""
+    """An hour of video with 2 frames per second and a key frame every 30 s."""
     path = tmp_path_factory.mktemp("hour") / "hour.mp4"
     frames = numbered(160, 32, 32)
     frames = np.broadcast_to(frames[None], (45, *frames.shape)).reshape(-1, 32, 32, 3)
@@ -142,28 +152,28 @@ def hour(tmp_path_factory):
 
 
 @pytest.mark.parametrize("large", [2**30, 0])
-def test_only_what_is_near_the_wanted_frames_is_decoded(hour, packets, monkeypatch, large):
-    monkeypatch.setattr(video, "_LARGE", large)
+def test_only_packets_near_the_wanted_frames_are_read(hour, packets, monkeypatch, large):
+    monkeypatch.setattr(video, "_LARGE_FILE", large)
     clip = read_video(hour, 4, size=32)
     assert clip.indices.tolist() == [900, 2700, 4500, 6300]
-    # each 0 to 60 frames behind its key frame; a little more because of the order of decoding
+    # Each frame is 0 to 60 frames after its key frame; reordering adds a few packets.
     passes = 1 if large else 2
     everything = 7200 if large else 0
     assert packets[0] <= everything + passes * 4 * (60 + 10)
     assert packets[0] >= everything + 4
 
 
-def test_memory_is_bounded_by_the_frames_asked_for(hour):
+def test_memory_does_not_grow_with_the_length_of_the_video(hour):
     read_video(hour, 2, size=32)
     tracemalloc.start()
     read_video(hour, 2, size=32)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 500_000  # a list of 7200 packets takes three times as much
+    assert peak < 500_000  # a list of 7200 packets takes three times as much memory
 
 
-def test_nothing_of_a_file_outlives_reading_it(tmp_path):
-    """Not even until the garbage collector comes: it counts objects, of which a large frame is one."""
+def test_no_frame_outlives_reading(tmp_path):
+    """Frames must not wait for the garbage collector, which counts objects, not their bytes."""
     paths = [write_kind(tmp_path, kind, count=12) for kind in ("h264", "h264-avi", "vp9", "gif")]
     for path in paths:
         read_media(path, 4, 32)
@@ -184,8 +194,8 @@ def test_nothing_of_a_file_outlives_reading_it(tmp_path):
     assert left == []
 
 
-def test_one_thread_decodes():
-    """Samples are read in parallel: threads of the decoder or of the colour conversion would only compete."""
+def test_decoding_uses_one_thread():
+    """Files are read in parallel, so further threads would only compete for the cores."""
     code = (
         "import os, sys; from dynfocus_jax.media.video import read_video;"
         "threads = lambda: len(os.listdir('/proc/self/task')); before = threads();"

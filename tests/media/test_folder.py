@@ -1,4 +1,4 @@
-"""Paths of annotation files: none leaves the folder of the media."""
+"""Paths from annotation files cannot leave the media folder."""
 
 import os
 from pathlib import Path
@@ -7,12 +7,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dynfocus_jax.media.folder import MediaFolder, inside
+from dynfocus_jax.media.folder import MediaFolder
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A media folder with links of every kind, and a secret beside it."""
+    """A media folder with links of every kind, beside a secret folder."""
     base = tmp_path_factory.mktemp("tree")
     (base / "secret").mkdir()
     (base / "secret" / "a.mp4").write_text("secret")
@@ -30,7 +30,7 @@ def tree(tmp_path_factory):
     os.mkfifo(root / "pipe.mp4")
     os.symlink("pipe.mp4", root / "to_pipe.mp4")
     os.symlink("/dev/zero", root / "device.mp4")
-    (base / "media2").mkdir()  # a name that begins like the folder's
+    (base / "media2").mkdir()  # its name begins with the name of the media folder
     os.symlink("../media2", root / "beside")
     return root
 
@@ -40,7 +40,7 @@ def tree(tmp_path_factory):
     ["a.mp4", "a/b.mp4", "./a//b.mp4", "in.mp4", "folder_in/b.mp4", "dangling.mp4", "no/such.mp4", "..a.mp4"],
 )
 def test_paths_inside(tree, relative):
-    assert inside(tree, relative) == tree / relative
+    assert MediaFolder(tree).file(relative) == tree / relative
 
 
 @pytest.mark.parametrize(
@@ -51,10 +51,10 @@ def test_paths_inside(tree, relative):
         ("a\0.mp4", "NUL"),
         ("/etc/passwd", "is absolute"),
         ("//etc/passwd", "is absolute"),
-        ("../../etc/passwd", r'has "\.\."'),
-        ("../media/a.mp4", r'has "\.\."'),
-        ("a/../a.mp4", r'has "\.\."'),
-        ("..", r'has "\.\."'),
+        ("../../etc/passwd", r'contains "\.\."'),
+        ("../media/a.mp4", r'contains "\.\."'),
+        ("a/../a.mp4", r'contains "\.\."'),
+        ("..", r'contains "\.\."'),
         ("./.", "names no file"),
         ("out.mp4", "is a link that leaves"),
         ("a/twice.mp4", "is a link that leaves"),
@@ -70,9 +70,9 @@ def test_paths_inside(tree, relative):
         ("a/" * 3000 + "a.mp4", "is too long"),
     ],
 )
-def test_what_is_refused(tree, relative, reason):
+def test_refused_paths(tree, relative, reason):
     with pytest.raises(ValueError, match=reason) as error:
-        inside(tree, relative)
+        MediaFolder(tree).file(relative)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 200
 
@@ -98,9 +98,9 @@ PARTS = st.sampled_from(["", ".", "..", "~", "etc", "passwd", "file:", "\0", "me
 @given(st.lists(PARTS, max_size=6).map("/".join))
 @example("folder_in/../../secret/a.mp4")
 @example("file:/etc/passwd")
-def test_what_is_accepted_stays_inside(tree, relative):
+def test_accepted_paths_are_inside(tree, relative):
     try:
-        path = inside(tree, relative)
+        path = MediaFolder(tree).file(relative)
     except ValueError:
         return
     assert path.is_absolute()
@@ -108,16 +108,16 @@ def test_what_is_accepted_stays_inside(tree, relative):
     assert not path.exists() or path.is_file()
 
 
-def test_a_relative_root_gives_absolute_paths(tree, monkeypatch):
+def test_relative_root_gives_absolute_paths(tree, monkeypatch):
     monkeypatch.chdir(tree)
-    assert inside(".", "file:x") == tree / "file:x"
+    assert MediaFolder(".").file("file:x") == tree / "file:x"
 
 
-def test_a_linked_root_is_its_target(tree, tmp_path):
+def test_root_may_be_a_link(tree, tmp_path):
     os.symlink(tree, tmp_path / "media")
-    assert inside(tmp_path / "media", "in.mp4") == tmp_path / "media" / "in.mp4"
+    assert MediaFolder(tmp_path / "media").file("in.mp4") == tmp_path / "media" / "in.mp4"
     with pytest.raises(ValueError, match="leaves"):
-        inside(tmp_path / "media", "out.mp4")
+        MediaFolder(tmp_path / "media").file("out.mp4")
 
 
 def test_has(tree):
@@ -136,7 +136,7 @@ def test_has(tree):
         assert not folder.has(missing)
 
 
-def test_a_folder_is_listed_once(tree, monkeypatch):
+def test_folders_are_listed_once(tree, monkeypatch):
     listed = []
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))

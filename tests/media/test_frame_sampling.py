@@ -1,4 +1,4 @@
-"""Which frames are chosen: against definitions written down a second time, in exact fractions."""
+"""Chosen frames, compared with independent definitions in exact fractions."""
 
 import itertools
 from fractions import Fraction
@@ -15,11 +15,11 @@ from dynfocus_jax.media.frame_sampling import (
     UNIFORM,
     Sampling,
     choose_frames,
-    choose_moments,
-    count,
-    draw,
-    sample_indices,
-    shown_at,
+    choose_times,
+    count_frames,
+    draw_positions,
+    frames_shown_at,
+    middle_indices,
 )
 
 RATES = st.sampled_from(
@@ -28,26 +28,26 @@ RATES = st.sampled_from(
 
 
 def constant(total, rate, start=0.0):
-    """Times of frames that last equally long, and the end of the last."""
+    """Return the times of frames of a constant rate, and the end of the last one."""
     return start + np.arange(total) / float(rate), start + total / float(rate)
 
 
 @settings(deadline=None, derandomize=True)
 @given(total=st.integers(1, 10_000), num_frames=st.integers(1, 300))
-def test_indices_are_the_middles_of_equal_parts(total, num_frames):
+def test_middle_indices(total, num_frames):
     count = min(total, num_frames)
     expected = [floor((i + Fraction(1, 2)) * total / count) for i in range(count)]
-    assert sample_indices(total, num_frames).tolist() == expected
+    assert middle_indices(total, num_frames).tolist() == expected
     assert all(a < b for a, b in itertools.pairwise(expected))
 
 
 @settings(deadline=None, derandomize=True)
 @given(total=st.integers(1, 5000), rate=RATES, limit=st.integers(1, 300), start=st.sampled_from([0.0, 7.3]))
-def test_moments_show_the_frames_that_are_chosen_by_number(total, rate, limit, start):
+def test_chosen_times_show_the_chosen_frames(total, rate, limit, start):
     times, end = constant(total, rate, start)
     chosen = choose_frames(times, end, UNIFORM, limit)
-    assert chosen.tolist() == sample_indices(total, limit).tolist()
-    shown = shown_at(times, choose_moments(start, end, total, UNIFORM, limit))
+    assert chosen.tolist() == middle_indices(total, limit).tolist()
+    shown = frames_shown_at(times, choose_times(start, end, total, UNIFORM, limit))
     parts = min(total, limit)
     for part, (number, frame) in enumerate(zip(chosen, shown, strict=True)):
         until_next = (number + 1 - (part + Fraction(1, 2)) * total / parts) / rate  # seconds
@@ -58,70 +58,72 @@ def test_moments_show_the_frames_that_are_chosen_by_number(total, rate, limit, s
 @given(
     total=st.integers(1, 3000), rate=RATES, fps=st.sampled_from([Fraction(1, 2), Fraction(1), Fraction(4)])
 )
-def test_fps_takes_the_frame_shown_at_each_tick(total, rate, fps):
+def test_fps_chooses_the_frame_shown_at_each_step(total, rate, fps):
     times, end = constant(total, rate)
-    clock = Fraction(6, 10_000)  # the frame that begins within half a millisecond counts as begun
+    clock = Fraction(6, 10_000)  # a frame that begins within this time counts as begun
     ticks = max(1, ceil((total / rate - clock) * fps))
     expected = {min(total - 1, floor((tick / fps + clock) * rate)) for tick in range(ticks)}
     chosen = choose_frames(times, end, Sampling("fps", float(fps), cap=99_999), limit=99_999).tolist()
     assert chosen == sorted(expected)
 
 
-def test_above_the_cap_uniform_ones_stay():
-    """The published rule: 1 frame a second, of more than 2000 frames 200 uniform ones."""
+def test_above_the_cap_evenly_spaced_frames_are_kept():
+    """The published rule: 1 frame per second, or 200 evenly spaced ones if these are more than 2000."""
     rule = Sampling("fps", fps=1.0, cap=2000, above=200)
-    for seconds, expected in [(2000, range(2000)), (2001, sample_indices(2001, 200))]:
+    for seconds, expected in [(2000, range(2000)), (2001, middle_indices(2001, 200))]:
         times, end = constant(seconds * 2, 2)
         chosen = choose_frames(times, end, rule, limit=5000)
         assert chosen.tolist() == [2 * second for second in expected]
-        moments = choose_moments(0.0, end, len(times), rule, limit=5000)
-        assert shown_at(times, moments).tolist() == chosen.tolist()
-    # less room than the rule wants: the middles of equal parts of what it chose
+        moments = choose_times(0.0, end, len(times), rule, limit=5000)
+        assert frames_shown_at(times, moments).tolist() == chosen.tolist()
+    # With a lower limit, the middles of equal parts of the chosen frames are kept.
     times, end = constant(100, 2)
     assert choose_frames(times, end, rule, limit=5).tolist() == [2 * second for second in (5, 15, 25, 35, 45)]
 
 
-def test_frames_of_varying_length():
-    times, end = np.array([0.0, 0.1, 0.2, 5.0, 5.04]), 9.0  # slides that stay for a while
-    assert choose_frames(times, end, Sampling("fps"), 100).tolist() == [0, 2, 3, 4]  # 1 to 4 s show the third
+def test_variable_frame_rate():
+    times, end = np.array([0.0, 0.1, 0.2, 5.0, 5.04]), 9.0  # a slide show
+    assert choose_frames(times, end, Sampling("fps"), 100).tolist() == [0, 2, 3, 4]  # at 1 to 4 s: frame 2
     assert choose_frames(times, end, UNIFORM, 3).tolist() == [0, 2, 4]
-    moments = choose_moments(0.0, end, len(times), UNIFORM, 3)
+    moments = choose_times(0.0, end, len(times), UNIFORM, 3)
     assert moments.tolist() == [1.5, 4.5, 7.5]
-    assert shown_at(times, moments).tolist() == [2, 2, 4]
+    assert frames_shown_at(times, moments).tolist() == [2, 2, 4]
 
 
 @settings(deadline=None, derandomize=True)
 @given(total=st.integers(1, 500), limit=st.integers(1, 64), seed=st.integers(0, 5))
-def test_a_random_frame_of_each_segment(total, limit, seed):
+def test_random_frame_of_each_segment(total, limit, seed):
     times, end = constant(total, 25)
     rule = Sampling("segments", pick="random")
-    draws = draw(rule, limit, np.random.default_rng(seed))
+    draws = draw_positions(rule, limit, np.random.default_rng(seed))
     chosen = choose_frames(times, end, rule, limit, draws).tolist()
     parts = min(total, limit)
     edges = [part * total // parts for part in range(parts + 1)]
     for frame, number, (first, after) in zip(chosen, draws, itertools.pairwise(edges), strict=False):
         assert frame == first + floor(number * (after - first)) < after
     assert len(set(chosen)) == parts
-    moments = choose_moments(0.0, end, total, rule, limit, draws)
+    moments = choose_times(0.0, end, total, rule, limit, draws)
     for part, (moment, number) in enumerate(zip(moments, draws, strict=False)):
         assert moment == pytest.approx((part + number) * end / parts)
     assert (
         choose_frames(times, end, Sampling("segments"), limit).tolist()
-        == sample_indices(total, limit).tolist()
+        == middle_indices(total, limit).tolist()
     )
 
 
-def test_random_moments_differ_by_the_generator_only():
+def test_random_frames_depend_only_on_the_generator():
     times, end = constant(1000, 25)
     rule = Sampling("segments", pick="random")
 
     def choose(seed):
-        return choose_frames(times, end, rule, 8, draw(rule, 8, np.random.default_rng(seed))).tolist()
+        return choose_frames(
+            times, end, rule, 8, draw_positions(rule, 8, np.random.default_rng(seed))
+        ).tolist()
 
     assert choose(1) == choose(1) != choose(2)
-    assert draw(UNIFORM, 8, None) is None
+    assert draw_positions(UNIFORM, 8, None) is None
     with pytest.raises(ValueError, match="pass a generator"):
-        draw(rule, 8, None)
+        draw_positions(rule, 8, None)
 
 
 @settings(deadline=None, derandomize=True)
@@ -132,22 +134,22 @@ def test_random_moments_differ_by_the_generator_only():
     kind=st.sampled_from(["uniform", "fps", "segments"]),
     fps=st.sampled_from([0.3, 1.0, 2.0]),
 )
-def test_count_is_what_reading_gives(total, rate, limit, kind, fps):
+def test_count_equals_the_number_of_chosen_frames(total, rate, limit, kind, fps):
     times, end = constant(total, rate)
     rule = Sampling(kind, fps=fps, cap=50, above=20)
     info = SimpleNamespace(modality="video", frames=total, duration=end)
-    assert count(info, rule, limit) == len(choose_frames(times, end, rule, limit))
+    assert count_frames(info, rule, limit) == len(choose_frames(times, end, rule, limit))
 
 
-def test_count_of_a_span_and_of_an_image():
+def test_count_with_a_span_and_of_an_image():
     info = SimpleNamespace(modality="video", frames=250, duration=10.0)
-    assert count(info, UNIFORM, 1000, span=(2.0, 4.0)) == 50
-    assert count(info, Sampling("fps"), 1000, span=(2.0, 40.0)) == 8
-    assert count(info, UNIFORM, 1000, span=(20.0, 40.0)) == 1
-    assert count(SimpleNamespace(modality="image", frames=1, duration=0.0), Sampling("fps"), 8) == 1
+    assert count_frames(info, UNIFORM, 1000, span=(2.0, 4.0)) == 50
+    assert count_frames(info, Sampling("fps"), 1000, span=(2.0, 40.0)) == 8
+    assert count_frames(info, UNIFORM, 1000, span=(20.0, 40.0)) == 1
+    assert count_frames(SimpleNamespace(modality="image", frames=1, duration=0.0), Sampling("fps"), 8) == 1
 
 
-def test_the_section_of_the_configuration():
+def test_from_config():
     section = default_config().data.sampling
     assert Sampling.from_config(section) == UNIFORM
     section.update({"kind": "fps", "fps": 2.0, "cap": 10, "above": 3})

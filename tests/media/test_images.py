@@ -1,4 +1,4 @@
-"""Images: every mode that files have, made upright and square; what is no image is refused."""
+"""Images of every mode become RGB, upright and square; other files are refused."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from dynfocus_jax.errors import MediaError
-from dynfocus_jax.media.images import LAYOUTS, fit, image_header, read_image
+from dynfocus_jax.media.images import LAYOUTS, fit_to_square, read_image, read_image_header
 
 SIZE = 48
 
@@ -33,7 +33,7 @@ def save(path, image, **options):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
-def test_image_is_turned_upright(tmp_path, orientation, suffix):
+def test_images_are_turned_upright(tmp_path, orientation, suffix):
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"quality": 95} if suffix == "jpg" else {"lossless": True} if suffix == "webp" else {}
@@ -41,14 +41,14 @@ def test_image_is_turned_upright(tmp_path, orientation, suffix):
     with Image.open(path) as stored:
         assert stored.getexif()[0x0112] == orientation
         expected = ImageOps.exif_transpose(stored).convert("RGB")
-    assert image_header(path).size == expected.size == ((60, 48) if orientation < 5 else (48, 60))
-    np.testing.assert_array_equal(read_image(path, size=SIZE), np.asarray(fit(expected, SIZE)))
+    assert read_image_header(path).size == expected.size == ((60, 48) if orientation < 5 else (48, 60))
+    np.testing.assert_array_equal(read_image(path, size=SIZE), np.asarray(fit_to_square(expected, SIZE)))
 
 
 @pytest.mark.parametrize(
     "damage", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\0\x01", b"Exif\0\0"]
 )
-def test_damaged_exif_is_no_reason_to_refuse_a_picture(tmp_path, damage):
+def test_damaged_exif_is_ignored(tmp_path, damage):
     image = Image.fromarray(noise(SIZE, SIZE, 3))
     path = save(tmp_path / "i.jpg", image, quality=95, exif=damage)
     plain = save(tmp_path / "plain.jpg", image, quality=95)
@@ -56,7 +56,7 @@ def test_damaged_exif_is_no_reason_to_refuse_a_picture(tmp_path, damage):
 
 
 def modes():
-    """Images of every mode, each with the RGB values that it should become, [H, W, 3]."""
+    """Return {mode: (image, expected RGB values [H, W, 3], tolerance)}."""
     grey, rgb, alpha = noise(SIZE, SIZE), noise(SIZE, SIZE, 3, seed=1), noise(SIZE, SIZE, seed=2)
     as_grey = np.repeat(grey[..., None], 3, -1)
     palette = Image.fromarray(rgb).quantize(32)
@@ -91,14 +91,14 @@ def test_transparent_palette_keeps_its_colours(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_of_16_bits_the_upper_8_are_kept(tmp_path, suffix):
+def test_upper_8_of_16_bits_are_kept(tmp_path, suffix):
     deep = noise(SIZE, SIZE, dtype=np.uint16)
     path = save(tmp_path / f"i.{suffix}", Image.fromarray(deep))
     expected = np.repeat((deep >> 8).astype(np.uint8)[..., None], 3, -1)
     np.testing.assert_array_equal(read_image(path, size=SIZE), expected)
 
 
-def test_16_bit_colours(tmp_path):
+def test_16_bit_rgb(tmp_path):
     deep = noise(SIZE, SIZE, 3, dtype=np.uint16)
 
     def chunk(kind, data):
@@ -119,9 +119,9 @@ def test_16_bit_colours(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.random.default_rng(0).random((SIZE, SIZE), np.float32), "fractions"),
-        (np.full((SIZE, SIZE), 70_000, np.int32), "not those of 16 bits"),
-        (np.full((SIZE, SIZE), -1, np.int32), "not those of 16 bits"),
+        (np.random.default_rng(0).random((SIZE, SIZE), np.float32), "floating-point"),
+        (np.full((SIZE, SIZE), 70_000, np.int32), "expected 16 bits"),
+        (np.full((SIZE, SIZE), -1, np.int32), "expected 16 bits"),
     ],
 )
 def test_values_of_unknown_scale_are_refused(tmp_path, values, message):
@@ -130,7 +130,7 @@ def test_values_of_unknown_scale_are_refused(tmp_path, values, message):
         read_image(path, size=SIZE)
 
 
-# ---- the square ------------------------------------------------------------------------------------------
+# ---- The square ------------------------------------------------------------------------------------------
 
 ODD_SIZES = [
     (224, 224),
@@ -146,8 +146,8 @@ ODD_SIZES = [
 
 
 @pytest.mark.parametrize(("width", "height"), ODD_SIZES)
-def test_pad_is_the_squares_of_llava(width, height):
-    """expand2square of LLaVA's mm_utils, in numpy; then scaled as CLIP does it."""
+def test_pad_equals_llava(width, height):
+    """expand2square of LLaVA's mm_utils in NumPy, then CLIP's scaling."""
     image, mean = smooth(width, height), (0.48145466, 0.4578275, 0.40821073)
     side = max(width, height)
     square = np.empty((side, side, 3), np.uint8)
@@ -155,23 +155,23 @@ def test_pad_is_the_squares_of_llava(width, height):
     top, left = (side - height) // 2, (side - width) // 2
     square[top : top + height, left : left + width] = np.asarray(image)
     expected = Image.fromarray(square).resize((64, 64), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(np.asarray(fit(image, 64, "pad", mean)), np.asarray(expected))
+    np.testing.assert_array_equal(np.asarray(fit_to_square(image, 64, "pad", mean)), np.asarray(expected))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_square_of_the_right_size_stays_as_it_is(layout):
+def test_square_of_the_right_size_is_unchanged(layout):
     image = Image.fromarray(noise(SIZE, SIZE, 3))
-    np.testing.assert_array_equal(np.asarray(fit(image, SIZE, layout)), np.asarray(image))
+    np.testing.assert_array_equal(np.asarray(fit_to_square(image, SIZE, layout)), np.asarray(image))
 
 
 @pytest.mark.parametrize(("width", "height"), [(40_000, 4), (4, 40_000)])
-def test_only_what_stays_of_a_strip_is_computed(width, height):
-    """Scaled as a whole it would have 2.24 million x 224 pixels; its centre is what a piece of it gives."""
+def test_only_the_kept_part_of_a_strip_is_scaled(width, height):
+    """The whole strip, scaled, would have 2.24 million x 224 pixels. A piece of it has the same centre."""
     strip = smooth(width, height)
     left, top = max(0, width // 2 - 8), max(0, height // 2 - 8)
     piece = strip.crop((left, top, min(width, left + 16), min(height, top + 16)))
-    expected = np.asarray(fit(piece, 224)).astype(int)
-    difference = np.abs(np.asarray(fit(strip, 224)) - expected)
+    expected = np.asarray(fit_to_square(piece, 224)).astype(int)
+    difference = np.abs(np.asarray(fit_to_square(strip, 224)) - expected)
     assert difference[40:-40, 40:-40].max() <= 2
     assert expected.std() > 1
 
@@ -179,20 +179,20 @@ def test_only_what_stays_of_a_strip_is_computed(width, height):
 def test_too_many_pixels_are_refused(tmp_path):
     strip = save(tmp_path / "i.png", Image.new("RGB", (20_000, 4)))
     assert read_image(strip, size=SIZE).shape == (SIZE, SIZE, 3)
-    with pytest.raises(MediaError, match="20000 x 20000 pixels, more than"):
+    with pytest.raises(MediaError, match="20000 x 20000 pixels after padding, expected at most"):
         read_image(strip, size=SIZE, layout="pad")
     bomb = save(tmp_path / "bomb.png", Image.new("1", (20_000, 20_000)))
     with pytest.raises(MediaError, match=r"bomb\.png: not a readable image"):
         read_image(bomb, size=SIZE)
 
 
-# ---- what is no image ------------------------------------------------------------------------------------
+# ---- Unreadable files ------------------------------------------------------------------------------------
 
 
 def test_missing_and_unreadable_files(tmp_path):
     (tmp_path / "text.png").write_bytes(b"not an image\n" * 50)
     (tmp_path / "empty.png").write_bytes(b"")
-    for read in (lambda path: read_image(path, size=SIZE), image_header):
+    for read in (lambda path: read_image(path, size=SIZE), read_image_header):
         for name, message in [
             ("none.png", "no such file"),
             ("text.png", "not a readable"),

@@ -1,4 +1,4 @@
-"""Subtitles: both formats as they are found, and every subtitle at one frame."""
+"""Subtitles: both formats with the variations that occur, assignment to frames, tokenization."""
 
 import contextlib
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynfocus_jax.errors import MediaError
-from dynfocus_jax.media.subtitles import Subtitle, between, interleave, read_subtitles
+from dynfocus_jax.media.subtitles import Subtitle, assign_subtitles, read_subtitles, tokenize_subtitles
 
 SRT = """1
 00:00:01,000 --> 00:00:02,500
@@ -73,14 +73,14 @@ def test_both_formats(tmp_path, text, expected, newline, encoding):
         ("", []),
         ("\n\n\n", []),
         ("WEBVTT\n", []),
-        # no empty line between two, none at the end, and one within the text
+        # no empty line between subtitles, no newline at the end, an empty line within a text
         ("1\n0:0:1,0 --> 0:0:2,0\na\n2\n0:0:3,0 --> 0:0:4,0\nb\n\nc", [(1, 2, "a"), (3, 4, "b c")]),
-        # out of order; over before it begins; digits that are the words
+        # not in order; the end before the start; a text of digits
         ("00:05.0 --> 00:04.0\n77\n\n00:01.0 --> 00:02.0\n2\n", [(1, 2, "2"), (5, 5, "77")]),
         ("1\n00:00:01,05 --> 00:00:02,5\nx", [(1.05, 2.5, "x")]),
     ],
 )
-def test_how_they_are_found(tmp_path, text, expected):
+def test_variations_of_the_formats(tmp_path, text, expected):
     (tmp_path / "s.srt").write_text(text, encoding="utf-8")
     assert read_subtitles(tmp_path / "s.srt") == [Subtitle(*each) for each in expected]
 
@@ -94,12 +94,15 @@ def test_other_encodings(tmp_path):
     ("content", "message"),
     [
         (b"just some text\nwithout times\n", "'just some text' has no timing"),
-        (b"1\n00:00:01,000 -> 00:00:02,000\nx\n", "line 2 is no timing"),
-        (b"1\n00:00:01,000 --> 00:00:02,000\nx\n\n2\n00:00:0x --> 00:00:03,000\ny\n", "no timing|line 6"),
+        (b"1\n00:00:01,000 -> 00:00:02,000\nx\n", "line 2: invalid timing"),
+        (
+            b"1\n00:00:01,000 --> 00:00:02,000\nx\n\n2\n00:00:0x --> 00:00:03,000\ny\n",
+            "no timing|line 6: invalid timing",
+        ),
         (b"words\n\n00:00:01,000 --> 00:00:02,000\nx\n", "'words' has no timing"),
     ],
 )
-def test_what_is_no_subtitle_is_refused(tmp_path, content, message):
+def test_invalid_files_are_refused(tmp_path, content, message):
     (tmp_path / "s.srt").write_bytes(content)
     with pytest.raises(MediaError, match=message) as error:
         read_subtitles(tmp_path / "s.srt")
@@ -120,61 +123,61 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, content):
         read_subtitles(path)
 
 
-def test_each_at_the_frame_that_shows_it():
+def test_each_belongs_to_the_frame_that_shows_it():
     subtitles = [
-        Subtitle(0.0, 4.0, "over before the first frame"),
+        Subtitle(0.0, 4.0, "ends before the first frame"),
         Subtitle(4.0, 6.0, "at the first"),
-        Subtitle(5.0, 5.0, "no time, at the first"),
+        Subtitle(5.0, 5.0, "without duration, at the first"),
         Subtitle(6.0, 9.0, "between the first and the second"),
         Subtitle(9.0, 21.0, "at the second and the third"),
-        Subtitle(15.0, 15.0, "no time, at the second"),
+        Subtitle(15.0, 15.0, "without duration, at the second"),
         Subtitle(24.0, 26.0, "at the last"),
         Subtitle(90.0, 99.0, "after the last"),
     ]
-    texts = [[each.text for each in frame] for frame in between(subtitles, [5.0, 15.0, 20.0, 25.0])]
+    texts = [[each.text for each in frame] for frame in assign_subtitles(subtitles, [5.0, 15.0, 20.0, 25.0])]
     assert texts == [
         [
-            "over before the first frame",
+            "ends before the first frame",
             "at the first",
-            "no time, at the first",
+            "without duration, at the first",
             "between the first and the second",
         ],
-        ["at the second and the third", "no time, at the second"],
+        ["at the second and the third", "without duration, at the second"],
         [],
         ["at the last", "after the last"],
     ]
 
 
-def test_only_those_of_the_span():
+def test_span():
     subtitles = [Subtitle(float(i), i + 1.0, str(i)) for i in range(10)]
-    frames = between(subtitles, [3.5, 5.5], span=(3.0, 6.5))
+    frames = assign_subtitles(subtitles, [3.5, 5.5], span=(3.0, 6.5))
     assert [[each.text for each in frame] for frame in frames] == [["3", "4"], ["5", "6"]]
-    assert between(subtitles, []) == []
+    assert assign_subtitles(subtitles, []) == []
 
 
 def encode(text):
-    """A token a letter; a space is a letter."""
+    """Return one token per character."""
     return list(map(ord, text))
 
 
-def test_the_words_of_a_frame_are_one_text():
+def test_subtitles_of_a_frame_are_one_text():
     frames = [[Subtitle(0, 1, "ab"), Subtitle(1, 2, "c")], [], [Subtitle(5, 6, "de")]]
-    tokens, places, kept = interleave(frames, encode, 6)
+    tokens, places, kept = tokenize_subtitles(frames, encode, 6)
     assert ("".join(map(chr, tokens)), places, kept) == ("ab cde", [0, 0, 0, 0, 2, 2], 3)
-    assert interleave([[], []], encode, 0) == ([], [], 0)
-    assert interleave([], encode, 3) == ([], [], 0)
+    assert tokenize_subtitles([[], []], encode, 0) == ([], [], 0)
+    assert tokenize_subtitles([], encode, 3) == ([], [], 0)
 
 
-def test_what_is_too_much_is_left_out_whole_and_evenly():
+def test_whole_subtitles_are_dropped_evenly():
     frames = [[Subtitle(i, i + 1, chr(97 + i) * 2)] for i in range(9)]
     for room in range(18, -1, -1):
-        tokens, places, kept = interleave(frames, encode, room)
-        assert kept == room // 2  # two letters each
+        tokens, places, kept = tokenize_subtitles(frames, encode, room)
+        assert kept == room // 2  # two characters each
         chosen = places[::2]
         assert "".join(map(chr, tokens)) == "".join(chr(97 + i) * 2 for i in chosen)
         gaps = np.diff([-1, *chosen, 9])
-        assert kept == 0 or gaps.max() <= -(-9 // kept) + 1  # nowhere much more than elsewhere
-    assert interleave([[Subtitle(0, 1, "long")]], encode, 3) == ([], [], 0)
+        assert kept == 0 or gaps.max() <= -(-9 // kept) + 1  # the gaps are about equal
+    assert tokenize_subtitles([[Subtitle(0, 1, "long")]], encode, 3) == ([], [], 0)
 
 
 @settings(deadline=None, derandomize=True)
@@ -182,9 +185,9 @@ def test_what_is_too_much_is_left_out_whole_and_evenly():
     starts=st.lists(st.tuples(st.floats(0, 100), st.floats(0, 30)), max_size=30),
     times=st.lists(st.floats(0, 100), min_size=1, max_size=20, unique=True).map(sorted),
 )
-def test_every_subtitle_is_in_one_interval_in_order(starts, times):
+def test_every_subtitle_belongs_to_one_frame_in_order(starts, times):
     subtitles = [Subtitle(start, start + length, str(i)) for i, (start, length) in enumerate(starts)]
-    frames = between(subtitles, times)
+    frames = assign_subtitles(subtitles, times)
     assert len(frames) == len(times)
     assert sorted(each for frame in frames for each in frame) == sorted(subtitles)
     for i, frame in enumerate(frames):
@@ -193,5 +196,5 @@ def test_every_subtitle_is_in_one_interval_in_order(starts, times):
             shown = [j for j, time in enumerate(times) if each.start <= time < each.end]
             if shown:
                 assert i == shown[0]
-            else:  # in the interval that holds all of it
+            else:  # the last frame before it
                 assert i == max(0, np.searchsorted(times, each.start, side="right") - 1)

@@ -1,4 +1,4 @@
-"""Reading media: which frames, how they are fitted, and an error for everything that is not whole."""
+"""Reading media: frame numbers and times, cropping, and errors for incomplete or damaged files."""
 
 import av
 import numpy as np
@@ -10,7 +10,7 @@ from dynfocus_jax.media.video import read_media, read_video
 
 
 def numbered_frames(count, height=48, width=48):
-    """Frame i is uniformly grey at level 8 * i."""
+    """Return frames of which frame i is uniformly grey at level 8 * i."""
     return np.broadcast_to(
         (8 * np.arange(count, dtype=np.uint8))[:, None, None, None], (count, height, width, 3)
     )
@@ -33,7 +33,7 @@ def write(path, frames, codec="libx264", pix_fmt="yuv420p", **options):
     ("count", "num_frames", "expected"),
     [(5, 5, [0, 1, 2, 3, 4]), (5, 16, [0, 1, 2, 3, 4]), (20, 4, [2, 7, 12, 17]), (7, 2, [1, 5]), (1, 1, [0])],
 )
-def test_frames_read_are_the_frames_of_their_indices(tmp_path, count, num_frames, expected):
+def test_frames_have_the_returned_indices(tmp_path, count, num_frames, expected):
     write_video(tmp_path / "v.mp4", numbered_frames(count))
     clip = read_video(tmp_path / "v.mp4", num_frames, size=48)
     assert clip.indices.tolist() == expected
@@ -42,11 +42,11 @@ def test_frames_read_are_the_frames_of_their_indices(tmp_path, count, num_frames
     assert (clip.frames.dtype, clip.times.dtype) == (np.uint8, np.float64)
 
 
-def test_frames_reordered_by_the_codec_come_in_order_of_time(tmp_path):
+def test_reordered_frames_are_returned_in_order_of_time(tmp_path):
     write_video(tmp_path / "v.mp4", numbered_frames(30), {"bf": "3", "b_strategy": "0", "crf": "5"})
     with av.open(str(tmp_path / "v.mp4")) as container:
-        stamps = [packet.pts for packet in container.demux() if packet.size]
-    assert stamps != sorted(stamps)  # the case is what it claims to be
+        pts = [packet.pts for packet in container.demux() if packet.size]
+    assert pts != sorted(pts)  # the codec did reorder the frames
     clip = read_video(tmp_path / "v.mp4", 30, size=48)
     assert np.round(clip.frames.mean((1, 2, 3)) / 8).tolist() == list(range(30))
 
@@ -86,7 +86,7 @@ def test_truncated_files_are_refused(tmp_path, suffix, codec, options):
 
 
 @pytest.mark.parametrize("cut", [300, 600, 4000])
-def test_a_cut_that_the_decoder_would_not_notice_is_refused(tmp_path, cut):
+def test_truncation_that_the_decoder_does_not_report_is_refused(tmp_path, cut):
     write(tmp_path / "v.avi", noisy_frames(10), "mjpeg", "yuvj420p")
     content = (tmp_path / "v.avi").read_bytes()
     (tmp_path / "v.avi").write_bytes(content[:-cut])
@@ -100,21 +100,21 @@ def test_a_cut_that_the_decoder_would_not_notice_is_refused(tmp_path, cut):
 def test_damaged_frames_are_refused(tmp_path, start):
     write_video(tmp_path / "v.mp4", noisy_frames())
     content = bytearray((tmp_path / "v.mp4").read_bytes())
-    content[start : start + 4096] = bytes(4096)  # a block that was never written
+    content[start : start + 4096] = bytes(4096)  # as if a block of the disk had never been written
     (tmp_path / "v.mp4").write_bytes(bytes(content))
     with pytest.raises(MediaError, match=r"v\.mp4: .*(damaged|not a readable video)"):
         read_video(tmp_path / "v.mp4", 8, size=48)
 
 
-def test_files_that_are_no_media(tmp_path):
-    playlist = b"ffconcat version 1.0\nfile whole.mp4\n"  # would make the reader open another file
+def test_files_that_are_not_media(tmp_path):
+    playlist = b"ffconcat version 1.0\nfile whole.mp4\n"  # libav would open another file
     write_video(tmp_path / "whole.mp4", noisy_frames(3))
     for name, content, message in [
         ("text.mp4", b"not a video\n" * 50, "not a readable video"),
         ("empty.mp4", b"", "not a readable video"),
         ("list.mp4", playlist, "not a readable video"),
         ("text.png", b"not an image\n" * 50, "not a readable image"),
-        ("notes.txt", b"hello", "unknown kind of file '.txt'"),
+        ("notes.txt", b"hello", "unknown file type '.txt'"),
     ]:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(MediaError, match=message) as error:
@@ -126,7 +126,7 @@ def test_files_that_are_no_media(tmp_path):
             read_media(tmp_path / name, 4, 48)
 
 
-def test_sound_without_pictures_is_refused(tmp_path):
+def test_audio_without_video_is_refused(tmp_path):
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=16000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")

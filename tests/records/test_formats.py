@@ -203,7 +203,7 @@ def test_videochat2(tmp_path):
         (5, "w.mp4", 'field "QA" is missing or not a list of turns'),
         (6, "w.mp4", 'field "QA[0].a" is missing or not a string'),
         (7, "w.mp4", 'field "QA[0]" is a list, expected an object'),
-        (8, "../w.mp4", 'field "video": path \'../w.mp4\' has "..", which could leave the media folder'),
+        (8, "../w.mp4", 'field "video": path \'../w.mp4\' contains "..", which could leave the media folder'),
     ]
 
 

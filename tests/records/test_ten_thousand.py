@@ -34,7 +34,7 @@ BROKEN = {  # kind -> what its reason says
     "empty.mp4": "not a readable video",
     "truncated.mp4": "truncated",
     "text.mp4": "not a readable video",
-    "sound.xyz": "unknown kind",
+    "sound.xyz": "unknown file type",
 }
 
 
