@@ -19,7 +19,7 @@ from dynfocus_jax.extract import extract_features
 from dynfocus_jax.features.store import Key, key_of, read_index
 from dynfocus_jax.parallel.sharding import place
 from dynfocus_jax.parameters import init_params, sharded_shapes
-from dynfocus_jax.planning.steps import train_step
+from dynfocus_jax.planning.planned_steps import planned_train_step
 from dynfocus_jax.records.mixture import Mixture
 from dynfocus_jax.records.records import Record, read_records
 from dynfocus_jax.training.checkpoints import read_params, save_params
@@ -181,13 +181,13 @@ def test_a_batch_of_features_is_not_run_through_the_tower(config, extracted):
     """The planned step has the features as its argument, and no program for the tower."""
     config.data.features = str(extracted["float32"])
     mesh = mesh_of()
-    step = train_step(config, 1, mesh)
+    step = planned_train_step(config, 1, mesh)
     _, batch = step.arguments
     assert batch.frames.shape == (4, 8, 16, 16)
     assert batch.frames.dtype == np.float32
     with_features = step.function.lower(*step.arguments).as_text()
     config.data.features = None
-    step = train_step(config, 1, mesh)
+    step = planned_train_step(config, 1, mesh)
     assert step.arguments[1].frames.shape == (4, 8, 16, 16, 3)
     without = step.function.lower(*step.arguments).as_text()
     assert "tensor<4x8x16x16x3xui8>" in without
