@@ -10,7 +10,7 @@ _PACKAGE = Path(__file__).parent
 
 
 def code_version() -> dict[str, str | None]:
-    """Return a digest of the "source" files, the "commit" (None outside of a checkout) and "jax"'s version."""
+    """Return a digest of the "source", the "commit" (None outside of a checkout) and the version of "jax"."""
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
         digest.update(str(path.relative_to(_PACKAGE)).encode() + b"\0" + path.read_bytes())
