@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script: tha
 from benchmarks.connector import peak_memory, processor, seconds
 from dynfocus_jax.config import default_config
 from dynfocus_jax.errors import RunError, UserError
-from dynfocus_jax.weights.files import Source
+from dynfocus_jax.weights.files import WeightSource
 
 # Part -> family of its published names, and its batch: number of frames or texts
 FAMILIES = {"vision": "instruct_blip_vision", "text_encoder": "qformer_instruct_blip", "language": "llama"}
@@ -80,7 +80,7 @@ def random_weight(name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return uniform(rng, shape, 1 / 32, dtype=dtype)
 
 
-class RandomWeights(Source):
+class RandomWeights(WeightSource):
     """Random weights of published names {name: shape}, each drawn when it is read."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: str):
@@ -267,7 +267,7 @@ def ours(options: argparse.Namespace, part: str, published: dict[str, tuple[int,
     from dynfocus_jax.models.llama import Llama
     from dynfocus_jax.models.qformer import QFormer
     from dynfocus_jax.models.vit import VisionTransformer
-    from dynfocus_jax.weights import merge
+    from dynfocus_jax.weights.merge import load_part
 
     model = model_section(options)
     types = {"dtype": options.dtype, "param_dtype": options.dtype}
@@ -299,10 +299,10 @@ def ours(options: argparse.Namespace, part: str, published: dict[str, tuple[int,
     def make_params():
         weights = RandomWeights(published, options.dtype)
         quiet = {"say": lambda line: None}
-        flat = trees.flatten(merge.load(weights, FAMILIES[part], shapes, **quiet))
+        flat = trees.flatten(load_part(weights, shapes, FAMILIES[part], **quiet))
         if part == "text_encoder":
             name = "query_projection"
-            flat |= trees.flatten({name: merge.load(weights, name, shapes[name], **quiet)})
+            flat |= trees.flatten({name: load_part(weights, shapes[name], name, **quiet)})
         # Leaf by leaf, so that each leaves host memory once it is on the device.
         placed = {path: jax.block_until_ready(jax.device_put(flat.pop(path))) for path in list(flat)}
         return trees.unflatten(placed)

@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.common import eva_vicuna_7b
 from dynfocus_jax import trees
-from dynfocus_jax.weights import merge
+from dynfocus_jax.weights.conversion import abstract_params
 from dynfocus_jax.weights.export import write_safetensors
 from dynfocus_jax.weights.files import open_weights
-from dynfocus_jax.weights.parts import abstract_params
+from dynfocus_jax.weights.merge import published_arrays
 from dynfocus_jax.weights.tables import FAMILIES
 
 CONFIG = "configs/align_7b.py"
@@ -48,7 +48,7 @@ def write_random(folder: Path, shard_bytes: int) -> int:
 
     params = {path: random(np.prod(leaf.shape)).reshape(leaf.shape) for path, leaf in shapes.items()}
     folder.mkdir(parents=True)
-    arrays = merge.export(trees.unflatten(params), FAMILIES["llama"])
+    arrays = published_arrays(trees.unflatten(params), FAMILIES["llama"])
     write_safetensors(folder, arrays, shard_bytes)
     return sum(array.nbytes for array in arrays.values())
 

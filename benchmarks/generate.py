@@ -38,7 +38,7 @@ from dynfocus_jax.serving.requests import Request
 from dynfocus_jax.text.conversation import TEMPLATES, encode_prompt
 from dynfocus_jax.text.tokenizer_files import read_tokenizer
 from dynfocus_jax.video_language_model import build_model, make_init
-from dynfocus_jax.weights.merge import load
+from dynfocus_jax.weights.merge import load_part
 
 _BATCHES = flags.DEFINE_list("batches", ["1", "4", "16"], "Answers at a time.")
 _NEW_TOKENS = flags.DEFINE_integer("new_tokens", 48, "Tokens of an answer; none of them ends before.")
@@ -63,7 +63,7 @@ def our_engine(config) -> Engine:
     shapes = jax.eval_shape(make_init(build_model(config)), jax.random.key(0))
     zeros = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in shapes.items()}
     language = trees.unflatten({path: shapes[path] for path in shapes if path.startswith("language/")})
-    loaded = load(Path(config.weights.language), target=language["language"])
+    loaded = load_part(Path(config.weights.language), language["language"])
     params = trees.unflatten(zeros) | {"language": loaded}
     return Engine(config, params, tokenizer, make_mesh(mesh_shape({"data": 1}, 1), jax.devices()[:1]))
 

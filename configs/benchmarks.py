@@ -68,10 +68,10 @@ def get_config(arg: str = ""):
             "model": placeholder(str),  # as its endpoint calls it; None: no judge
             "base_url": "https://api.openai.com/v1",  # of any OpenAI-compatible endpoint
             "key_variable": "OPENAI_API_KEY",  # the environment variable with the key; "" where there is none
-            "concurrency": 8,  # questions under way at once
-            "timeout": 60.0,  # seconds for one attempt
-            "attempts": 8,  # for one question
-            "parameters": ConfigDict({"temperature": 0.0, "max_tokens": 1024}),  # sent along as they are
+            "concurrency": 8,  # requests in flight
+            "timeout": 60.0,  # seconds without data that end an attempt
+            "attempts": 16,  # per question
+            "parameters": ConfigDict({"temperature": 0.0, "max_tokens": 1024}),  # sent as they are
         }
     )
     # Devices of each process on each axis, -1 takes what is left: every process has the whole model.

@@ -41,7 +41,7 @@ from dynfocus_jax.evaluation.answering import Progress, share_of
 from dynfocus_jax.evaluation.benchmark_run import Share, begin, run
 from dynfocus_jax.evaluation.benchmarks import BENCHMARKS, find_benchmark, read_benchmark
 from dynfocus_jax.evaluation.judge import Judge
-from dynfocus_jax.evaluation.judge_endpoint import JudgeSettings
+from dynfocus_jax.evaluation.judge_settings import JudgeSettings
 from dynfocus_jax.evaluation.question_prompts import Clips
 from dynfocus_jax.evaluation.results import format_results
 from dynfocus_jax.media.frame_sampling import Sampling

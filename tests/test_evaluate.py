@@ -166,7 +166,7 @@ def test_two_processes(whole, checkpoint, benchmark, tmp_path):
         ("--annotations=", "--annotations is missing"),
         ("--checkpoint=nowhere", "has no config.json"),
         ("--config.mlvu.nm_frames=3", "config.mlvu.nm_frames is not a field"),
-        ("--config.judge.model=some-judge", "which is not set"),
+        ("--config.judge.model=some-judge", "OPENAI_API_KEY is not set"),
         ("--config.batch_size=0", "config.batch_size is 0"),
         ("--config.mlvu.sampling.kind=odd", "config.data.sampling.kind"),
     ],

@@ -17,7 +17,7 @@ from dynfocus_jax.data.samples import SampleLoader
 from dynfocus_jax.data.skipped import Skipped
 from dynfocus_jax.errors import MediaError
 from dynfocus_jax.evaluation.exact_match import Prediction, predict, summarize_predictions
-from dynfocus_jax.features.compatibility import check_tower
+from dynfocus_jax.features.compatibility import check_vision_weights
 from dynfocus_jax.features.store import open_features
 from dynfocus_jax.parallel.sharding import local_rows, to_devices
 from dynfocus_jax.parallel.start import is_first, own_name
@@ -56,7 +56,7 @@ def evaluate_run(
         num_threads=config.data.threads,
         num_processes=config.data.processes,
     )
-    check_tower(media.features, trees.flatten(params), mesh)
+    check_vision_weights(media.features, trees.flatten(params), mesh)
     engine = Engine(config, params, tokenizer, mesh)
     answers = (engine.answer_batch(to_devices(batch, mesh), evaluation.max_new_tokens) for batch in batches)
     predictions = predict(answers, records, tokenizer.decode)
@@ -78,7 +78,7 @@ def check_features(config: ConfigDict, data_root: Path) -> None:
     features, evaluation = open_features(config, data_root), config.evaluation
     if features is not None:
         records = read_records(data_root / evaluation.annotations, data_root)
-        features.require(records, [evaluation.media_frames], config.data.max_skip_share)
+        features.check_coverage(records, [evaluation.media_frames], config.data.max_skip_share)
 
 
 def _strips(predictions: list[Prediction], evaluation: ConfigDict, media: MediaReader) -> list[FocusStrip]:

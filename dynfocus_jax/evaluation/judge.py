@@ -1,28 +1,30 @@
-"""Open answers marked by a language model, asked as the benchmarks' authors ask theirs.
+"""Marks for open answers, given by a language model with the benchmarks' own prompts.
 
-A question that gets no readable reply counts as wrong with the reason listed: no question leaves the
-denominator. Replies are kept in a file, so that a run that was broken off asks only what is left, and the
-same answers get the same marks again.
+An answer without a readable reply counts as wrong, and its reason is listed: every question stays in the
+denominator. Replies are kept in a file, so that an interrupted run asks only the remaining questions, and
+equal answers get equal marks.
 """
 
+import asyncio
 import hashlib
 import json
-import threading
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from dynfocus_jax.errors import RunError, UserError
-from dynfocus_jax.evaluation.judge_endpoint import Endpoint, JudgeSettings, NoReply, Reply
 from dynfocus_jax.evaluation.judge_prompts import Rubric, rubric_named
+from dynfocus_jax.evaluation.judge_replies import NO_REPLY, NoReply, Reply, ReplyCache
+from dynfocus_jax.evaluation.judge_settings import JudgeSettings
 
 
-class Item(NamedTuple):
-    """An answer to be marked. rubric: a name in judge_prompts.toml; fields: what its words ask for."""
+class JudgeItem(NamedTuple):
+    """An answer to be marked.
+
+    rubric: a name in judge_prompts.toml. fields: the values of its prompt's fields.
+    """
 
     id: str
     rubric: str
@@ -32,8 +34,9 @@ class Item(NamedTuple):
 class Verdict(NamedTuple):
     """The marks of one answer.
 
-    correct: None where the rubric asks for scores only. scores: by key, 0 where there are no marks. reply:
-    the judge's words. model: as the endpoint named it. reason: why there are no marks; None where there are.
+    correct: None if the rubric asks for scores only. scores: by key, 0 without marks. reply: the judge's
+    words. model: the judge's name, as reported by the endpoint. reason: why there are no marks; None if there
+    are.
     """
 
     id: str
@@ -46,18 +49,22 @@ class Verdict(NamedTuple):
 
 
 class Judge:
-    """Marks answers; use it as a context manager or `close` it.
+    """A language model that marks answers. Use it as a context manager, or `close` it.
 
     Raises:
       UserError: the settings are wrong, or the key is missing.
     """
 
     def __init__(self, settings: JudgeSettings):
+        # Imports the openai client, which takes 0.3 s that commands without a judge need not wait for.
+        from dynfocus_jax.evaluation.judge_endpoint import Endpoint  # noqa: PLC0415
+
         self.settings = settings
         self._endpoint = Endpoint(settings)
-        self._replies = Replies(settings.cache)
-        self._served: set[str] = set()
-        self._sources: dict[str, str] = {}  # of the prompts, by version
+        self._replies = ReplyCache(settings.cache)
+        self._runner = asyncio.Runner()
+        self._models_served: set[str] = set()
+        self._prompt_sources: dict[str, str] = {}  # by version of the prompt
 
     def __enter__(self) -> "Judge":
         return self
@@ -66,122 +73,135 @@ class Judge:
         self.close()
 
     def close(self) -> None:
-        """End the connections."""
-        self._endpoint.close()
+        """Close the connections."""
+        self._runner.run(self._endpoint.close())
+        self._runner.close()
 
-    def grade(self, items: Sequence[Item]) -> list[Verdict]:
-        """One verdict for each item, in their order. What two items have in common is asked once.
+    def grade(self, items: Sequence[JudgeItem]) -> list[Verdict]:
+        """Return a verdict for each item, in their order. Items with the same prompt are asked about once.
 
         Raises:
           UserError: an item's rubric is unknown or a field is missing; the endpoint refuses the key, the
             model or its path.
-          RunError: `give_up_after` questions in a row got no reply, or none of all did. Replies so far are
-            kept.
+          RunError: `give_up_after` consecutive questions, or all questions, got no reply. The replies so far
+            are kept.
         """
         rubrics = [rubric_named(item.rubric) for item in items]
-        unknown: dict[str, tuple[Rubric, list[dict]]] = {}
-        keys = []
+        unknown: dict[str, tuple[Rubric, list[dict[str, str]]]] = {}
+        keys: list[str | None] = []
         for item, rubric in zip(items, rubrics, strict=True):
             key = None
-            if _answered(item, rubric):
+            if _is_answered(item, rubric):
                 messages = rubric.messages(item.fields)
                 key = self._key_of(messages)
                 if rubric.read(self._replies.get(key).text) is None:
                     unknown[key] = (rubric, messages)
             keys.append(key)
-        failures = self._ask(unknown)
-        verdicts = [self._verdict(*row, failures) for row in zip(items, rubrics, keys, strict=True)]
-        self._served.update(verdict.model for verdict in verdicts if verdict.model)
-        self._sources.update((rubric.version, rubric.source) for rubric in rubrics)
+        failures = self._runner.run(self._ask_all(unknown)) if unknown else {}
+        verdicts = [
+            self._verdict(item, rubric, key, failures)
+            for item, rubric, key in zip(items, rubrics, keys, strict=True)
+        ]
+        self._models_served.update(verdict.model for verdict in verdicts if verdict.model)
+        self._prompt_sources.update((rubric.version, rubric.source) for rubric in rubrics)
         return verdicts
 
-    def record(self) -> dict:
-        """Return the description of the judge for the report of all answers graded so far."""
+    def record(self) -> dict[str, Any]:
+        """Return the description of the judge, and of all prompts so far, for the report."""
         return {
-            "endpoint": self._endpoint.url,
+            "endpoint": self.settings.url,
             "model": self.settings.model,
-            "models_served": sorted(self._served),
-            "prompts": dict(sorted(self._sources.items())),
+            "models_served": sorted(self._models_served),
+            "prompts": dict(sorted(self._prompt_sources.items())),
             "parameters": self.settings.parameters,
         }
 
-    def _key_of(self, messages: list[dict]) -> str:
-        asked = {"endpoint": self._endpoint.url, **self._endpoint.body(messages)}
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    def _key_of(self, messages: list[dict[str, str]]) -> str:
+        request = {"endpoint": self.settings.url, **self._endpoint.body(messages)}
+        return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
-    def _ask(self, chats: dict[str, tuple[Rubric, list[dict]]]) -> dict[str, str | Reply]:
-        """Ask and keeps the readable replies. Returns, for the rest, the reason or the unreadable reply."""
-        failures: dict[str, str | Reply] = {}
-        if not chats:
-            return failures
-        in_a_row, any_reply = 0, False
-        pool = ThreadPoolExecutor(min(self.settings.concurrency, len(chats)))
-        try:
-            under_way = {pool.submit(self._reply, key, *chat): key for key, chat in chats.items()}
-            for future in tqdm(as_completed(under_way), "judging", len(under_way), disable=None):
-                key = under_way[future]
+    async def _ask_all(
+        self, chats: Mapping[str, tuple[Rubric, list[dict[str, str]]]]
+    ) -> dict[str, NoReply | Reply]:
+        """Ask about all chats and keep the readable replies.
+
+        Returns:
+          For each of the other chats, its unreadable reply, or the reason why there is none.
+        """
+        in_flight = asyncio.Semaphore(self.settings.concurrency)
+
+        async def ask(
+            key: str, rubric: Rubric, messages: list[dict[str, str]]
+        ) -> tuple[str, NoReply | Reply]:
+            async with in_flight:
                 try:
-                    reply = future.result()
+                    return key, await self._ask(key, rubric, messages)
                 except NoReply as error:
-                    failures[key] = str(error)
-                    in_a_row += 1
-                    if in_a_row == self.settings.give_up_after:
-                        raise self._gave_up(f"{in_a_row} questions in a row got no reply", error) from None
+                    return key, error
+
+        failures: dict[str, NoReply | Reply] = {}
+        consecutive_failures, any_reply = 0, False
+        tasks = [asyncio.create_task(ask(key, *chat)) for key, chat in chats.items()]
+        try:
+            for task in tqdm(asyncio.as_completed(tasks), "judging", len(tasks), disable=None):
+                key, outcome = await task
+                if isinstance(outcome, NoReply):
+                    failures[key] = outcome
+                    consecutive_failures += 1
+                    if consecutive_failures == self.settings.give_up_after:
+                        raise self._failed(f"{consecutive_failures} questions in a row got no reply", outcome)
                     continue
-                in_a_row, any_reply = 0, True
-                if self._replies.get(key) is not reply:
-                    failures[key] = reply
+                consecutive_failures, any_reply = 0, True
+                if self._replies.get(key) is not outcome:
+                    failures[key] = outcome
             if not any_reply:
-                raise self._gave_up("no question got a reply", next(iter(failures.values())))
-        except BaseException:
-            self._endpoint.stopped.set()
-            raise
+                raise self._failed("no question got a reply", next(iter(failures.values())))
         finally:
-            pool.shutdown(cancel_futures=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         return failures
 
-    def _reply(self, key: str, rubric: Rubric, messages: list[dict]) -> Reply:
-        """A reply, kept if it can be read; asked for a second time if the first cannot."""
-        reply = self._endpoint.ask(messages)
+    async def _ask(self, key: str, rubric: Rubric, messages: list[dict[str, str]]) -> Reply:
+        """Return a reply, and keep it if it is readable. An unreadable first reply is asked for again."""
+        reply = await self._endpoint.ask(messages)
         if rubric.read(reply.text) is None:
             with suppress(NoReply):
-                reply = self._endpoint.ask(messages)
+                reply = await self._endpoint.ask(messages)
         if rubric.read(reply.text) is not None:
-            self._replies.keep(key, reply)
+            self._replies.add(key, reply)
         return reply
 
-    def _gave_up(self, what: str, reason: object) -> RunError:
-        kept = self.settings.cache
-        again = (
-            f"the replies so far are in {kept}: run again to go on."
-            if kept
-            else "no cache keeps its replies."
-        )
-        return RunError(f"the judge at {self._endpoint.url} failed: {what} ({reason}); {again}")
+    def _failed(self, problem: str, reason: object) -> RunError:
+        cache = self.settings.cache
+        remedy = f"The replies so far are in {cache}; run again to continue." if cache else "Run again later."
+        return RunError(f"the judge at {self.settings.url} failed: {problem} ({reason}). {remedy}")
 
-    def _verdict(self, item: Item, rubric: Rubric, key: str | None, failures: dict) -> Verdict:
-        reply, reason = _NOTHING, None
+    def _verdict(
+        self, item: JudgeItem, rubric: Rubric, key: str | None, failures: Mapping[str, NoReply | Reply]
+    ) -> Verdict:
+        reply, reason = NO_REPLY, "the judge's reply cannot be read"
         if key is None:
             reason = "the model gave no answer"
-        elif isinstance(failures.get(key), str):
-            reason = f"the judge gave no reply: {failures[key]}"
+        elif isinstance(failure := failures.get(key), NoReply):
+            reason = f"the judge gave no reply: {failure}"
         else:
-            reply = failures.get(key, self._replies.get(key))
+            reply = failure or self._replies.get(key)
         marks = rubric.read(reply.text)
         if marks is None:
             wrong = False if rubric.yes_no else None
-            nothing = dict.fromkeys(rubric.keys, 0.0)
-            reason = reason or "the judge's reply cannot be read"
-            return Verdict(item.id, rubric.version, wrong, nothing, reply.text, reply.model, reason)
+            no_scores = dict.fromkeys(rubric.keys, 0.0)
+            return Verdict(item.id, rubric.version, wrong, no_scores, reply.text, reply.model, reason)
         return Verdict(item.id, rubric.version, marks.correct, marks.scores, reply.text, reply.model, None)
 
 
-def summarize_verdicts(verdicts: Sequence[Verdict]) -> dict:
-    """The judged measure over verdicts of one rubric.
+def summarize_verdicts(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Return the judged measure over verdicts of one rubric.
 
     Returns:
-      questions; accuracy, 0 to 1, only where the rubric asks for yes or no; scores, the mean by key; score,
-      the mean of the sums over the keys; failed, id and reason of each answer without marks (wrong, score 0).
+      questions: their number. accuracy: 0 to 1, only if the rubric asks for yes or no. scores: the mean of
+      each key. score: the mean of the sums over the keys. failed: id and reason of each answer without marks,
+      which counts as wrong with score 0.
     """
     if len({verdict.rubric for verdict in verdicts}) > 1:
         raise ValueError("verdicts of several rubrics have no common mean")
@@ -191,58 +211,13 @@ def summarize_verdicts(verdicts: Sequence[Verdict]) -> dict:
     scores = {key: sum(v.scores[key] for v in verdicts) / count for key in verdicts[0].scores}
     summary = {"questions": count, "scores": scores, "score": sum(scores.values())}
     if verdicts[0].correct is not None:
-        summary["accuracy"] = sum(v.correct for v in verdicts) / count
+        summary["accuracy"] = sum(bool(verdict.correct) for verdict in verdicts) / count
     summary["failed"] = [{"id": v.id, "reason": v.reason} for v in verdicts if v.reason]
     return summary
 
 
-class Replies:
-    """The replies so far by the digest of what was asked, in memory and, with a path, in a file.
-
-    The file only grows, one json value a line. A line that cannot be read (a process was killed while it
-    wrote) is left alone, and its question asked again.
-    """
-
-    def __init__(self, path: Path | None):
-        self._path, self._lock = path, threading.Lock()
-        self._replies: dict[str, Reply] = {}
-        if path is None:
-            return
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a+b") as file:
-                file.seek(0)
-                lines = file.read().split(b"\n")
-                if lines[-1]:
-                    file.write(b"\n")
-        except OSError as error:
-            raise UserError(f"the judge's cache {path} cannot be used: {error.strerror}.") from None
-        self._replies.update(_entries(lines))
-
-    def get(self, key: str) -> Reply:
-        """An empty one if there is none."""
-        return self._replies.get(key, _NOTHING)
-
-    def keep(self, key: str, reply: Reply) -> None:
-        """Add a reply; it is in the file when this returns."""
-        with self._lock:
-            self._replies[key] = reply
-            if self._path is not None:
-                with self._path.open("ab") as file:
-                    file.write(json.dumps({"key": key, **reply._asdict()}).encode() + b"\n")
-
-
-def _entries(lines: Iterable[bytes]) -> Iterable[tuple[str, Reply]]:
-    for line in lines:
-        try:
-            entry = json.loads(line)
-            yield entry["key"], Reply(str(entry["text"]), str(entry["model"]))
-        except (ValueError, KeyError, TypeError):
-            continue
-
-
-def _answered(item: Item, rubric: Rubric) -> bool:
-    """Whether the model has answered, every time it was asked.
+def _is_answered(item: JudgeItem, rubric: Rubric) -> bool:
+    """Whether the model has answered all questions that the item is about.
 
     Raises:
       UserError: a field of the rubric is missing.
@@ -250,9 +225,6 @@ def _answered(item: Item, rubric: Rubric) -> bool:
     missing = sorted(rubric.fields - item.fields.keys())
     if missing:
         raise UserError(
-            f"question {item.id!r} has no {missing[0]!r}, which the judge's rubric {item.rubric!r} asks for."
+            f"question {item.id!r} has no {missing[0]!r}, which the judge's rubric {item.rubric!r} needs."
         )
     return all(item.fields[name].strip() for name in rubric.fields if name.startswith("prediction"))
-
-
-_NOTHING = Reply("", "")

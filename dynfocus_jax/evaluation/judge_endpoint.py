@@ -1,219 +1,163 @@
-"""One question to an OpenAI-compatible endpoint: attempts, waits, and an end to both."""
+"""Requests to a judge's OpenAI-compatible endpoint.
 
+The openai client sends, retries and waits: it retries timeouts, failed connections and the statuses 408, 409,
+429 and 5xx, and waits as long as the header Retry-After asks, if that is at most two minutes.
+"""
+
+import asyncio
 import json
-import os
-import random
-import threading
-import time
-from email.utils import parsedate_to_datetime
-from pathlib import Path
-from typing import NamedTuple
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
 
-import httpx2
+import openai
 
 from dynfocus_jax.errors import UserError
-from dynfocus_jax.media.timeouts import CallTimeout, call_with_timeout
+from dynfocus_jax.evaluation.judge_replies import NoReply, Reply
+from dynfocus_jax.evaluation.judge_settings import JudgeSettings, check_settings, read_key
 
+if TYPE_CHECKING:
+    from httpx2 import Response  # the openai client's own type
+    from openai import RequestOptions
 
-class JudgeSettings(NamedTuple):
-    """Endpoint, model and retry settings of a judge. Times are in seconds."""
-
-    model: str
-    base_url: str = "https://api.openai.com/v1"
-    key_variable: str = (
-        "OPENAI_API_KEY"  # environment variable that holds the key; "" for an endpoint without
-    )
-    cache: Path | None = None  # file of the replies so far, one json value a line; kept between runs
-    parameters: dict = {"temperature": 0, "max_tokens": 1024}  # noqa: RUF012  sent as they are, never changed
-    concurrency: int = 8  # questions under way at once
-    attempts: int = 8  # for one question
-    timeout: float = 60.0  # for one attempt, from the look-up of the host to the last byte
-    patience: float = 600.0  # for all attempts at one question and the waits between them
-    backoff: float = 1.0  # first wait; doubled each time up to a minute, less up to a half at random
-    give_up_after: int = 16  # questions in a row that got no reply, before the rest is not asked any more
-
-
-class Reply(NamedTuple):
-    """text: what the judge wrote; model: what the endpoint says has written it."""
-
-    text: str
-    model: str
-
-
-class NoReply(Exception):
-    """One question got no reply; says why. Others may get theirs."""
-
-
-class _Again(Exception):
-    """An attempt failed in a way that the next may not; `after`: how long the endpoint asks to wait."""
-
-    def __init__(self, reason: str, after: float | None = None):
-        super().__init__(reason)
-        self.after = after
+# Stands for a successful response that is no chat completion. The client retries all statuses from 500.
+_NOT_A_COMPLETION = 599
+_REFUSED = (401, 402, 404, 405)  # no request will succeed: wrong key, no credit, wrong model or path
+_last_failure: ContextVar[str] = ContextVar("last_failure", default="")  # of the task's current question
 
 
 class Endpoint:
-    """The judge behind `settings`; safe to use from several threads.
+    """The endpoint that `settings` describe. All requests are made in one event loop.
 
     Raises:
       UserError: the settings are wrong or the key is missing.
     """
 
     def __init__(self, settings: JudgeSettings):
-        _check(settings)
+        check_settings(settings)
         self.settings = settings
-        self.url = settings.base_url.strip().rstrip("/").removesuffix("/chat/completions")
-        self.stopped = threading.Event()  # set: nothing more is asked
-        self._refusal: UserError | None = None  # why the endpoint takes no questions at all
-        self._key = _key(settings)
-        self._client = httpx2.Client(
-            headers={
-                "Content-Type": "application/json",
-                **({"Authorization": f"Bearer {self._key}"} if self._key else {}),
-            },
+        self._key = read_key(settings)
+        self._refusal: UserError | None = None  # of all requests; later ones are not sent
+        self._client = openai.AsyncOpenAI(
+            base_url=settings.url,
+            api_key=self._key or "none",  # the client refuses an empty key
             timeout=settings.timeout,
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=settings.concurrency),
+            max_retries=settings.attempts - 1,
+            http_client=openai.DefaultAsyncHttpxClient(
+                follow_redirects=False,  # the results name the address that replied
+                event_hooks={"response": [self._classify_response]},
+            ),
         )
 
-    def close(self) -> None:
-        """End the waits under way and close the connections."""
-        self.stopped.set()
-        self._client.close()
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
 
-    def body(self, messages: list[dict[str, str]]) -> dict:
+    def body(self, messages: list[dict[str, str]]) -> dict[str, Any]:
         """Return the request body of a chat."""
         return {**self.settings.parameters, "model": self.settings.model, "messages": messages}
 
-    def ask(self, messages: list[dict[str, str]]) -> Reply:
-        """The reply to a chat.
+    async def ask(self, messages: list[dict[str, str]]) -> Reply:
+        """Send a chat and return the reply.
 
         Raises:
-          NoReply: none came within the attempts and the patience of the settings, or this chat was refused.
-          UserError: the endpoint takes none at all: wrong key, model or path, no credit.
+          NoReply: no reply came within the attempts and the patience of the settings, or the endpoint refused
+            this chat.
+          UserError: the endpoint refuses all requests: wrong key, model or address, or no credit.
         """
-        settings, end = self.settings, time.monotonic() + self.settings.patience
-        for attempt in range(1, settings.attempts + 1):
-            if self._refusal is not None:
-                raise self._refusal
-            if self.stopped.is_set():
-                raise NoReply("not asked any more: the judge was given up")
-            try:
-                seconds = max(0.0, min(settings.timeout, end - time.monotonic()))
-                return self._attempt(self.body(messages), seconds)
-            except _Again as error:
-                reason, wait = str(error), _wait(attempt, settings.backoff, error.after)
-            if attempt == settings.attempts or time.monotonic() + wait > end:
-                break
-            self.stopped.wait(wait)
-        raise NoReply(f"{reason} (after {attempt} attempt{'s' if attempt > 1 else ''})")
-
-    def _attempt(self, body: dict, seconds: float) -> Reply:
-        try:
-            status, headers, content = call_with_timeout(lambda: self._post(body, seconds), seconds)
-        except (CallTimeout, httpx2.TimeoutException):
-            raise _Again(f"no complete reply in {seconds:.3g} s") from None
-        except httpx2.RequestError as error:
-            raise _Again(f"the connection failed: {_short(str(error) or type(error).__name__)}") from None
-        if status == 200:
-            return _reply(content)
-        said = self._complaint(content)
-        no_credit = status == 429 and "insufficient_quota" in said
-        if status < 400 or status in (401, 402, 404, 405) or no_credit:
-            key = self.settings.key_variable or "key_variable (none is named)"
-            self._refusal = UserError(
-                f"the judge at {self.url} refuses requests (HTTP status {status}{said}); check its "
-                f"address, the model {self.settings.model!r} and the key in {key}."
-            )
+        if self._refusal is not None:
             raise self._refusal
-        if status in (408, 409, 425, 429) or status >= 500:
-            raise _Again(f"HTTP status {status}{said}", _retry_after(headers))
-        raise NoReply(f"HTTP status {status}{said}")  # of this chat: too long, or not to the endpoint's taste
-
-    def _post(self, body: dict, seconds: float) -> tuple[int, httpx2.Headers, bytes]:
-        """Status, headers and body; both a body without end and one that drips are cut off."""
-        end, content = time.monotonic() + seconds, bytearray()
-        url, sent = f"{self.url}/chat/completions", json.dumps(body).encode()
-        with self._client.stream("POST", url, content=sent, timeout=seconds) as response:
-            for chunk in response.iter_bytes():
-                content += chunk
-                if time.monotonic() > end or len(content) > _MOST_BYTES:
-                    raise httpx2.ReadError("the reply does not end")
-            return response.status_code, response.headers, bytes(content)
-
-    def _complaint(self, content: bytes) -> str:
-        """Return the message in an error's body as `: text`, without the key."""
+        _last_failure.set("")
+        # ASCII JSON: a lone surrogate, from a broken annotation file, has no UTF-8 encoding.
+        content = json.dumps(self.body(messages)).encode()
+        options: RequestOptions = {} if self._key else {"headers": {"Authorization": openai.omit}}
         try:
-            error = json.loads(content)["error"]
-            said = f"{error.get('code') or ''} {error['message']}" if isinstance(error, dict) else str(error)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            said = content.decode("utf-8", "replace")
-        if self._key:
-            said = said.replace(self._key, "(key)")
-        return f": {_short(said)}" if said.strip() else ""
+            async with asyncio.timeout(self.settings.patience):
+                text = await self._client.post(
+                    "/chat/completions", cast_to=str, content=content, options=options
+                )
+        except TimeoutError:
+            last = _last_failure.get()
+            after = f"; the last attempt ended with {last}" if last else ""
+            raise NoReply(f"no reply within {self.settings.patience:.3g} s{after}") from None
+        except openai.APIStatusError as error:
+            raise self._status_failure(error) from None
+        except openai.APITimeoutError as error:
+            raise NoReply(f"no data for {self.settings.timeout:.3g} s {_attempts(error)}") from None
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            reason = _shorten(str(cause) or type(cause).__name__)
+            raise NoReply(f"the connection failed: {reason} {_attempts(error)}") from None
+        reply = _parse_completion(text)
+        assert reply is not None  # `_classify_response` accepted the same text
+        return reply
 
+    async def _classify_response(self, response: "Response") -> None:
+        """Make the client retry replies without a completion, and not retry when the credit is used up."""
+        await response.aread()
+        if response.is_success:
+            if _parse_completion(response.text) is not None:
+                return
+            response.status_code = _NOT_A_COMPLETION
+        elif _is_out_of_credit(response):
+            response.headers["x-should-retry"] = "false"
+        _last_failure.set(self._describe(response))
 
-def _check(settings: JudgeSettings) -> None:
-    if not settings.model.strip():
-        raise UserError("the judge's model is not set; name one that its endpoint serves.")
-    try:
-        url = httpx2.URL(settings.base_url.strip())
-    except httpx2.InvalidURL:
-        url = httpx2.URL("")
-    if url.scheme not in ("http", "https") or not url.host:
-        raise UserError(
-            f"the judge's base_url is {settings.base_url!r}; expected an address such as https://host/v1."
+    def _status_failure(self, error: openai.APIStatusError) -> NoReply | UserError:
+        response = error.response
+        described = self._describe(response)
+        refused = response.status_code < 400 or response.status_code in _REFUSED
+        if not refused and not _is_out_of_credit(response):
+            return NoReply(f"{described} {_attempts(error)}")
+        key = self.settings.key_variable or "key_variable (not set)"
+        self._refusal = UserError(
+            f"the judge at {self.settings.url} refuses requests ({described}); check its address, the model "
+            f"{self.settings.model!r}, and the key in {key} and its credit."
         )
-    for name in ("concurrency", "attempts", "timeout", "patience", "give_up_after"):
-        if getattr(settings, name) <= 0:
-            raise UserError(f"the judge's {name} is {getattr(settings, name)}; expected more than 0.")
-    if settings.backoff < 0:
-        raise UserError(f"the judge's backoff is {settings.backoff}; expected 0 or more seconds.")
+        return self._refusal
+
+    def _describe(self, response: "Response") -> str:
+        """Return the failure of a response in words, without the key."""
+        if response.status_code == _NOT_A_COMPLETION:
+            return f"a reply that is not a chat completion with text: {self._quote(response.text) or 'blank'}"
+        words = f"HTTP status {response.status_code} {response.reason_phrase}".strip()
+        if "retry-after" in response.headers:
+            words += f", Retry-After {self._quote(response.headers['retry-after'])}"
+        message = self._quote(_error_message(response.text))
+        return f"{words}: {message}" if message else words
+
+    def _quote(self, text: str) -> str:
+        return _shorten(text.replace(self._key, "(key)") if self._key else text)
 
 
-def _key(settings: JudgeSettings) -> str:
-    if not settings.key_variable:
-        return ""
-    key = os.environ.get(settings.key_variable, "").strip()
-    if not key or not key.isascii() or not key.isprintable():
-        found = "holds characters that no key has" if key else "is not set"
-        raise UserError(
-            f"the judge's key is read from the environment variable {settings.key_variable}, which {found}; "
-            'set it, or set key_variable to "" for an endpoint that needs none.'
-        )
-    return key
-
-
-def _reply(content: bytes) -> Reply:
+def _parse_completion(text: str) -> Reply | None:
+    """Return the reply in a chat completion; None if the text is no completion or has no words."""
     try:
-        answer = json.loads(content)
-        text = answer["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        text = None
-    if not isinstance(text, str) or not text.strip():
-        raise _Again(f"a reply that is no chat completion: {_short(content.decode('utf-8', 'replace'))}")
-    return Reply(text, str(answer.get("model") or ""))
-
-
-def _wait(attempt: int, backoff: float, after: float | None) -> float:
-    """Seconds before the next attempt; spread at random so that the threads do not return all at once."""
-    if after is not None:
-        return after * random.uniform(1, 1.1)
-    return min(60.0, backoff * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
-
-
-def _retry_after(headers: httpx2.Headers) -> float | None:
-    """Seconds that the Retry-After header asks for, as a number or a date; None without a usable one."""
-    said = headers.get("retry-after", "").strip()
-    try:
-        seconds = float(said) if said[:1].isdigit() else parsedate_to_datetime(said).timestamp() - time.time()
-    except (ValueError, TypeError, OverflowError):
+        completion = json.loads(text)
+        words, model = completion["choices"][0]["message"]["content"], completion.get("model")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return None
-    return max(0.0, seconds)
+    return Reply(words, str(model or "")) if isinstance(words, str) and words.strip() else None
 
 
-def _short(text: str, most: int = 160) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= most else f"{text[:most]}..."
+def _is_out_of_credit(response: "Response") -> bool:
+    """Whether OpenAI's endpoint reports a used-up credit, with the status of a rate limit."""
+    return response.status_code == 429 and "insufficient_quota" in response.text
 
 
-_MOST_BYTES = 4 << 20
+def _error_message(text: str) -> str:
+    """Return the message in the body of an error; the whole body if it has none."""
+    try:
+        error = json.loads(text)["error"]
+        return f"{error.get('code') or ''} {error['message']}" if isinstance(error, dict) else str(error)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return text
+
+
+def _attempts(error: openai.APIError) -> str:
+    count = int(error.request.headers.get("x-stainless-retry-count", 0)) + 1
+    return f"(after {count} attempt{'s' if count > 1 else ''})"
+
+
+def _shorten(text: str, limit: int = 160) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else f"{line[:limit]}..."

@@ -65,7 +65,7 @@ def _free(graded: Sequence[Graded]) -> list[Graded]:
     return [each for each in graded if each.question.form == "open"]
 
 
-def _items(whole: Sequence[Graded], rubric: str) -> list[judging.Item]:
+def _items(whole: Sequence[Graded], rubric: str) -> list[judging.JudgeItem]:
     """Return the judge's items for a group of questions: one for all, or one for each."""
 
     def fields(each: Graded) -> dict[str, str]:
@@ -82,8 +82,8 @@ def _items(whole: Sequence[Graded], rubric: str) -> list[judging.Item]:
         }
         known = numbered | {"answer": whole[0].question.answer}
         name = whole[0].question.belongs_to
-        return [judging.Item(name, rubric, {key: known[key] for key in sorted(wanted)})]
+        return [judging.JudgeItem(name, rubric, {key: known[key] for key in sorted(wanted)})]
     return [
-        judging.Item(each.question.id, rubric, {key: fields(each)[key] for key in sorted(wanted)})
+        judging.JudgeItem(each.question.id, rubric, {key: fields(each)[key] for key in sorted(wanted)})
         for each in whole
     ]

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from dynfocus_jax import trees
 from dynfocus_jax.batch import Batch
 from dynfocus_jax.errors import RunError, UserError
-from dynfocus_jax.features.compatibility import check_frozen, check_tower
+from dynfocus_jax.features.compatibility import check_vision_frozen, check_vision_weights
 from dynfocus_jax.parallel import sharding as sharding_lib
 from dynfocus_jax.parallel.start import say
 from dynfocus_jax.parameters import init_params, trained_paths
@@ -27,7 +27,7 @@ from dynfocus_jax.training.state import TrainState
 from dynfocus_jax.training.step import make_train_step
 from dynfocus_jax.version import code_version
 from dynfocus_jax.video_language_model import build_model
-from dynfocus_jax.weights.parts import belongs_to_connector, check_params
+from dynfocus_jax.weights.conversion import belongs_to_connector, check_params
 
 
 class StageRun:
@@ -60,7 +60,7 @@ class StageRun:
         self.is_trained = trained_paths(config, index, self.shapes)
         self._check_copies()
         if config.data.features is not None:
-            check_frozen(self.name, self.shapes, self.is_trained)
+            check_vision_frozen(self.name, self.shapes, self.is_trained)
         self.checkpoints = StageCheckpoints(
             workdir / "checkpoints" / self.stage.name,
             settings={
@@ -103,7 +103,7 @@ class StageRun:
             state, before = self._initial_state(key, previous, optimizer), 0.0
         else:
             state, before = self.checkpoints.restore(self._abstract)
-        check_tower(self.data.loader.media.features, trees.flatten(state.frozen), self.mesh)
+        check_vision_weights(self.data.loader.media.features, trees.flatten(state.frozen), self.mesh)
         step = int(state.step)
         train_step = make_train_step(
             self.model,

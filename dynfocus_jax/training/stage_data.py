@@ -88,7 +88,7 @@ class StageData:
         self.loader = make_loader(config, index, mixture.records, tokenizer, data_root)
         if self.loader.media.features is not None:
             limits = {frames for frames, _ in self.buckets}
-            self.loader.media.features.require(mixture.records, limits, data.max_skip_share)
+            self.loader.media.features.check_coverage(mixture.records, limits, data.max_skip_share)
         with first_goes_ahead():
             lengths = Lengths(
                 workdir / "lengths.jsonl" if data.lengths is None else Path(data.lengths).expanduser(),

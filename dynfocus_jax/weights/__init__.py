@@ -1,1 +1,1 @@
-"""Published checkpoints in and out: reading files, the table of every family, strict merge, export."""
+"""Published checkpoints: file readers, tables of parameter names, strict merge into our trees, and export."""

@@ -1,4 +1,4 @@
-"""Our parameters as published files: a folder a part, with safetensors and config.json."""
+"""Export of parameters as published files: one folder per part, with safetensors and config.json."""
 
 import contextlib
 import json
@@ -17,14 +17,14 @@ from dynfocus_jax.errors import UserError
 from dynfocus_jax.published_names import Family
 from dynfocus_jax.sections import to_dict
 from dynfocus_jax.video_language_model import stage_section
-from dynfocus_jax.weights import merge
+from dynfocus_jax.weights.merge import published_arrays
 from dynfocus_jax.weights.settings import make_settings, read_settings
 from dynfocus_jax.weights.tables import FAMILIES
 
 
 @contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the name `target` when the block is through, and else is removed."""
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Create a temporary folder, which is renamed to `target` after the block, or removed if it fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.with_name(f".{target.name}.{os.getpid()}")
     folder.mkdir()
@@ -41,24 +41,26 @@ def export_part(
     """Write one part of the model into a new folder.
 
     Args:
-      folder: to be made; part: top-level name in `params`, which is the whole tree (the text encoder's
-        projection goes with the connector); config: the whole configuration.
-      shard_bytes: weights beyond this size are split into several files with an index.
+      folder: folder to create.
+      part: top-level name in `params`. The text encoder's query projection is written with the connector.
+      params: the whole parameter tree.
+      config: the whole configuration.
+      shard_bytes: largest size of a file; more weights are split into several files with an index.
 
     Returns:
-      The table of the names that it was written under, and the number of weights.
+      The table whose published names were used, and the number of weights.
     """
     tree = dict(params.get(part, {}))
     projection = dict(params.get("text_encoder", {})).get("query_projection")
     if part == "text_encoder":
         tree.pop("query_projection", None)
-    name = None if part == "connector" else family_of(part, tree)
-    table = connector_table(config, tree) if name is None else FAMILIES[name]
-    arrays = merge.export(tree, table)
+    family = None if part == "connector" else export_family(part, tree)
+    table = connector_table(config, tree) if family is None else FAMILIES[family]
+    arrays = published_arrays(tree, table)
     if part == "connector" and projection is not None:
-        arrays |= merge.export(projection, FAMILIES["query_projection"])
+        arrays |= published_arrays(projection, FAMILIES["query_projection"])
     dtype = next(iter(arrays.values())).dtype.name
-    if name is None:
+    if family is None:
         section, model = stage_section(config).connector, config.model
         settings = {"model_type": "dynfocus_jax_connector", "torch_dtype": dtype}
         settings |= {"connector": to_dict(section)}
@@ -66,7 +68,7 @@ def export_part(
     else:
         source = config.weights[part]
         found = source and read_settings(source, part)
-        settings = make_settings(name, part, config.model[part], dtype, found[1] if found else {})
+        settings = make_settings(family, part, config.model[part], dtype, found[1] if found else {})
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     write_safetensors(folder, arrays, shard_bytes)
@@ -74,37 +76,45 @@ def export_part(
 
 
 def merge_lora(params: Mapping, lora: ConfigDict) -> dict:
-    """The language model with its low-rank updates added to the kernels, and no updates beside them.
+    """Add the low-rank updates of the language model to its kernels, and remove them from the tree.
 
     Args:
-      params: the whole tree, numpy arrays; lora: the section `config.model.language.lora`.
+      params: the whole parameter tree, numpy arrays.
+      lora: the section `config.model.language.lora`.
 
     Returns:
-      A tree that computes the same without LoRA, to the rounding of the kernels' dtype.
+      The tree of a model without LoRA with the same outputs, up to rounding in the kernels' dtype.
     """
     flat = trees.flatten(dict(params))
     for path in [path for path in flat if path.endswith("/lora_a")]:
-        place = path.removesuffix("/lora_a")
-        down, up, kernel = flat.pop(path), flat.pop(f"{place}/lora_b"), flat[f"{place}/kernel"]
+        layer_path = path.removesuffix("/lora_a")
+        down, up, kernel = flat.pop(path), flat.pop(f"{layer_path}/lora_b"), flat[f"{layer_path}/kernel"]
         merged = np.empty_like(kernel)
         for layer, (a, b, base) in enumerate(zip(down, up, kernel, strict=True)):
             update = np.tensordot(a.astype(np.float32), b.astype(np.float32), 1) * (lora.alpha / lora.rank)
             merged[layer] = base.astype(np.float32) + update
-        flat[f"{place}/kernel"] = merged
+        flat[f"{layer_path}/kernel"] = merged
     return trees.unflatten(flat)
 
 
 def connector_table(config: ConfigDict, tree: Mapping) -> Family:
-    """Return the table of the names that the last stage's connector is written under: its last one."""
+    """Return the table for exporting the connector of the last stage: the last one that it declares.
+
+    tree: the connector's parameters.
+    """
     kind = stage_section(config).connector.kind
     return list(find_connector(kind).families(trees.flatten(dict(tree))).values())[-1]
 
 
-def family_of(part: str, tree: Mapping) -> str:
-    """The family under whose names a part is written.
+def export_family(part: str, tree: Mapping) -> str:
+    """Return the name of the family whose published names a backbone is exported under.
+
+    Args:
+      part: "vision", "text_encoder" or "language".
+      tree: the part's parameters.
 
     Raises:
-      UserError: no published family has such parameters.
+      UserError: no published family has these parameters.
     """
     paths = trees.flatten(dict(tree)).keys()
     if part == "text_encoder":
@@ -113,12 +123,17 @@ def family_of(part: str, tree: Mapping) -> str:
         return "clip" if "pre_norm/scale" in paths else "instruct_blip_vision" if "cls" in paths else "siglip"
     bias, norm = "blocks/query/bias" in paths, "blocks/query_norm/scale" in paths
     if bias and norm:
-        raise UserError("A language model with both qkv_bias and qk_norm matches no published family.")
+        raise UserError(
+            "config.model.language: qkv_bias and qk_norm are both True, but no published family has both."
+        )
     return "qwen2" if bias else "qwen3" if norm else "llama"
 
 
 def write_safetensors(folder: Path, arrays: Mapping[str, np.ndarray], shard_bytes: int) -> None:
-    """Write `model.safetensors`, or shards of at most `shard_bytes` (or one array) and their index."""
+    """Write `model.safetensors`, or several shards and their index.
+
+    shard_bytes: largest size of a file, unless a single array is larger.
+    """
     shards: list[dict[str, np.ndarray]] = [{}]
     size = 0
     for name, array in arrays.items():
@@ -132,7 +147,7 @@ def write_safetensors(folder: Path, arrays: Mapping[str, np.ndarray], shard_byte
         file = (
             f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         )
-        # One copy of one shard at a time: the arrays may be views, the file wants them whole.
+        # safetensors needs contiguous arrays; copying one shard at a time keeps the memory low.
         save_file(
             {name: np.ascontiguousarray(array) for name, array in shard.items()},
             folder / file,

@@ -1,11 +1,12 @@
-"""Published weight files, read one shard at a time and without running anything that is in them."""
+"""Readers of published weight files. They read one shard at a time and never execute code from a file."""
 
 import importlib
 import json
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import einops
 import ml_dtypes
@@ -16,111 +17,124 @@ from dynfocus_jax.errors import UserError
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 _STEMS = ("model.safetensors", "pytorch_model.bin")  # names in a Hugging Face folder, the first preferred
-_CONTAINERS = ("model", "state_dict", "module")  # keys under which training scripts file the weights
+_CONTAINERS = ("model", "state_dict", "module")  # keys below which training scripts store the weights
 
 
-def open_weights(path: str | Path) -> "Source":
-    """The weights of a file or of a folder, whose values are read later.
+def open_weights(path: str | Path) -> "WeightSource":
+    """Open the weights of a file or folder; values are read on access.
 
     Args:
       path: a `.safetensors`, `.bin`, `.pth`, `.pt` or `.gguf` file, the `.index.json` of several shards, or a
-        folder with one of those as Hugging Face lays it out.
+        folder that holds one of these in Hugging Face's layout.
 
     Raises:
-      UserError: nothing is there, it is no weights file, or shards and index do not fit.
+      UserError: the path does not exist, is not a weights file, or its index does not fit its shards.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        path = _in_folder(path)
-    if path.name.endswith(".index.json"):
-        return Source(path, _read_index(path))
-    if not path.is_file():
-        raise UserError(f"{path}: no such file or folder; name published weights.")
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: not a weights file; expected {', '.join(SUFFIXES)}, or a folder of those.")
-    return Source(path, {path: None})
+    file = Path(path).expanduser()
+    if file.is_dir():
+        file = _find_in_folder(file)
+    if file.name.endswith(".index.json"):
+        return WeightSource(file, _read_index(file))
+    if not file.is_file():
+        raise UserError(f"{file}: no such file or folder. Give a file or folder of published weights.")
+    if file.suffix not in SUFFIXES:
+        raise UserError(
+            f"{file}: not a weights file, expected {', '.join(SUFFIXES)} or a folder with such files."
+        )
+    return WeightSource(file, {file: None})
 
 
-class Source:
-    """Published weights that are read shard by shard.
+class WeightSource:
+    """Published weights, read one shard at a time.
 
-    where: the file (or index) for messages. files: shard -> the names that an index expects in it (None
-    without index).
+    Attributes:
+      where: path of the file or index, for messages.
     """
 
     def __init__(self, where: Path, files: Mapping[Path, set[str] | None]):
+        """Initialise from {shard: names that the index expects in it, or None without an index}."""
         self.where = str(where)
         self._files = files
         self._open: tuple[Path, Mapping[str, np.ndarray]] | None = None
 
     def names(self) -> list[str]:
-        """Names of all weights, sorted."""
+        """Return the names of all weights, sorted."""
         known = [names if names is not None else self._shard(file) for file, names in self._files.items()]
         return sorted(name for names in known for name in names)
 
     def shards(self) -> Iterator[Mapping[str, np.ndarray]]:
-        """One mapping a shard: name -> array, read when it is asked for (bfloat16 through ml_dtypes)."""
+        """Yield {name: array} for each shard. An array is read on access; bfloat16 arrays use ml_dtypes."""
         for file, names in self._files.items():
             shard = self._shard(file)
-            lost = sorted((names or set()) - set(shard))
-            if lost:
+            missing = sorted((names or set()) - set(shard))
+            if missing:
                 raise UserError(
-                    f"{file}: {len(lost)} weights that the index {self.where} expects there are missing "
-                    f"({_some(lost)}); download the file again."
+                    f"{file}: {len(missing)} weights that the index {self.where} lists in this file are "
+                    f"missing ({_shorten(missing)}). Download the file again."
                 )
             yield shard
 
     def _shard(self, file: Path) -> Mapping[str, np.ndarray]:
         if self._open is None or self._open[0] != file:
-            self._open = None  # the last shard's memory goes before the next one comes
+            self._open = None  # frees the memory of the previous shard before the next one is opened
             self._open = file, _READERS[file.suffix](file)
         return self._open[1]
 
 
-def _some(names: list[str], most: int = 3) -> str:
+def _shorten(names: list[str], most: int = 3) -> str:
+    """Join the first names with commas."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 # --- Folders and indices ------------------------------------------------------------------------------
 
 
-def _in_folder(folder: Path) -> Path:
-    """The weights file or index of a folder."""
+def _find_in_folder(folder: Path) -> Path:
+    """Return the weights file or index of a folder; raise UserError if there is not exactly one."""
     for stem in _STEMS:
         for name in (f"{stem}.index.json", stem):
             if (folder / name).is_file():
                 return folder / name
     found = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
     if not found:
-        raise UserError(f"{folder}: no weights in this folder; expected {', '.join(SUFFIXES)} files.")
+        raise UserError(f"{folder}: no weights in this folder, expected {', '.join(SUFFIXES)} files.")
     if len(found) == 1 and "-of-" not in found[0].stem:
         return found[0]
     if any("-of-" in file.stem for file in found):
         raise UserError(
-            f"{folder}: the shards ({_some([file.name for file in found])}) have no index; download "
-            f"{' or '.join(f'{stem}.index.json' for stem in _STEMS)} too."
+            f"{folder}: the shards ({_shorten([file.name for file in found])}) have no index. Download "
+            f"{' or '.join(f'{stem}.index.json' for stem in _STEMS)} as well."
         )
     raise UserError(
-        f"{folder}: several weights files ({_some([file.name for file in found])}); name one of them."
+        f"{folder}: several weights files ({_shorten([file.name for file in found])}), expected one. Give "
+        "the path of the file."
     )
 
 
 def _read_index(index: Path) -> dict[Path, set[str]]:
-    """Shard -> names of its weights."""
+    """Return {shard: names of its weights}; raise UserError if the index is malformed or a shard missing."""
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {name: index.parent / Path(shard).name for name, shard in names.items()}
     except OSError:
-        raise UserError(f"{index}: no such file; name published weights.") from None
+        raise UserError(f"{index}: cannot be read. Give a file or folder of published weights.") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index}: not an index of shards (no 'weight_map'); download it again.") from None
+        raise UserError(
+            f"{index}: not an index of shards, expected a JSON object with 'weight_map'. Download it again."
+        ) from None
     missing = sorted({file.name for file in files.values() if not file.is_file()})
     if missing:
-        raise UserError(f"{index}: it names {_some(missing)}, which the folder lacks; download the rest.")
+        raise UserError(
+            f"{index}: the index lists shards that are missing from the folder ({_shorten(missing)}). "
+            "Download them."
+        )
     unknown = sorted({file.name for file in files.values() if file.suffix not in _READERS})
     if unknown or not files:
-        raise UserError(f"{index}: it names {_some(unknown) or 'no shard'}, expected {', '.join(SUFFIXES)}.")
-    shards = {file: set() for file in files.values()}
+        raise UserError(
+            f"{index}: the index lists {_shorten(unknown) or 'no shard'}, expected files with the suffixes "
+            f"{', '.join(SUFFIXES)}."
+        )
+    shards: dict[Path, set[str]] = {file: set() for file in files.values()}
     for name, file in files.items():
         shards[file].add(name)
     return shards
@@ -129,19 +143,19 @@ def _read_index(index: Path) -> dict[Path, set[str]]:
 # --- Readers of one file ------------------------------------------------------------------------------
 
 
-def _import(module: str, file: Path, packages: str):
-    """A module that only some files need."""
+def _import(module: str, file: Path) -> Any:
+    """Import an optional module that reads `file`; raise UserError if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError:
         raise UserError(
-            f"{file}: reading {file.suffix} files needs {packages}, not installed here; "
-            "pip install -r requirements-convert.txt."
+            f"{file}: reading {file.suffix} files needs the package {module}, which is not installed. "
+            "Run pip install -r requirements-convert.txt."
         ) from None
 
 
-class _Safetensors(Mapping):
-    """A safetensors file; each access reads one array."""
+class _Safetensors(Mapping[str, np.ndarray]):
+    """The arrays of a safetensors file; each access reads one array."""
 
     def __init__(self, file: Path):
         self._file = file
@@ -149,7 +163,7 @@ class _Safetensors(Mapping):
             self._handle = safetensors.safe_open(file, "np")
         except safetensors.SafetensorError as error:
             raise UserError(
-                f"{file}: truncated or not a safetensors file ({error}); download it again."
+                f"{file}: truncated or not a safetensors file ({error}). Download it again."
             ) from None
         self._names = list(self._handle.keys())
 
@@ -157,10 +171,10 @@ class _Safetensors(Mapping):
         try:
             return self._handle.get_tensor(name)
         except (TypeError, AttributeError, ValueError) as error:
-            kind = self._handle.get_slice(name).get_dtype()
+            dtype = self._handle.get_slice(name).get_dtype()
             raise UserError(
-                f"{self._file}: {name} is of type {kind}, which is not read here ({error}); "
-                "expected float32, float16 or bfloat16 weights."
+                f"{self._file}: {name} has the unsupported dtype {dtype}, expected float32, float16 or "
+                f"bfloat16 ({error})."
             ) from None
 
     def __iter__(self):
@@ -170,10 +184,10 @@ class _Safetensors(Mapping):
         return len(self._names)
 
 
-class _Torch(Mapping):
-    """The tensors of a PyTorch state dict as arrays that share their memory."""
+class _Torch(Mapping[str, np.ndarray]):
+    """The tensors of a PyTorch state dict, as arrays that share their memory."""
 
-    def __init__(self, tensors: Mapping):
+    def __init__(self, tensors: Mapping[str, Any]):
         self._tensors = tensors
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -192,33 +206,33 @@ class _Torch(Mapping):
 
 
 def _read_torch(file: Path) -> _Torch:
-    """A `torch.save` file: of its pickle nothing but tensors and plain containers is accepted."""
-    torch = _import("torch", file, "the package torch")
+    """Read a `torch.save` file; only tensors and plain containers are accepted in its pickle."""
+    torch = _import("torch", file)
     try:
-        # Files of PyTorch before 1.6 are no zip archives and can't be mapped.
+        # PyTorch before 1.6 wrote plain pickles instead of zip archives; those cannot be memory-mapped.
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or "Unsupported" in str(error):
             raise UserError(
-                f"{file}: its pickle holds Python objects besides weights, which are not run here; "
-                "save the weights alone, best as safetensors."
+                f"{file}: the pickle holds Python objects besides weights, and loading it would run code. "
+                "Save the weights alone, preferably as safetensors."
             ) from None
-        raise UserError(f"{file}: truncated or not a PyTorch file; download it again.") from None
+        raise UserError(f"{file}: truncated or not a PyTorch file. Download it again.") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError):
-        raise UserError(f"{file}: truncated or not a PyTorch file; download it again.") from None
+        raise UserError(f"{file}: truncated or not a PyTorch file. Download it again.") from None
     for key in _CONTAINERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
     if not isinstance(loaded, Mapping) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
         raise UserError(
-            f"{file}: not a state dict; expected names and tensors, possibly below "
+            f"{file}: not a state dict, expected tensors by name, at the top or below the key "
             f"{' or '.join(map(repr, _CONTAINERS))}."
         )
     return _Torch(loaded)
 
 
-class _Gguf(Mapping):
-    """A GGUF file of a decoder: float32 arrays, dequantised one by one, under the Hugging Face names."""
+class _Gguf(Mapping[str, np.ndarray]):
+    """The weights of a GGUF decoder under their Hugging Face names, dequantised to float32 on access."""
 
     def __init__(self, file: Path):
         reader, self._architecture, field = _open_gguf(file)
@@ -235,10 +249,10 @@ class _Gguf(Mapping):
         try:
             array = gguf.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
-            raise UserError(f"{self._file}: {name} cannot be read ({error}).") from None
+            raise UserError(f"{self._file}: {name} cannot be dequantised ({error}).") from None
         heads = self._heads.get(name.split(".")[-2])
         if self._architecture == "llama" and heads:
-            # llama.cpp rotates neighbouring channels, Hugging Face's Llama the halves of a head.
+            # llama.cpp applies RoPE to neighbouring channels, Hugging Face's Llama to the halves of a head.
             array = einops.rearrange(array, "(head n two) ... -> (head two n) ...", head=heads, two=2)
         return array
 
@@ -249,18 +263,18 @@ class _Gguf(Mapping):
         return len(self._tensors)
 
 
-def _open_gguf(file: Path) -> tuple:
-    """The reader of a GGUF file, its architecture and its fields, those of the tokenizer apart."""
-    gguf = _import("gguf", file, "the package gguf")
+def _open_gguf(file: Path) -> tuple[Any, str, dict[str, Any]]:
+    """Return the reader of a GGUF file, its architecture, and its fields without the tokenizer's."""
+    gguf = _import("gguf", file)
     try:
         reader = gguf.GGUFReader(file)
         field = {key: field.contents() for key, field in reader.fields.items() if "tokenizer" not in key}
         architecture = field["general.architecture"]
     except (ValueError, IndexError, KeyError, OSError):
-        raise UserError(f"{file}: truncated or not a GGUF file; download it again.") from None
+        raise UserError(f"{file}: truncated or not a GGUF file. Download it again.") from None
     if architecture not in _GGUF_ARCHITECTURES:
         raise UserError(
-            f"{file}: a model of architecture {architecture!r}, expected one of "
+            f"{file}: unsupported architecture {architecture!r}, expected one of "
             f"{', '.join(_GGUF_ARCHITECTURES)}."
         )
     return reader, architecture, field
@@ -269,7 +283,8 @@ def _open_gguf(file: Path) -> tuple:
 def gguf_settings(file: Path) -> dict:
     """Return a GGUF file's decoder settings under the names of Hugging Face's config.json.
 
-    Llama 3's RoPE scaling is stored as a factor for every frequency; here it is `{"rope_type": "llama3"}`.
+    GGUF stores Llama 3's RoPE scaling as one factor per frequency; it is returned as
+    `{"rope_type": "llama3"}` without the factors.
     """
     reader, prefix, field = _open_gguf(file)
     settings = {
@@ -278,7 +293,7 @@ def gguf_settings(file: Path) -> dict:
         if f"{prefix}.{name}" in field
     }
     kind = field.get(f"{prefix}.rope.scaling.type", "none")
-    scaling = {"rope_type": "default" if kind == "none" else kind}
+    scaling: dict[str, Any] = {"rope_type": "default" if kind == "none" else kind}
     if any(tensor.name.startswith("rope_freqs") for tensor in reader.tensors):
         scaling = {"rope_type": "llama3"}
     elif f"{prefix}.rope.scaling.factor" in field:
@@ -315,14 +330,17 @@ _GGUF_NAMES = {
 
 
 def _gguf_name(name: str) -> str:
-    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight; an unknown name stays."""
+    """Return the Hugging Face name of a GGUF weight; an unknown name is returned unchanged.
+
+    "blk.3.attn_q.weight" gives "model.layers.3.self_attn.q_proj.weight".
+    """
     *block, module, kind = name.split(".")
     if module not in _GGUF_NAMES:
         return name
     return ".".join([*(["model.layers", *block[1:]] if block else []), _GGUF_NAMES[module], kind])
 
 
-_READERS = {
+_READERS: dict[str, Callable[[Path], Mapping[str, np.ndarray]]] = {
     ".safetensors": _Safetensors,
     ".bin": _read_torch,
     ".pth": _read_torch,

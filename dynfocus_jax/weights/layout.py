@@ -1,4 +1,8 @@
-"""Layouts of weights: einops patterns read in both directions, with every size known from our shape."""
+"""Conversion of weights between the published layout and ours.
+
+A layout is an einops pattern from the published axes to ours, such as "output input -> input output", or
+None for weights that have the same axes in both. Our shape determines the size of every axis.
+"""
 
 import math
 import re
@@ -8,7 +12,7 @@ import numpy as np
 
 
 def published_shape(layout: str | None, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The published shape of a weight that has `shape` in our layout."""
+    """Return the published shape of a weight that has `shape` in our layout."""
     if layout is None:
         return shape
     published, ours = _sides(layout)
@@ -16,8 +20,8 @@ def published_shape(layout: str | None, shape: tuple[int, ...]) -> tuple[int, ..
     return tuple(math.prod(sizes[axis] for axis in axes) for axes in published)
 
 
-def to_ours(layout: str | None, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A published weight in our layout (a view where possible), `shape` being ours."""
+def from_published(layout: str | None, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return a published weight in our layout, where it has `shape`; a view where possible."""
     if layout is None:
         return array
     published, ours = _sides(layout)
@@ -27,7 +31,7 @@ def to_ours(layout: str | None, array: np.ndarray, shape: tuple[int, ...]) -> np
 
 
 def to_published(layout: str | None, array: np.ndarray) -> np.ndarray:
-    """One of our weights in the published layout (a view where possible)."""
+    """Return one of our weights in the published layout; a view where possible."""
     if layout is None:
         return array
     left, _, right = layout.partition("->")
@@ -36,7 +40,10 @@ def to_published(layout: str | None, array: np.ndarray) -> np.ndarray:
 
 
 def _sides(layout: str) -> tuple[list[list[str]], list[list[str]]]:
-    """ "(head dim) width -> width head dim" to [[head, dim], [width]] and [[width], [head], [dim]]."""
+    """Return the axes of both sides of a layout; an axis that combines several is a longer list.
+
+    "(head dim) width -> width head dim" gives [[head, dim], [width]] and [[width], [head], [dim]].
+    """
     left, _, right = layout.partition("->")
 
     def axes(side: str) -> list[list[str]]:
@@ -46,7 +53,10 @@ def _sides(layout: str) -> tuple[list[list[str]], list[list[str]]]:
 
 
 def _sizes(axes: list[list[str]], shape: tuple[int, ...]) -> dict[str, int]:
-    """Size of every axis name; a group is the pixels of a square RGB patch."""
+    """Return the size of every named axis of our shape.
+
+    The only combined axis on our side is (row column channel), the values of a square RGB patch.
+    """
     sizes = {"1": 1}
     for group, size in zip(axes, shape, strict=True):
         if len(group) == 1:

@@ -1,4 +1,4 @@
-"""Matching of published names: the parameter that each fills, or the reason why it is left out."""
+"""Matching of published names with our parameters: the place of each weight, or why it is left out."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,13 @@ from dynfocus_jax.weights.tables import FAMILIES, TIED
 
 @dataclass(frozen=True)
 class Slot:
-    """Place of a published weight in our parameters.
+    """The place of a published weight in our parameters.
 
-    rule: of the table; paths: our leaves, several for a fused weight; layer: on their first axis (None when
-    they are not stacked); shape: of what goes there, with a first axis over `paths` for a fused weight.
+    Attributes:
+      rule: the table's rule for the weight.
+      paths: the parameters it fills; several for a fused weight.
+      layer: index on their first axis; None if they are not stacked.
+      shape: shape in our layout; the first axis of a fused weight runs over `paths`.
     """
 
     rule: Rule
@@ -33,131 +36,154 @@ class Slot:
 
 
 @dataclass
-class Problems:
-    """Mismatches: published names, our paths that the family lacks, and sentences about the rest."""
+class Mismatches:
+    """Everything that does not fit between a file and the model; true if there is any.
+
+    Attributes:
+      missing: published names of parameters that the file does not fill.
+      unexpected: published names without a parameter.
+      unnamed: our paths that have no published name in the family.
+      shapes: sentences about weights of a wrong shape.
+      others: sentences about other mismatches.
+      hints: sentences about a likely cause.
+    """
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
-    foreign: list[str] = field(default_factory=list)
+    unnamed: list[str] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     hints: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.foreign or self.shapes or self.others)
+        return bool(self.missing or self.unexpected or self.unnamed or self.shapes or self.others)
 
     def lines(self) -> list[str]:
-        """A line a group, with every name in it."""
-        groups = {
-            "missing": collapse(self.missing),
-            "unexpected": collapse(self.unexpected),
-            "of the model are unknown there": self.foreign,
-            "mis-shaped": collapse(self.shapes),
-        }
-        counts = [len(names) for names in (self.missing, self.unexpected, self.foreign, self.shapes)]
+        """Return one line per kind of mismatch, with every name, and then the sentences."""
+        groups = (
+            ("missing", self.missing, ", "),
+            ("unexpected", self.unexpected, ", "),
+            ("model parameters without a published name", self.unnamed, ", "),
+            ("mis-shaped", self.shapes, "; "),
+        )
         named = [
-            f"{count} {what}: {('; ' if what == 'mis-shaped' else ', ').join(names)}"
-            for count, (what, names) in zip(counts, groups.items(), strict=True)
-            if count
+            f"{len(names)} {kind}: {separator.join(collapse_numbers(names))}"
+            for kind, names, separator in groups
+            if names
         ]
         return [*named, *self.others, *self.hints]
 
 
 @dataclass
-class Plan:
-    """Matched names of a source.
+class Matching:
+    """The published names of a file, matched with our parameters.
 
-    slots: published name -> place; tied: name of a head that the embedding stands for; absent: our leaves
-    that are left out; zeros: our leaves that are zero; left_out: why -> names; skipped: patterns of `skip`
-    that matched.
+    Attributes:
+      slots: published name -> its place.
+      tied_head: published name of a head that must equal the embedding, if the file has one.
+      absent: our paths that the file does not hold and need not hold.
+      zeros: our paths whose values are zero by definition.
+      left_out: reason -> published names that are left out.
+      used_skips: patterns of `skip` that matched a name.
+      mismatches: everything that does not fit.
     """
 
     slots: dict[str, Slot] = field(default_factory=dict)
-    tied: str | None = None
+    tied_head: str | None = None
     absent: list[str] = field(default_factory=list)
     zeros: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
-    skipped: set[str] = field(default_factory=set)
-    problems: Problems = field(default_factory=Problems)
+    used_skips: set[str] = field(default_factory=set)
+    mismatches: Mismatches = field(default_factory=Mismatches)
 
-    def leave_out(self, name: str, why: str) -> None:
-        self.left_out.setdefault(why, []).append(name)
+    def leave_out(self, name: str, reason: str) -> None:
+        self.left_out.setdefault(reason, []).append(name)
 
 
-def make_plan(
+def match_names(
     table: Family,
     names: Sequence[str],
     shapes: Mapping[str, tuple[int, ...]],
     skip: Sequence[str] = (),
     depth: int | None = None,
-) -> Plan:
-    """The plan of reading `names` into the leaves `shapes` ({our path: shape}) by a table.
+) -> Matching:
+    """Match published names with the parameters of one part of the model.
 
-    depth: layers of the published network, where ours leaves out its last ones.
+    Args:
+      table: the family's table of names.
+      names: published names in the file.
+      shapes: {our path: shape} of the part.
+      skip: regular expressions of published names to leave out, matched in full.
+      depth: layers of the published network, if our part leaves out its last ones.
     """
-    plan = Plan()
+    matching = Matching()
+    mismatches = matching.mismatches
     built = num_layers(shapes)
     matches = {name: table.match(name) for name in names}
     published = 1 + max(
         (found[1] for found in matches.values() if found and found[1] is not None), default=-1
     )
-    behind = published > built and published in {
+    has_known_surplus = published > built and published in {
         count + spare for count in (built, depth or built) for spare in (0, table.spare_layers)
     }
 
-    held = [other for other in held_families(names) if other.part != table.part]
+    detected = [other for other in detect_families(names) if other.part != table.part]
     filled: dict[tuple[str, int | None], str] = {}  # (our path, layer) -> published name
     dropped: set[tuple[str, int | None]] = set()
     for name, found in matches.items():
-        slot = found and make_slot(*found, shapes)
+        slot = found and find_slot(*found, shapes)
         patterns = {pattern for pattern in skip if re.fullmatch(pattern, name)}
         if patterns:
-            plan.skipped |= patterns
-            plan.leave_out(name, "skipped as asked for")
+            matching.used_skips |= patterns
+            matching.leave_out(name, "matches config.weights.skip")
             dropped |= {(path, slot.layer) for path in slot.paths} if slot else set()
         elif slot:
             twins = {filled[path, slot.layer] for path in slot.paths if (path, slot.layer) in filled}
             if twins:
-                plan.problems.others.append(f"{name} and {', '.join(twins)} fill the same parameter.")
+                mismatches.others.append(f"{name} and {', '.join(twins)} fill the same parameter.")
             filled |= {(path, slot.layer): name for path in slot.paths}
-            plan.slots[name] = slot
-        elif found and found[1] is not None and found[1] >= built and behind:
-            plan.leave_out(name, f"the file has {published} layers, of which the first {built} are built")
+            matching.slots[name] = slot
+        elif found and found[1] is not None and found[1] >= built and has_known_surplus:
+            matching.leave_out(name, f"the model uses the first {built} of the file's {published} layers")
         elif found and found[0].unless == TIED:
-            plan.tied = name
-            plan.leave_out(name, TIED)
+            matching.tied_head = name
+            matching.leave_out(name, TIED)
         elif found and found[0].unless:
-            plan.leave_out(name, found[0].unless)
+            matching.leave_out(name, found[0].unless)
         elif reason := table.reason_to_ignore(name):
-            plan.leave_out(name, reason)
-        elif not found and (other := _part_of(name, table.part, held)):
-            plan.leave_out(name, f"belongs to the {other}")
+            matching.leave_out(name, reason)
+        elif not found and (other := _other_part(name, table.part, detected)):
+            matching.leave_out(name, f"belongs to the {other}")
         else:
-            plan.problems.unexpected.append(name)
+            mismatches.unexpected.append(name)
 
     for path, shape in shapes.items():
-        rule = next((rule for rule in table.rules if _leaf(rule).fullmatch(path)), None)
+        rule = next((rule for rule in table.rules if _path_pattern(rule).fullmatch(path)), None)
         stacked = rule is not None and "{layer}" in rule.name and "{layer}" not in rule.path
         places = [(path, layer) for layer in (range(shape[0]) if stacked else (None,))]
         if path in table.zeros:
-            plan.zeros.append(path)
+            matching.zeros.append(path)
         elif table.is_lacking(path) or dropped.issuperset(places):
-            plan.absent.append(path)
+            matching.absent.append(path)
         elif rule is None:
-            plan.problems.foreign.append(path)
+            mismatches.unnamed.append(path)
         else:
-            lost = [place for place in places if place not in filled]
-            plan.problems.missing += [published_name(rule, path, layer) for _, layer in lost]
-    plan.problems.missing = list(dict.fromkeys(plan.problems.missing))  # a fused weight fills several leaves
-    if "lm_head.weight" in plan.problems.missing:
-        plan.problems.hints.append("Without an own head, set config.model.language.tied_embeddings to True.")
-    if published > built > 0 and not behind:
-        plan.problems.hints.append(f"The file has {published} layers, the model {built}: is its depth right?")
-    return plan
+            unfilled = [place for place in places if place not in filled]
+            mismatches.missing += [published_name(rule, path, layer) for _, layer in unfilled]
+    mismatches.missing = list(dict.fromkeys(mismatches.missing))  # a fused weight fills several parameters
+    if "lm_head.weight" in mismatches.missing:
+        mismatches.hints.append(
+            "If the published model has no separate head, set config.model.language.tied_embeddings to True."
+        )
+    if published > built > 0 and not has_known_surplus:
+        mismatches.hints.append(
+            f"The file has {published} layers, the model has {built}. Check the depth in config.model."
+        )
+    return matching
 
 
-def make_slot(rule: Rule, layer: int | None, shapes: Mapping[str, tuple[int, ...]]) -> Slot | None:
-    """The place of a published weight; None when the model has none for it."""
+def find_slot(rule: Rule, layer: int | None, shapes: Mapping[str, tuple[int, ...]]) -> Slot | None:
+    """Return the place of a published weight; None if the model has no parameter for it."""
     path = rule.path.replace("{layer}", str(layer))
     paths = tuple(path.replace("{part}", part) for part in (FUSED if "{part}" in path else [""]))
     if any(leaf not in shapes for leaf in paths):
@@ -172,21 +198,24 @@ def make_slot(rule: Rule, layer: int | None, shapes: Mapping[str, tuple[int, ...
 
 
 def num_layers(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Layers that the leaves hold, stacked below `blocks` or in `blocks_0`, `blocks_1`, ..."""
+    """Return the number of layers, stacked below `blocks` or in `blocks_0`, `blocks_1`, ..."""
     stacked = [shape[0] for path, shape in shapes.items() if path.startswith("blocks/")]
     numbered = [int(found[1]) + 1 for path in shapes if (found := re.match(r"blocks_(\d+)/", path))]
     return max(stacked + numbered, default=0)
 
 
 def published_name(rule: Rule, path: str, layer: int | None) -> str:
-    """The name of one of our leaves (of a layer of it) by a rule."""
-    found = _leaf(rule).fullmatch(path)
-    if layer is None and "{layer}" in rule.path:
-        layer = int(found["layer"])
-    return rule.name.replace("{layer}", str(layer))
+    """Return the published name of one of our parameters, or of one layer of it.
+
+    layer: index on the first axis of a stacked parameter; None if the number is in the path, or if the
+    parameter belongs to no layer.
+    """
+    found = _path_pattern(rule).fullmatch(path)
+    number = found["layer"] if found and layer is None and "{layer}" in rule.path else layer
+    return rule.name.replace("{layer}", str(number))
 
 
-def _leaf(rule: Rule) -> re.Pattern:
+def _path_pattern(rule: Rule) -> re.Pattern[str]:
     """Return the regular expression of our paths that a rule fills."""
     pattern = re.escape(rule.path)
     pattern = pattern.replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{part\}", f"(?:{'|'.join(FUSED)})")
@@ -202,41 +231,47 @@ def find_family(
     shapes: Mapping[str, tuple[int, ...]],
     families: Mapping[str, Family] = FAMILIES,
 ) -> str:
-    """The family of the leaves' part that fills most of them by these names; of several, the first.
+    """Return the name of the family that fills most parameters from these names; the first one on a tie.
+
+    Args:
+      where: path of the file, for the error.
+      names: published names in the file.
+      shapes: {our path: shape} of one part of the model; only families of that part are considered.
+      families: tables by name.
 
     Raises:
       UserError: no family of the part knows any of the names.
     """
 
-    def leaves_of(table: Family) -> int:
-        return sum(any(_leaf(rule).fullmatch(path) for rule in table.rules) for path in shapes)
+    def num_paths(table: Family) -> int:
+        return sum(any(_path_pattern(rule).fullmatch(path) for rule in table.rules) for path in shapes)
 
     def coverage(table: Family) -> int:
-        slots = [make_slot(*found, shapes) for name in names if (found := table.match(name))]
+        slots = [find_slot(*found, shapes) for name in names if (found := table.match(name))]
         return len({path for slot in slots if slot for path in slot.paths})
 
-    part = max(families.values(), key=leaves_of).part
+    part = max(families.values(), key=num_paths).part
     best = max(
         (name for name, table in families.items() if table.part == part),
         key=lambda name: coverage(families[name]),
     )
     if not coverage(families[best]):
         raise UserError(
-            f"{where}: none of its {len(names)} weights belongs to the {part.replace('_', ' ')}; "
-            f"{looks_like(names)}."
+            f"{where}: none of its {len(names)} weights belongs to the {part.replace('_', ' ')}. "
+            f"{describe_contents(names)}."
         )
     return best
 
 
-def looks_like(names: Sequence[str]) -> str:
-    """Describe what a file seems to contain, for messages."""
-    held = [table.title for table in held_families(names)]
+def describe_contents(names: Sequence[str]) -> str:
+    """Return the start of a sentence on what a file seems to contain, for messages."""
+    titles = [table.title for table in detect_families(names)]
     shown = ", ".join(sorted(names)[:3])
-    return f"it seems to hold {' and '.join(held)}" if held else f"its names are of the kind {shown}"
+    return f"It seems to contain {' and '.join(titles)}" if titles else f"Its first names are {shown}"
 
 
-def held_families(names: Sequence[str]) -> list[Family]:
-    """Return the families a file seems to contain: per part the best one, if half of it is there."""
+def detect_families(names: Sequence[str]) -> list[Family]:
+    """Return the families that a file seems to contain: the best one per part, if half of it is there."""
 
     def share(table: Family) -> tuple[float, int]:
         wanted = {rule for rule in table.rules if rule.unless is None}
@@ -248,15 +283,18 @@ def held_families(names: Sequence[str]) -> list[Family]:
     return [table for table in best if shares[table][0] >= 0.5]
 
 
-def _part_of(name: str, part: str, held: Sequence[Family]) -> str | None:
-    """Return the other part of the model that a published name belongs to; None if there is none."""
+def _other_part(name: str, part: str, detected: Sequence[Family]) -> str | None:
+    """Return the other part of the model that a published name belongs to; None if there is none.
+
+    detected: families of other parts that the file contains.
+    """
     others = [table.part for table in FAMILIES.values() if table.part != part and table.match(name)]
-    others += [table.part for table in held if table.reason_to_ignore(name)]
+    others += [table.part for table in detected if table.reason_to_ignore(name)]
     return others[0].replace("_", " ") if others else None
 
 
-def collapse(names: Sequence[str]) -> list[str]:
-    """Names that differ in their first number only as one: `layers.[0-3,7].mlp.up`."""
+def collapse_numbers(names: Sequence[str]) -> list[str]:
+    """Merge names that differ only in their first number: `layers.[0-3,7].mlp.up`."""
     groups: dict[tuple[str, str], list[int]] = {}
     for name in names:
         found = re.match(r"(.*?\.)(\d+)(\..*)", name)
@@ -266,7 +304,7 @@ def collapse(names: Sequence[str]) -> list[str]:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] to "[0-2,5]", a single number to itself."""
+    """Return "[0-2,5]" for [0, 1, 2, 5], and "7" for [7]."""
     if len(numbers) == 1:
         return str(numbers[0])
     spans: list[list[int]] = []

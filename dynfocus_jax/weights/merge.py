@@ -1,10 +1,9 @@
-"""Published weights into our parameter tree and back: strict, one shard at a time."""
+"""Strict merge of published weights into our parameter trees, one shard at a time, and the way back."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import ml_dtypes
 import numpy as np
@@ -13,17 +12,18 @@ from dynfocus_jax import trees
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.models.vit import resize_positions
 from dynfocus_jax.published_names import Family
-from dynfocus_jax.weights.files import Source, open_weights
-from dynfocus_jax.weights.layout import to_ours, to_published
+from dynfocus_jax.weights.files import WeightSource, open_weights
+from dynfocus_jax.weights.layout import from_published, to_published
 from dynfocus_jax.weights.matching import (
-    Plan,
+    Matching,
+    Mismatches,
     Slot,
-    collapse,
+    collapse_numbers,
+    describe_contents,
+    detect_families,
     find_family,
-    held_families,
-    looks_like,
-    make_plan,
-    make_slot,
+    find_slot,
+    match_names,
     num_layers,
 )
 from dynfocus_jax.weights.tables import FAMILIES
@@ -35,119 +35,133 @@ DTYPES = {
 }
 
 
-def load(
-    source: str | Path | Source,
+def load_part(
+    source: str | Path | WeightSource,
+    target: Mapping,
     family: str | None = None,
-    target: Mapping = MappingProxyType({}),
+    *,
     dtype: str | None = None,
     skip: Sequence[str] = (),
     depth: int | None = None,
+    families: Mapping[str, Family] = FAMILIES,
     say: Callable[[str], None] = print,
 ) -> dict:
-    """The parameters of one part of the model from published weights.
+    """Load the parameters of one part of the model from published weights.
 
     Args:
-      source: file, folder or `open_weights(...)`.
-      family: a name of `tables.FAMILIES`; None finds the one that fits the names.
+      source: a file, a folder or `open_weights(...)`.
       target: the part's parameters, nested dicts of anything with a shape.
-      dtype: one of `DTYPES` to cast to; None keeps the file's, which must be one.
-      skip: regular expressions of published names to leave out (matched in full).
-      depth: layers of the published network, where the target leaves out its last ones.
-      say: takes a line for each decision: what was left out, resized, or is never in such files.
+      family: a name in `families`; None takes the one that fits the names best.
+      dtype: one of `DTYPES` to cast to; None keeps the file's dtype, which must then be the same for all.
+      skip: regular expressions of published names to leave out, matched in full.
+      depth: layers of the published network, if the target leaves out its last ones.
+      families: tables of names; the default has all backbones and connectors of the package.
+      say: receives a line for each decision: names that are left out, resized positions, parameters that
+        such files never hold.
 
     Returns:
-      Nested dicts of numpy arrays, without the parameters that such files never hold or that were skipped.
+      Nested dicts of numpy arrays, without parameters that such files never hold or that were skipped.
 
     Raises:
-      UserError: every missing, unexpected and mis-shaped weight, all at once.
+      UserError: a list of every missing, unexpected and mis-shaped weight.
     """
-    merged = read_part(source, family, target, dtype=dtype, skip=skip, depth=depth)
+    merged = merge_part(source, target, family, dtype=dtype, skip=skip, depth=depth, families=families)
     for line in merged.notes:
         say(line)
     return merged.params
 
 
 @dataclass
-class Merged:
-    """A part that was read.
+class MergedPart:
+    """One part of the model, read from published weights.
 
-    params: nested arrays; family: what it was read as; absent: our paths that the source does not hold;
-    notes: decisions, as lines for the user; skipped: the patterns of `skip` that matched a name.
+    Attributes:
+      params: nested dicts of numpy arrays.
+      family: name of the family that the weights were read as.
+      absent: our paths that the source does not hold.
+      notes: decisions, as lines for the user.
+      used_skips: patterns of `skip` that matched a name.
     """
 
     params: dict
     family: str
     absent: list[str]
     notes: list[str]
-    skipped: set[str]
+    used_skips: set[str]
 
 
-def read_part(
-    source: str | Path | Source,
-    family: str | None,
+def merge_part(
+    source: str | Path | WeightSource,
     target: Mapping,
+    family: str | None = None,
     *,
     dtype: str | None = None,
     skip: Sequence[str] = (),
     depth: int | None = None,
     families: Mapping[str, Family] = FAMILIES,
     progress: Callable[[int], None] = lambda total: None,
-) -> Merged:
-    """Like `load`, with what was decided; `progress(total)` is called for each of the `total` weights."""
-    source = source if isinstance(source, Source) else open_weights(source)
+) -> MergedPart:
+    """Do the work of `load_part`, and return its decisions as well.
+
+    progress: called with the number of all weights whenever one of them is read.
+    """
+    weights = source if isinstance(source, WeightSource) else open_weights(source)
     shapes = {path: tuple(leaf.shape) for path, leaf in trees.flatten(target).items()}
-    names = source.names()
-    family = family or find_family(source.where, names, shapes, families)
-    plan = make_plan(families[family], names, shapes, skip, depth)
-    problems = plan.problems
+    names = weights.names()
+    family = family or find_family(weights.where, names, shapes, families)
+    table = families[family]
+    matching = match_names(table, names, shapes, skip, depth)
+    mismatches = matching.mismatches
 
     arrays: dict[str, np.ndarray] = {}
     dtypes: dict[str, list[str]] = {}  # dtype -> published names
     resized: list[str] = []
     head = None
-    for shard in source.shards():
+    for shard in weights.shards():
         for name in shard:
-            if name == plan.tied:
+            if name == matching.tied_head:
                 head = shard[name]
-            if name not in plan.slots:
+            if name not in matching.slots:
                 continue
-            progress(len(plan.slots))
-            slot, array = plan.slots[name], shard[name]
+            progress(len(matching.slots))
+            slot, array = matching.slots[name], shard[name]
             dtypes.setdefault(array.dtype.name, []).append(name)
             if slot.paths == ("position",):
                 array = _fit_positions(array, slot, "cls" in shapes, resized)
             if array.shape != slot.published_shape:
-                problems.shapes.append(f"{name} has {array.shape}, expected {slot.published_shape}")
-            if problems or array.dtype.name not in DTYPES or (dtype is None and len(dtypes) > 1):
-                continue  # an error in the end; the rest is looked at only
+                mismatches.shapes.append(f"{name} has {array.shape}, expected {slot.published_shape}")
+            if mismatches or array.dtype.name not in DTYPES or (dtype is None and len(dtypes) > 1):
+                continue  # the merge will fail; the rest is only read to list all mismatches
             kept = array.dtype if dtype is None else DTYPES[dtype]
-            pieces = to_ours(slot.rule.layout, array, slot.shape)
+            pieces = from_published(slot.rule.layout, array, slot.shape)
             for path, piece in zip(slot.paths, pieces if slot.is_fused else [pieces], strict=True):
                 if path not in arrays:
                     arrays[path] = np.empty(shapes[path], kept)
                 place = arrays[path] if slot.layer is None else arrays[path][slot.layer]
                 np.copyto(place, piece, casting="unsafe")
 
-    _check_dtypes(dtypes, dtype, problems.others)
-    if head is not None and not problems:
+    _check_dtypes(dtypes, dtype, mismatches)
+    if head is not None and not mismatches:
         embedding = arrays["embedding/embedding"]
         if not np.array_equal(head.astype(embedding.dtype), embedding):
-            problems.others.append(f"{plan.tied} differs from the embedding.")
-            problems.hints.append("Set config.model.language.tied_embeddings to False.")
-    if problems:
-        table = families[family]
-        other = "" if table in held_families(names) else f"; {looks_like(names)}"
-        first = f"{source.where} does not fit the model as {table.title}{other}:"
-        raise UserError("\n  ".join([first, *problems.lines()]))
-    for path in plan.zeros:
+            mismatches.others.append(f"{matching.tied_head} differs from the embedding.")
+            mismatches.hints.append("Set config.model.language.tied_embeddings to False.")
+    if mismatches:
+        if table not in detect_families(names):
+            mismatches.hints.append(f"{describe_contents(names)}.")
+        first = f"{weights.where} does not fit the model as {table.title}:"
+        raise UserError("\n  ".join([first, *mismatches.lines()]))
+    for path in matching.zeros:
         arrays[path] = np.zeros(shapes[path], next(iter(arrays.values())).dtype)
-    return Merged(
-        trees.unflatten(arrays), family, plan.absent, _notes(families[family], plan, resized), plan.skipped
-    )
+    notes = _notes(table, matching, resized)
+    return MergedPart(trees.unflatten(arrays), family, matching.absent, notes, matching.used_skips)
 
 
 def _fit_positions(array: np.ndarray, slot: Slot, cls_token: bool, resized: list[str]) -> np.ndarray:
-    """A table of positions for our grid, when it is one of another square grid."""
+    """Resize position embeddings of another square grid to ours, and add a line about it to `resized`.
+
+    Any other array is returned unchanged.
+    """
     expected = slot.published_shape
     if array.ndim != len(expected) or array.shape[-1] != expected[-1] or array.shape == expected:
         return array
@@ -161,30 +175,37 @@ def _fit_positions(array: np.ndarray, slot: Slot, cls_token: bool, resized: list
     return fitted.reshape(expected)
 
 
-def _check_dtypes(dtypes: Mapping[str, list[str]], dtype: str | None, others: list[str]) -> None:
-    examples = ", ".join(f"{kind}: {len(names)} like {names[0]}" for kind, names in dtypes.items())
+def _check_dtypes(dtypes: Mapping[str, list[str]], dtype: str | None, mismatches: Mismatches) -> None:
+    """Add unsupported or mixed dtypes to the mismatches."""
+    examples = ", ".join(f"{kind} ({len(names)}, such as {names[0]})" for kind, names in dtypes.items())
     if not dtypes.keys() <= DTYPES.keys():
-        others.append(f"Weights must be float32, float16 or bfloat16, not quantised: {examples}.")
+        mismatches.others.append(
+            f"Unsupported dtypes: {examples}, expected {', '.join(DTYPES)} without quantisation."
+        )
     elif dtype is None and len(dtypes) > 1:
-        others.append(f"Several dtypes ({examples}): choose the one to keep with --dtype.")
+        mismatches.others.append(f"Several dtypes: {examples}, expected one. Cast all weights with --dtype.")
 
 
-def _notes(family: Family, plan: Plan, resized: list[str]) -> list[str]:
+def _notes(family: Family, matching: Matching, resized: list[str]) -> list[str]:
+    """Return the decisions of a merge, as lines for the user."""
     return [
-        f"{len(plan.slots)} weights read as {family.title}",
+        f"{len(matching.slots)} weights read as {family.title}",
         *resized,
-        *(f"left out, {why}: {', '.join(collapse(names))}" for why, names in plan.left_out.items()),
-        *([f"not in such files: {', '.join(plan.absent)}"] if plan.absent else []),
+        *(
+            f"left out, {reason}: {', '.join(collapse_numbers(names))}"
+            for reason, names in matching.left_out.items()
+        ),
+        *([f"parameters without weights: {', '.join(matching.absent)}"] if matching.absent else []),
     ]
 
 
-def export(params: Mapping, table: Family) -> dict[str, np.ndarray]:
-    """One part's parameters under the published names of a table: what `load` takes apart again.
+def published_arrays(params: Mapping, table: Family) -> dict[str, np.ndarray]:
+    """Return the parameters of one part under the published names of a table, the inverse of `load_part`.
 
-    Arrays share our memory where the layout allows it (they may then not be contiguous).
+    Arrays share the memory of the parameters where the layout allows it, and may not be contiguous.
 
     Raises:
-      UserError: the table has no place for a parameter.
+      UserError: the table has no name for a parameter.
     """
     leaves = {path: np.asarray(leaf) for path, leaf in trees.flatten(dict(params)).items()}
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
@@ -192,7 +213,7 @@ def export(params: Mapping, table: Family) -> dict[str, np.ndarray]:
     for rule in table.rules:
         layers = range(num_layers(shapes)) if "{layer}" in rule.name else [None]
         for layer in layers:
-            slot = make_slot(rule, layer, shapes)
+            slot = find_slot(rule, layer, shapes)
             if slot is None:
                 continue
             pieces = [leaves[path] if slot.layer is None else leaves[path][slot.layer] for path in slot.paths]
@@ -200,7 +221,7 @@ def export(params: Mapping, table: Family) -> dict[str, np.ndarray]:
             published[rule.name.replace("{layer}", str(layer))] = to_published(rule.layout, array)
             covered |= set(slot.paths)
     rest = [path for path in leaves if path not in covered and not table.is_lacking(path)]
-    lost = [path for path in rest if path not in table.zeros or np.any(leaves[path])]
-    if lost:
-        raise UserError(f"{table.title} has no place for {', '.join(lost)}; choose another family.")
+    unnamed = [path for path in rest if path not in table.zeros or np.any(leaves[path])]
+    if unnamed:
+        raise UserError(f"{table.title} has no published name for {', '.join(unnamed)}.")
     return published

@@ -1,14 +1,15 @@
-"""Hugging Face's config.json and our model section: what must agree beside shapes, and what export writes."""
+"""Hugging Face's config.json: checks against our model section, and the file that export writes."""
 
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.weights.files import gguf_settings
 
-# Hugging Face's field -> ours, of each part
+# Hugging Face's field -> ours, for each part
 _LANGUAGE = {
     "vocab_size": "vocab_size",
     "hidden_size": "width",
@@ -53,8 +54,8 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "silu": "silu",
 }
-# What shapes do not show: a mistake here would compute something else from weights that fit.
-_UNSEEN = (
+# Settings that the shapes of weights do not show: with a wrong one, weights fit but the output is wrong.
+_NOT_IN_SHAPES = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
@@ -79,20 +80,27 @@ _FIELDS = {"language": _LANGUAGE, "vision": _VISION, "text_encoder": _QFORMER}
 
 
 def read_settings(weights: str | Path, part: str) -> tuple[Path, dict] | None:
-    """The config.json beside published weights and its section on a part; None when there is none.
+    """Return the config.json beside published weights and its section for a part; None if there is none.
 
-    A GGUF file holds these settings itself.
+    For a GGUF file, return the file itself and the settings in it.
+
+    Args:
+      weights: file or folder.
+      part: "language", "vision" or "text_encoder".
+
+    Raises:
+      UserError: config.json is not a JSON file.
     """
-    weights = Path(weights).expanduser()
-    if weights.suffix == ".gguf" and weights.is_file():
-        return (weights, gguf_settings(weights)) if part == "language" else None
-    file = (weights if weights.is_dir() else weights.parent) / "config.json"
+    path = Path(weights).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return (path, gguf_settings(path)) if part == "language" else None
+    file = (path if path.is_dir() else path.parent) / "config.json"
     try:
         whole = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
         return None
     except ValueError:
-        raise UserError(f"{file}: not a JSON file; download it again, or remove it.") from None
+        raise UserError(f"{file}: not a JSON file. Download it again, or remove it.") from None
     if not isinstance(whole, dict):
         return None
     section = {"language": "text_config", "vision": "vision_config", "text_encoder": "qformer_config"}[part]
@@ -108,43 +116,45 @@ def read_settings(weights: str | Path, part: str) -> tuple[Path, dict] | None:
 
 
 def check_settings(weights: str | Path, part: str, section: Mapping) -> None:
-    """Check the config.json beside published weights against ours, for settings that shapes do not show.
+    """Check our settings against the config.json beside published weights, where shapes do not show them.
 
     Args:
-      weights: file or folder; part: "language", "vision" or "text_encoder"; section: `config.model.<part>`.
+      weights: file or folder.
+      part: "language", "vision" or "text_encoder".
+      section: the section `config.model.<part>`.
 
     Raises:
-      UserError: every field that differs.
+      UserError: a list of all fields that differ.
     """
     found = read_settings(weights, part)
     if found is None:
         return
     file, published = found
-    theirs = {name: published[name] for name in _UNSEEN if published.get(name) is not None}
+    theirs = {name: published[name] for name in _NOT_IN_SHAPES if published.get(name) is not None}
     theirs = {_FIELDS[part][name]: value for name, value in theirs.items() if name in _FIELDS[part]}
     if part == "language":
-        theirs |= _rope_of(published)
+        theirs |= _rope_settings(published)
     elif "hidden_act" in published:
         theirs["activation"] = _ACTIVATIONS.get(published["hidden_act"], published["hidden_act"])
     wrong = [
-        f"{name} is {section[name]!r}, there {value!r}"
+        f"{name} is {section[name]!r}, expected {value!r}"
         for name, value in theirs.items()
         if name in section and not _equal(section[name], value)
     ]
     if wrong:
         raise UserError(
-            f"config.model.{part} differs from {file}: {'; '.join(wrong)}; take the file's values."
+            f"config.model.{part} differs from {file}: {'; '.join(wrong)}. Use the values of the file."
         )
 
 
-def _equal(ours, theirs) -> bool:
+def _equal(ours: Any, theirs: Any) -> bool:
     if isinstance(ours, float) and isinstance(theirs, int | float):
         return math.isclose(ours, theirs, rel_tol=1e-6)
     return ours == theirs
 
 
-def _rope_of(published: Mapping) -> dict:
-    """Our RoPE fields by a config.json, new (`rope_parameters`) or old (`rope_theta`, `rope_scaling`)."""
+def _rope_settings(published: Mapping) -> dict:
+    """Return our RoPE fields from the new (`rope_parameters`) or old (`rope_scaling`) form of config.json."""
     rope = published.get("rope_parameters") or published.get("rope_scaling") or {}
     theta = rope.get("rope_theta", published.get("rope_theta"))
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -154,11 +164,14 @@ def _rope_of(published: Mapping) -> dict:
 
 
 def make_settings(family: str, part: str, section: Mapping, dtype: str, published: Mapping) -> dict:
-    """The config.json of an exported part.
+    """Return the config.json of an exported part.
 
     Args:
-      family: of `tables.FAMILIES`; section: `config.model.<part>`; dtype: of the weights.
-      published: the section of the source's config.json; gives what our configuration does not hold.
+      family: a name in `tables.FAMILIES`.
+      part: "language", "vision" or "text_encoder".
+      section: the section `config.model.<part>`.
+      dtype: dtype of the weights.
+      published: section of the source's config.json, for the fields that our configuration does not have.
     """
     architecture, kind = _CLASSES[family]
     settings = {

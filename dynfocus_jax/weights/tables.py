@@ -1,11 +1,11 @@
-"""Tables of the published checkpoints of backbones: every published name, our path, and the layout."""
+"""Tables of published backbones: for every published name, our path and the layout of the weight."""
 
 from dynfocus_jax.connectors.registry import connector_kinds, find_connector
 from dynfocus_jax.published_names import DENSE, HEADS, HEADS_BIAS, MERGE, Family, Rule, linear, norm
 
 
 def _attention(query: str, key: str, value: str, out: str, path: str) -> tuple[Rule, ...]:
-    """Separate projections of a biased attention."""
+    """Return the rules of an attention with separate projections, all with a bias."""
     projections = zip((query, key, value), ("query", "key", "value"), strict=True)
     return (
         *(rule for name, ours in projections for rule in linear(name, f"{path}/{ours}", HEADS, HEADS_BIAS)),
@@ -13,8 +13,8 @@ def _attention(query: str, key: str, value: str, out: str, path: str) -> tuple[R
     )
 
 
-_BUFFERS = {r"(.*\.)?position_ids": "counts positions, no parameter"}
-_UNUSED = "behind the layer whose output is taken"
+_BUFFERS = {r"(.*\.)?position_ids": "a buffer of position numbers, not a parameter"}
+_UNUSED = "applied after the layer whose output is used"
 
 # --- Vision -------------------------------------------------------------------------------------------
 
@@ -40,10 +40,10 @@ EVA_LAVIS = Family(
     ),
     zeros=("blocks/attention/key/bias",),
     ignored={
-        r"(norm|fc_norm|head)\.(weight|bias)": "of EVA-CLIP's own output, which LAVIS does not build",
-        r"mask_token": "of EVA's pretraining",
+        r"(norm|fc_norm|head)\.(weight|bias)": "EVA-CLIP's output norm and head, which LAVIS does not build",
+        r"mask_token": "used in EVA's pretraining only",
     },
-    spare_layers=1,  # the file has 40 blocks, of which LAVIS (and so the paper) builds 39
+    spare_layers=1,  # the file has 40 blocks; LAVIS, and with it the paper, builds 39
 )
 
 INSTRUCT_BLIP_VISION = Family(
@@ -70,13 +70,14 @@ INSTRUCT_BLIP_VISION = Family(
         *norm(
             "vision_model.post_layernorm",
             "final_norm",
-            unless="is ln_vision, which belongs to the text encoder (vision_norm)",
+            unless="ln_vision, which belongs to the text encoder (vision_norm)",
         ),
     ),
 )
 
 
 def _clip_blocks() -> tuple[Rule, ...]:
+    """Return the rules of the transformer blocks of CLIP and SigLIP."""
     layer = "vision_model.encoder.layers.{layer}"
     query, key, value, out = (f"{layer}.self_attn.{name}_proj" for name in ("q", "k", "v", "out"))
     return (
@@ -89,8 +90,8 @@ def _clip_blocks() -> tuple[Rule, ...]:
 
 
 _CONTRASTIVE = {
-    r"(.*\.)?(text_model|text_projection|visual_projection)\..*": "of the contrastive text side",
-    r"(.*\.)?logit_(scale|bias)": "of the contrastive loss",
+    r"(.*\.)?(text_model|text_projection|visual_projection)\..*": "text model and projections, not used here",
+    r"(.*\.)?logit_(scale|bias)": "used in the contrastive loss only",
     **_BUFFERS,
 }
 
@@ -105,7 +106,7 @@ CLIP = Family(
         *norm("vision_model.pre_layrnorm", "pre_norm"),
         *_clip_blocks(),
         *norm(
-            "vision_model.post_layernorm", "final_norm", unless="norms the pooled output, which is not read"
+            "vision_model.post_layernorm", "final_norm", unless="applied to the pooled output, not used here"
         ),
     ),
     ignored=_CONTRASTIVE,
@@ -121,7 +122,7 @@ SIGLIP = Family(
         *_clip_blocks(),
         *norm("vision_model.post_layernorm", "final_norm", unless=_UNUSED),
     ),
-    ignored=_CONTRASTIVE | {r"(.*\.)?head\..*": "of the pooling head, whose single token is not read"},
+    ignored=_CONTRASTIVE | {r"(.*\.)?head\..*": "pooling head, not used here"},
 )
 
 # --- Text encoder (Q-Former) --------------------------------------------------------------------------
@@ -170,8 +171,8 @@ QFORMER_LAVIS = Family(
     lacks=(r"query_projection/.*",),
     ignored=_BUFFERS
     | {
-        r"Qformer\.cls\..*": "of the Q-Former's pretraining",
-        r"llm_proj\.(weight|bias)": "from the Q-Former to LAVIS' language model",
+        r"Qformer\.cls\..*": "used in the Q-Former's pretraining only",
+        r"llm_proj\.(weight|bias)": "projection into LAVIS' language model",
     },
 )
 
@@ -182,7 +183,7 @@ QFORMER_INSTRUCT_BLIP = Family(
     rules=_qformer("qformer", "attention", "layernorm", "query_tokens", "vision_model.post_layernorm"),
     lacks=(r"query_projection/.*",),
     ignored=_BUFFERS
-    | {r"language_projection\.(weight|bias)": "from the Q-Former to InstructBLIP's language model"},
+    | {r"language_projection\.(weight|bias)": "projection into InstructBLIP's language model"},
 )
 
 QFORMER_LLAMA_VID = Family(
@@ -202,6 +203,10 @@ QFORMER_LLAMA_VID = Family(
 
 
 def _decoder(extra: tuple[Rule, ...] = ()) -> tuple[Rule, ...]:
+    """Return the rules of a Llama-like decoder.
+
+    extra: rules of the attention that a family has besides the kernels.
+    """
     layer = "model.layers.{layer}"
     attention = [
         Rule(f"{layer}.self_attn.{name}_proj.weight", f"blocks/{path}/kernel", HEADS)
@@ -224,39 +229,40 @@ def _decoder(extra: tuple[Rule, ...] = ()) -> tuple[Rule, ...]:
 
 
 TIED = "equals the embedding, to which the head is tied"
-_DECODER = {
-    "part": "language",
-    "prefix": r"language_model\.|model\.",
-    "ignored": {r"(.*\.)?rotary_emb\.inv_freq(\.weight)?": "follows from the RoPE settings"},
-}
 
-LLAMA = Family(title="Llama (Vicuna, SmolLM2; Hugging Face)", rules=_decoder(), **_DECODER)
 
-QWEN2 = Family(
-    title="Qwen2 or Qwen2.5 (Hugging Face)",
-    rules=_decoder(
-        tuple(
-            Rule(f"model.layers.{{layer}}.self_attn.{name}_proj.bias", f"blocks/{path}/bias", HEADS_BIAS)
-            for name, path in (("q", "query"), ("k", "key"), ("v", "value"))
-        )
+def _decoder_family(title: str, extra: tuple[Rule, ...] = ()) -> Family:
+    """Return the table of a decoder; `extra` as in `_decoder`."""
+    return Family(
+        part="language",
+        title=title,
+        prefix=r"language_model\.|model\.",
+        rules=_decoder(extra),
+        ignored={r"(.*\.)?rotary_emb\.inv_freq(\.weight)?": "computed from the RoPE settings"},
+    )
+
+
+LLAMA = _decoder_family("Llama (Vicuna, SmolLM2; Hugging Face)")
+
+QWEN2 = _decoder_family(
+    "Qwen2 or Qwen2.5 (Hugging Face)",
+    tuple(
+        Rule(f"model.layers.{{layer}}.self_attn.{name}_proj.bias", f"blocks/{path}/bias", HEADS_BIAS)
+        for name, path in (("q", "query"), ("k", "key"), ("v", "value"))
     ),
-    **_DECODER,
 )
 
-QWEN3 = Family(
-    title="Qwen3 (Hugging Face)",
-    rules=_decoder(
-        tuple(
-            Rule(f"model.layers.{{layer}}.self_attn.{name}_norm.weight", f"blocks/{path}_norm/scale")
-            for name, path in (("q", "query"), ("k", "key"))
-        )
+QWEN3 = _decoder_family(
+    "Qwen3 (Hugging Face)",
+    tuple(
+        Rule(f"model.layers.{{layer}}.self_attn.{name}_norm.weight", f"blocks/{path}_norm/scale")
+        for name, path in (("q", "query"), ("k", "key"))
     ),
-    **_DECODER,
 )
 
 # --- Connectors ---------------------------------------------------------------------------------------
 
-# W_q belongs to the text encoder's tree, but comes with the connector.
+# W_q is in the text encoder's tree, but published with the connector.
 QUERY_PROJECTION = Family(
     part="query_projection",
     title="W_q of LLaMA-VID or DynFocus (model.vlm_att_projector)",

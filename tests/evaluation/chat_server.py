@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -17,7 +18,7 @@ class Asked:
 
     at: float
     path: str
-    headers: dict[str, str]
+    headers: Message  # looked up in any case
     body: dict
 
     @property
@@ -45,7 +46,7 @@ def chat_server(behaviour: Behaviour):
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked = Asked(time.monotonic(), self.path, dict(self.headers), body)
+            asked = Asked(time.monotonic(), self.path, self.headers, body)
             with lock:
                 count = sum(earlier.question == asked.question for earlier in server.asked)
                 server.asked.append(asked)
@@ -73,8 +74,9 @@ def send(handler: BaseHTTPRequestHandler, status: int, body: bytes | dict | str,
     body = json.dumps(body).encode() if isinstance(body, dict) else body
     body = body.encode() if isinstance(body, str) else body
     handler.send_response(status)
-    for name, value in ({"Content-Length": str(len(body))} | headers).items():
-        handler.send_header(name.replace("_", "-"), value)
+    given = {name.replace("_", "-"): value for name, value in headers.items()}
+    for name, value in ({"Content-Length": str(len(body))} | given).items():
+        handler.send_header(name, value)
     handler.end_headers()
     handler.wfile.write(body)
 

@@ -3,6 +3,8 @@
 import itertools
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from email.utils import formatdate
@@ -10,8 +12,8 @@ from email.utils import formatdate
 import pytest
 
 from dynfocus_jax.errors import RunError, UserError
-from dynfocus_jax.evaluation.judge import Item, Judge, Verdict, summarize_verdicts
-from dynfocus_jax.evaluation.judge_endpoint import JudgeSettings
+from dynfocus_jax.evaluation.judge import Judge, JudgeItem, Verdict, summarize_verdicts
+from dynfocus_jax.evaluation.judge_settings import JudgeSettings
 from tests.evaluation.chat_server import chat_server, completion, drip, flood, reset, say, send
 
 KEY = "sk-not-a-real-key"
@@ -23,19 +25,25 @@ def _key(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
 
 
+@pytest.fixture
+def short_waits(monkeypatch):
+    """The openai client waits milliseconds between attempts, instead of half a second and more."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
+
+
 def settings(server, **changes) -> JudgeSettings:
-    """A judge that waits milliseconds where a real one waits seconds."""
+    """A judge that loses patience in seconds instead of minutes."""
     url = server if isinstance(server, str) else server.url
-    quick = {"attempts": 3, "timeout": 2.0, "patience": 10.0, "backoff": 0.001, "concurrency": 4}
+    quick = {"attempts": 3, "timeout": 2.0, "patience": 10.0, "concurrency": 4}
     return JudgeSettings("judge-1", **{"base_url": url, "key_variable": "JUDGE_KEY"} | quick | changes)
 
 
-def item(name: str, prediction: str = "a cat") -> Item:
+def item(name: str, prediction: str = "a cat") -> JudgeItem:
     fields = {"question": f"what is {name} ?", "answer": "cat", "prediction": prediction}
-    return Item(name, "video_chatgpt_qa", fields)
+    return JudgeItem(name, "video_chatgpt_qa", fields)
 
 
-def items(count: int) -> list[Item]:
+def items(count: int) -> list[JudgeItem]:
     return [item(f"q{i}") for i in range(count)]
 
 
@@ -91,7 +99,7 @@ MISBEHAVIOUR = {
     "503, error a string": lambda h: send(h, 503, {"error": "overloaded"}),
     "529": lambda h: send(h, 529, b"\xff\xfe"),
     "no reply in time": _stall,
-    "a reply that drips": lambda h: drip(h, 2),
+    "a reply that drips": lambda h: drip(h, 1.2),
     "a reply without end": flood,
     "reset": reset,
     "hung up": lambda h: setattr(h, "close_connection", True),
@@ -110,6 +118,7 @@ MISBEHAVIOUR = {
 }
 
 
+@pytest.mark.usefixtures("short_waits")
 @pytest.mark.parametrize("misbehave", MISBEHAVIOUR.values(), ids=MISBEHAVIOUR.keys())
 def test_asks_again_until_there_is_a_reply(misbehave):
     def behaviour(handler, asked, count):
@@ -121,6 +130,7 @@ def test_asks_again_until_there_is_a_reply(misbehave):
     assert len(server.asked) == 3
 
 
+@pytest.mark.usefixtures("short_waits")
 @pytest.mark.parametrize("misbehave", MISBEHAVIOUR.values(), ids=MISBEHAVIOUR.keys())
 def test_comes_to_an_end(misbehave):
     """One question gets nothing but misbehaviour: it is wrong and listed, the others have their marks."""
@@ -167,20 +177,37 @@ def test_does_not_wait_beyond_its_patience():
 
 
 def test_waits_grow_and_patience_bounds_their_sum():
+    """The client waits 0.5 s, then twice as long each time, less a quarter at random."""
+
     def behaviour(handler, asked, _):
         send(handler, 500, "") if "what is q0 ?" in asked.question else say(handler, YES)
 
-    patient = {"attempts": 1000, "backoff": 0.05, "patience": 1.0}
     start = time.monotonic()
-    with chat_server(behaviour) as server, Judge(settings(server, **patient)) as judge:
+    with chat_server(behaviour) as server, Judge(settings(server, attempts=1000, patience=2.5)) as judge:
         verdicts = judge.grade(items(2))
     assert time.monotonic() - start < 5
-    assert verdicts[0].reason
+    assert verdicts[0].reason == (
+        "the judge gave no reply: no reply within 2.5 s; the last attempt ended with HTTP status 500 "
+        "Internal Server Error"
+    )
+    assert verdicts[1].correct
     times = [asked.at for asked in server.asked if "what is q0 ?" in asked.question]
     waits = [after - before for before, after in itertools.pairwise(times)]
-    assert 2 <= len(waits) <= 5
+    assert len(waits) == 2
     for number, wait in enumerate(waits):
-        assert wait >= 0.025 * 2**number
+        assert wait >= 0.375 * 2**number
+
+
+def test_patience_ends_a_reply_that_drips():
+    def behaviour(handler, asked, _):
+        drip(handler, 60) if "what is q0 ?" in asked.question else say(handler, YES)
+
+    start = time.monotonic()
+    with chat_server(behaviour) as server, Judge(settings(server, patience=1.0)) as judge:
+        verdicts = judge.grade(items(2))
+    assert time.monotonic() - start < 5
+    assert verdicts[0].reason == "the judge gave no reply: no reply within 1 s"
+    assert verdicts[1].correct
 
 
 def test_a_refused_question_is_asked_once_and_the_others_go_on():
@@ -218,6 +245,7 @@ def test_what_no_attempt_can_mend_ends_at_once_in_one_sentence(status, body):
     assert sentence.endswith(".")
 
 
+@pytest.mark.usefixtures("short_waits")
 def test_an_endpoint_that_is_down_ends_in_one_sentence(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -232,6 +260,7 @@ def test_an_endpoint_that_is_down_ends_in_one_sentence(tmp_path):
     assert "\n" not in sentence
 
 
+@pytest.mark.usefixtures("short_waits")
 def test_gives_up_when_the_endpoint_goes_down_and_goes_on_from_there(tmp_path):
     up = [True]
 
@@ -350,9 +379,9 @@ def test_mistakes_in_the_settings_end_in_one_sentence(monkeypatch, tmp_path):
         (good._replace(base_url="127.0.0.1:8000"), "expected an address such as"),
         (good._replace(base_url="http://host:port/v1"), "expected an address such as"),
         (good._replace(base_url="file:///etc/passwd"), "expected an address such as"),
-        (good._replace(key_variable="NOT_SET_AT_ALL"), "NOT_SET_AT_ALL, which is not set"),
+        (good._replace(key_variable="NOT_SET_AT_ALL"), "NOT_SET_AT_ALL is not set"),
         (good._replace(attempts=0), "attempts is 0"),
-        (good._replace(backoff=-1), "backoff is -1"),
+        (good._replace(patience=-1), "patience is -1"),
         (good._replace(cache=tmp_path / "file" / "replies.jsonl"), "replies.jsonl cannot be used"),
     ]
     for wrong, expected in mistakes:
@@ -366,7 +395,12 @@ def test_mistakes_in_the_settings_end_in_one_sentence(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"'video_chatgpt_q'.*video_chatgpt_qa"):
         judge.grade([item("q")._replace(rubric="video_chatgpt_q")])
     with pytest.raises(UserError, match="question 'q' has no 'answer'"):
-        judge.grade([Item("q", "video_chatgpt_qa", {"question": "", "prediction": ""})])
+        judge.grade([JudgeItem("q", "video_chatgpt_qa", {"question": "", "prediction": ""})])
+
+
+def test_commands_that_do_not_judge_do_not_wait_for_the_client():
+    program = "import sys, dynfocus_jax.evaluate; sys.exit('openai' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 def test_no_key_is_sent_where_none_is_named():

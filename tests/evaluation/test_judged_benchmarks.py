@@ -6,7 +6,7 @@ import pytest
 
 from dynfocus_jax.errors import RunError
 from dynfocus_jax.evaluation.judge import Judge
-from dynfocus_jax.evaluation.judge_endpoint import JudgeSettings
+from dynfocus_jax.evaluation.judge_settings import JudgeSettings
 from tests.evaluation.chat_server import chat_server, send
 from tests.evaluation.miniature import Scripted, evaluate, videos, write_json
 
@@ -17,7 +17,7 @@ def reply(text):
 
 def judge_at(server, tmp_path):
     settings = JudgeSettings("local", server.url, key_variable="", cache=tmp_path / "judge.jsonl")
-    return Judge(settings._replace(backoff=0.01, attempts=2, concurrency=2))
+    return Judge(settings._replace(attempts=2, concurrency=2))
 
 
 def test_question_answering(tmp_path):
@@ -106,7 +106,7 @@ def test_a_judge_that_is_down(tmp_path):
     rows = [{"video_name": "v", "question": "who?", "question_id": "1", "answer": "man"}]
     annotations = write_json(tmp_path / "test_qa.json", rows)
     media = videos(tmp_path / "videos", "v.mp4")
-    options = {"key_variable": "", "backoff": 0.01, "attempts": 2}
+    options = {"key_variable": "", "attempts": 2}
     settings = JudgeSettings("local", "http://127.0.0.1:9/v1", **options)
     with Judge(settings) as judge, pytest.raises(RunError) as caught:
         evaluate("msrvtt_qa", annotations, media, tmp_path / "out", Scripted({"1": "man"}), judge=judge)

@@ -17,8 +17,8 @@ from dynfocus_jax.training.optimizer import make_optimizer, schedule
 from dynfocus_jax.training.state import TrainState, abstract_state, state_shardings
 from dynfocus_jax.training.step import make_train_step
 from dynfocus_jax.video_language_model import build_model
+from dynfocus_jax.weights.conversion import export_model
 from dynfocus_jax.weights.export import merge_lora
-from dynfocus_jax.weights.parts import export_model
 from tests.tiny import make_sample, mesh_of, pad, shaken, stack, tiny_config
 
 RANK, ALPHA = 3, 7.0

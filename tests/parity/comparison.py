@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from dynfocus_jax import trees
-from dynfocus_jax.weights import merge
+from dynfocus_jax.weights.merge import load_part
 
 
 def shaken(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -41,7 +41,7 @@ def read(tensors: dict[str, torch.Tensor], target: dict, **options) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.safetensors"
         save_file(tensors, file)
-        return merge.load(file, target=target, say=lambda line: None, **options)
+        return load_part(file, target, say=lambda line: None, **options)
 
 
 def shapes_of(module, *arguments, **options) -> dict:

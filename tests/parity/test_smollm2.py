@@ -20,7 +20,7 @@ from dynfocus_jax.serving.requests import Request
 from dynfocus_jax.text.conversation import TEMPLATES, encode_prompt
 from dynfocus_jax.text.tokenizer_files import read_tokenizer
 from dynfocus_jax.video_language_model import build_model, make_init
-from dynfocus_jax.weights.merge import load
+from dynfocus_jax.weights.merge import load_part
 from tests.commands import command
 from tests.tiny import mesh_of
 
@@ -42,7 +42,7 @@ def engine():
     shapes = jax.eval_shape(make_init(build_model(config)), jax.random.key(0))
     zeros = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in shapes.items()}
     target = {path: shape for path, shape in shapes.items() if path.startswith("language/")}
-    language = load(Path(config.weights.language), target=trees.unflatten(target)["language"])
+    language = load_part(Path(config.weights.language), trees.unflatten(target)["language"])
     params = trees.unflatten(zeros) | {"language": language}
     return Engine(config, params, read_tokenizer(config.data.tokenizer), mesh_of(data=1))
 

@@ -1,14 +1,17 @@
-"""A small model of odd sizes and its parameters."""
+"""A small model with unusual sizes, and its parameters."""
 
 import pytest
 
-from dynfocus_jax.weights.parts import abstract_params
+from dynfocus_jax.weights.conversion import abstract_params
 from tests.tiny import tiny_config
 from tests.weights.published import random_params
 
 
 def small_config(**fields):
-    """The tiny toy as the paper's system: EVA's tower, a Q-Former, grouped-query Llama; `section__field`."""
+    """Return a tiny configuration of the paper's system: EVA's tower, a Q-Former and a grouped-query Llama.
+
+    fields: values of `config.model.SECTION.FIELD`, with the keys SECTION__FIELD.
+    """
     config = tiny_config()
     model = config.model
     model.connector.projector = "mlp"
@@ -32,11 +35,11 @@ def config():
 
 @pytest.fixture(scope="session")
 def shapes(config):
-    """Abstract parameters of the small model."""
+    """Shapes of the small model's parameters, nested dicts."""
     return abstract_params(config)
 
 
 @pytest.fixture(scope="session")
 def params(shapes):
-    """Random ones."""
+    """Random parameters of the small model."""
     return random_params(shapes)

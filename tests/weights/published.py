@@ -1,6 +1,6 @@
-"""Published layouts written by hand: our parameters as the tensors of each family's files.
+"""Published layouts written out by hand: our parameters as the tensors of each family's files.
 
-The permutations are spelled out in numpy here, apart from the tables that they test.
+The permutations are written in numpy, independently of the tables that they test.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ from dynfocus_jax import trees
 
 
 def random_params(shapes: dict, seed: int = 0) -> dict:
-    """A tree of random float32 arrays; the keys' biases of the vision tower are zero, as EVA's are."""
+    """Return a tree of random float32 arrays. Key biases of the vision tower are zero, as in EVA."""
     rng = np.random.default_rng(seed)
     flat = {
         path: rng.standard_normal(leaf.shape).astype(np.float32)
@@ -22,7 +22,7 @@ def random_params(shapes: dict, seed: int = 0) -> dict:
 
 
 def _linear(name: str, dense: dict) -> dict:
-    """A Linear has its weight as [out, in]."""
+    """Return the tensors of a Linear, whose weight is [out, in]."""
     out = {f"{name}.weight": dense["kernel"].T}
     return out | ({f"{name}.bias": dense["bias"]} if "bias" in dense else {})
 
@@ -33,7 +33,7 @@ def _norm(name: str, norm: dict) -> dict:
 
 
 def _to_heads(name: str, dense: dict) -> dict:
-    """Kernel [width, H, h] -> weight [H * h, width]: the rows of one head stand together."""
+    """Kernel [width, H, h] -> weight [H * h, width], head by head."""
     width, heads, size = dense["kernel"].shape
     out = {f"{name}.weight": dense["kernel"].reshape(width, heads * size).T}
     return out | ({f"{name}.bias": dense["bias"].reshape(-1)} if "bias" in dense else {})
@@ -67,13 +67,13 @@ def _depth(blocks: dict) -> int:
 
 
 def _fused(attention: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Weights [3 * H * h, width] and biases [3 * H * h] of query, key and value, one after the other."""
+    """Return weights [3 * H * h, width] and biases [3 * H * h]: query, key and value concatenated."""
     parts = [_to_heads("x", attention[name]) for name in ("query", "key", "value")]
     return tuple(np.concatenate([part[f"x.{kind}"] for part in parts]) for kind in ("weight", "bias"))
 
 
 def eva_lavis(vision: dict, spare: int = 1, prefix: str = "") -> dict:
-    """`eva_vit_g.pth`, with `spare` more blocks than the network and EVA-CLIP's own last norm."""
+    """Return the tensors of `eva_vit_g.pth`, with EVA-CLIP's output norm and `spare` additional blocks."""
     out = {"cls_token": vision["cls"][None, None], "pos_embed": vision["position"][None]}
     out |= _patches("patch_embed.proj", vision["patch_embedding"])
     depth = _depth(vision["blocks"])
@@ -93,7 +93,7 @@ def eva_lavis(vision: dict, spare: int = 1, prefix: str = "") -> dict:
 
 
 def instruct_blip_vision(vision: dict) -> dict:
-    """`vision_model.*` of InstructBLIP, without `post_layernorm`."""
+    """Return the tensors `vision_model.*` of InstructBLIP, without `post_layernorm`."""
     top = "vision_model.embeddings"
     out = {
         f"{top}.class_embedding": vision["cls"][None, None],
@@ -114,7 +114,7 @@ def instruct_blip_vision(vision: dict) -> dict:
 
 
 def contrastive(vision: dict, later: int = 0) -> dict:
-    """A whole CLIP or SigLIP checkpoint, with `later` layers behind ours and some of its text side."""
+    """Return a whole CLIP or SigLIP checkpoint, with `later` layers after ours and part of the text model."""
     top = "vision_model"
     out = {f"{top}.embeddings.position_embedding.weight": vision["position"]}
     out |= _patches(f"{top}.embeddings.patch_embedding", vision["patch_embedding"])
@@ -172,7 +172,7 @@ def _qformer(text: dict, bert: str, attention: str, norm: str) -> dict:
 
 
 def qformer_lavis(text: dict) -> dict:
-    """`instruct_blip_vicuna7b_trimmed.pth`."""
+    """Return the tensors of `instruct_blip_vicuna7b_trimmed.pth`."""
     out = _qformer(text, "Qformer.bert", "self", "LayerNorm") | _norm("ln_vision", text["vision_norm"])
     return out | {
         "query_tokens": text["queries"][None],
@@ -182,7 +182,7 @@ def qformer_lavis(text: dict) -> dict:
 
 
 def instruct_blip(params: dict) -> dict:
-    """The combined Hugging Face checkpoint: vision tower, Q-Former and a language model."""
+    """Return the combined Hugging Face checkpoint: vision tower, Q-Former and language model."""
     text = params["text_encoder"]
     out = instruct_blip_vision(params["vision"]) | _qformer(text, "qformer", "attention", "layernorm")
     out |= {"query_tokens": text["queries"][None]} | _norm("vision_model.post_layernorm", text["vision_norm"])
@@ -194,7 +194,7 @@ def instruct_blip(params: dict) -> dict:
 
 
 def decoder(language: dict) -> dict:
-    """Llama, Qwen2 or Qwen3 of Hugging Face."""
+    """Return the tensors of a Hugging Face Llama, Qwen2 or Qwen3."""
     out = {"model.embed_tokens.weight": language["embedding"]["embedding"]}
     for index in range(_depth(language["blocks"])):
         block, name = _layer(language["blocks"], index), f"model.layers.{index}"
@@ -212,7 +212,7 @@ def decoder(language: dict) -> dict:
 
 
 def llama_vid_connector(params: dict) -> dict:
-    """What LLaMA-VID trains first (`mm_projector.bin`)."""
+    """Return the tensors of LLaMA-VID's first stage (`mm_projector.bin`)."""
     connector = params["connector"]
     out = {}
     for name, dense in (
@@ -227,7 +227,7 @@ def llama_vid_connector(params: dict) -> dict:
 
 
 def llama_vid(params: dict) -> dict:
-    """A whole LLaMA-VID checkpoint with its vision tower."""
+    """Return a whole LLaMA-VID checkpoint with its vision tower."""
     text = params["text_encoder"]
     out = decoder(params["language"]) | llama_vid_connector(params)
     out |= eva_lavis(params["vision"], spare=0, prefix="model.vision_tower.vision_tower.")

@@ -1,4 +1,4 @@
-"""`python -m dynfocus_jax.convert` and what training makes of its checkpoints."""
+"""`python -m dynfocus_jax.convert`, and training from its checkpoints."""
 
 import json
 import os
@@ -20,9 +20,9 @@ from dynfocus_jax.models.llama import Llama
 from dynfocus_jax.training.checkpoints import read_params, save_params
 from dynfocus_jax.training.loop import StageRun, check_initial
 from dynfocus_jax.validation import validate
-from dynfocus_jax.weights.export import new_folder
+from dynfocus_jax.weights.conversion import abstract_params, export_model, read_model
+from dynfocus_jax.weights.export import atomic_folder
 from dynfocus_jax.weights.merge import DTYPES
-from dynfocus_jax.weights.parts import abstract_params, export_model, read_model
 from tests.commands import command
 from tests.tiny import mesh_of, with_kind
 from tests.weights import published
@@ -32,7 +32,7 @@ W_Q = "text_encoder/query_projection"
 
 
 def same(actual: dict, expected: dict, without: tuple[str, ...] = ()) -> None:
-    """The same paths (but for those `without`), dtypes and bits."""
+    """Check that two trees have the same paths (except those `without`), dtypes and bits."""
     actual, expected = trees.flatten(actual), trees.flatten(expected)
     assert actual.keys() == {path for path in expected if not path.startswith(without)}
     for path, leaf in actual.items():
@@ -45,7 +45,7 @@ def to_torch(tensors: dict) -> dict:
 
 
 def write_files(folder: Path, params: dict) -> dict[str, str]:
-    """One file or folder a part, each in another layout: {part: path}."""
+    """Write each part to a file or folder in another layout; return {part: path}."""
     folder.mkdir(exist_ok=True)
     torch.save(to_torch(published.eva_lavis(params["vision"])), folder / "eva_vit_g.pth")
     text = {"model": to_torch(published.qformer_lavis(params["text_encoder"]))}
@@ -74,15 +74,15 @@ def files(params, tmp_path_factory):
     return write_files(tmp_path_factory.mktemp("published"), params)
 
 
-def naming(files: dict, **fields):
-    """The small configuration with these files in `config.weights`."""
+def config_with(files: dict, **fields):
+    """Return the small configuration with these files in `config.weights`."""
     config = small_config(**fields)
     config.weights.update(files)
     return config
 
 
 def convert(*arguments) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of the command."""
+    """Run the command; return its exit code, stdout and stderr."""
     return command("convert", *arguments)
 
 
@@ -90,11 +90,11 @@ def convert(*arguments) -> tuple[int, str, str]:
 
 
 def test_every_part_from_its_own_file(files, params, capsys):
-    converted = read_model(naming(files), None)
+    converted = read_model(config_with(files), None)
     same(converted, params, without=("connector/dpe",))
     printed = capsys.readouterr().out
     assert "so training will initialise them randomly: connector/dpe\n" in printed
-    assert "of which the first 3 are built: blocks.3." in printed
+    assert "the model uses the first 3 of the file's 4 layers: blocks.3." in printed
     assert f"{W_Q}: {files['connector']}, 0.000 M parameters, float32" in printed
 
 
@@ -102,7 +102,7 @@ def test_all_parts_from_one_checkpoint(tmp_path, params, capsys):
     file = tmp_path / "llama_vid.pth"
     torch.save(to_torch(published.llama_vid(params)), file)
     parts = ("vision", "text_encoder", "language", "connector")
-    same(read_model(naming(dict.fromkeys(parts, str(file))), None), params, without=("connector/dpe",))
+    same(read_model(config_with(dict.fromkeys(parts, str(file))), None), params, without=("connector/dpe",))
 
 
 def test_instruct_blip_combined_checkpoint(tmp_path, params, capsys):
@@ -110,7 +110,7 @@ def test_instruct_blip_combined_checkpoint(tmp_path, params, capsys):
     tensors["qformer.embeddings.position_ids"] = np.arange(8)[None]
     torch.save(to_torch(tensors), tmp_path / "pytorch_model.bin")
     named = dict.fromkeys(("vision", "text_encoder", "language"), str(tmp_path))
-    same(read_model(naming(named), None), params, without=("connector", W_Q))
+    same(read_model(config_with(named), None), params, without=("connector", W_Q))
     assert "training will initialise them randomly: connector, text_encoder/query_projection\n" in (
         capsys.readouterr().out
     )
@@ -118,10 +118,10 @@ def test_instruct_blip_combined_checkpoint(tmp_path, params, capsys):
 
 def test_single_parts(files, params, capsys):
     for part in ("vision", "language"):
-        converted = read_model(naming({part: files[part]}), "bfloat16")
+        converted = read_model(config_with({part: files[part]}), "bfloat16")
         expected = jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), {part: params[part]})
         same(converted, expected)
-    converted = read_model(naming({"connector": files["connector"]}), None)
+    converted = read_model(config_with({"connector": files["connector"]}), None)
     held = {
         "connector": params["connector"],
         "text_encoder": {"query_projection": params["text_encoder"]["query_projection"]},
@@ -131,7 +131,7 @@ def test_single_parts(files, params, capsys):
 
 @pytest.fixture(scope="session")
 def converted(files, tmp_path_factory):
-    """A checkpoint made by the command, and what it printed."""
+    """A checkpoint written by the command, its stdout, and its arguments."""
     folder = tmp_path_factory.mktemp("converted")
     (folder / "small.py").write_text(
         "from tests.weights.conftest import small_config\n\nget_config = lambda arg='': small_config()\n"
@@ -150,7 +150,7 @@ def test_command(converted, params):
     same(read_params(folder), params, without=("connector/dpe",))
     code, _, stderr = convert(*arguments)
     assert code == 2
-    assert f"{folder} exists" in stderr
+    assert f"{folder} exists already" in stderr
 
 
 @pytest.mark.parametrize(
@@ -158,13 +158,13 @@ def test_command(converted, params):
     [
         (
             ["--config.weights.vision=nowhere.pth"],
-            "config.weights names files that do not exist: vision = nowhere.pth; download them",
+            "config.weights: these files do not exist: vision=nowhere.pth. Download them",
         ),
         (["--config.model.vision.mlp_dim=23"], "9 mis-shaped"),
         (["--dtype=int8"], "dtype"),
     ],
 )
-def test_command_that_fails_leaves_nothing(converted, tmp_path, change, message):
+def test_a_failed_command_leaves_no_files(converted, tmp_path, change, message):
     *arguments, _ = converted[2]
     code, _, stderr = convert(*arguments, f"--output={tmp_path}/new", *change)
     assert code == 2
@@ -173,19 +173,19 @@ def test_command_that_fails_leaves_nothing(converted, tmp_path, change, message)
     assert os.listdir(tmp_path) == []
 
 
-def test_command_without_its_arguments(converted):
+def test_missing_arguments(converted):
     for arguments, message in (
-        ([], "give either --output"),
-        (["--output=x", "--export=y"], "give either --output"),
-        (["--export=y"], "must be given together"),
+        ([], "Give either --output"),
+        (["--output=x", "--export=y"], "Give either --output"),
+        (["--export=y"], "Give --export (the folder to write) and --checkpoint (what to export) together"),
     ):
         code, _, stderr = convert(converted[2][0], *arguments)
         assert (code, message in stderr) == (2, True), stderr
 
 
-def test_an_interrupted_write_leaves_nothing(tmp_path, params):
+def test_an_interrupted_write_leaves_no_files(tmp_path, params):
     def write():
-        with new_folder(tmp_path / "new") as folder:
+        with atomic_folder(tmp_path / "new") as folder:
             save_params(folder, params["connector"])
             raise KeyboardInterrupt
 
@@ -194,37 +194,40 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, params):
     assert os.listdir(tmp_path) == []
 
 
-# --- What cannot be converted -------------------------------------------------------------------------
+# --- Errors -------------------------------------------------------------------------------------------
 
 
-def fails(config, match: str) -> None:
+def assert_error(config, match: str) -> None:
+    """Check that converting the files of a configuration fails with a message."""
     with pytest.raises(UserError, match=match):
         read_model(config, None)
 
 
-def test_nothing_named():
-    fails(small_config(), r"config\.weights names nothing to convert")
+def test_no_file_is_set():
+    assert_error(small_config(), r"config\.weights: no file is set")
 
 
-def test_a_part_that_the_model_has_not(files):
-    config = naming({"text_encoder": files["text_encoder"]}, cce__rods=("content",))
-    fails(config, r"config\.weights\.text_encoder: .* is named, but the model has no text_encoder")
+def test_a_part_that_the_model_lacks(files):
+    config = config_with({"text_encoder": files["text_encoder"]}, cce__rods=("content",))
+    assert_error(config, r"config\.weights\.text_encoder: .* is set, but the model has no text_encoder")
 
 
 def test_a_file_for_another_part(files):
-    fails(naming({"vision": files["language"]}), r"config\.weights\.vision: .*seems to hold Llama")
+    assert_error(
+        config_with({"vision": files["language"]}), r"config\.weights\.vision: .*It seems to contain Llama"
+    )
 
 
-def test_skip_cannot_leave_a_backbone_partly_filled(files):
-    config = naming(files)
+def test_skip_cannot_leave_a_backbone_incomplete(files):
+    config = config_with(files)
     config.weights.skip = (r"lm_head\.weight",)
-    fails(config, "leaves out what the model needs: language/head")
+    assert_error(config, "leave out parameters that the model needs: language/head")
     config.weights.skip = ("nothing.like.this",)
-    fails(config, r"'nothing\.like\.this' matches no published name")
+    assert_error(config, r"'nothing\.like\.this' matches no published name")
 
 
 def test_skip_may_leave_out_parts_of_the_connector(files, params, capsys):
-    config = naming(files)
+    config = config_with(files)
     config.weights.skip = (r"model\.vlm_att_key_projector\..*",)
     same(read_model(config, None), params, without=("connector/dpe", "connector/cce/context/key"))
     assert "training will initialise them randomly: connector/cce/context/key, connector/dpe\n" in (
@@ -235,32 +238,34 @@ def test_skip_may_leave_out_parts_of_the_connector(files, params, capsys):
 @pytest.mark.parametrize(
     ("settings", "wrong"),
     [
-        ({"num_attention_heads": 3, "num_key_value_heads": 3}, "heads is 6, there 3"),
-        ({"rms_norm_eps": 1e-6, "num_key_value_heads": 3}, "eps is 1e-05, there 1e-06"),
-        ({"rms_norm_eps": 1e-5, "rope_theta": 5e5}, "rope_theta is 10000.0, there 500000.0"),
+        ({"num_attention_heads": 3, "num_key_value_heads": 3}, "heads is 6, expected 3"),
+        ({"rms_norm_eps": 1e-6, "num_key_value_heads": 3}, "eps is 1e-05, expected 1e-06"),
+        ({"rms_norm_eps": 1e-5, "rope_theta": 5e5}, "rope_theta is 10000.0, expected 500000.0"),
         (
             {"rms_norm_eps": 1e-5, "rope_scaling": {"type": "linear", "factor": 2.0}},
-            "rope_scaling is 'none', there 'linear'; rope_factor is 1.0, there 2.0",
+            "rope_scaling is 'none', expected 'linear'; rope_factor is 1.0, expected 2.0",
         ),
         (
             {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
-            "rope_scaling is 'none', there 'yarn'",
+            "rope_scaling is 'none', expected 'yarn'",
         ),
         ({"text_config": {"rms_norm_eps": 1e-5, "tie_word_embeddings": True}}, "tied_embeddings is False"),
     ],
 )
 def test_settings_that_shapes_do_not_show(tmp_path, params, settings, wrong):
-    """The config.json beside the weights is compared: other heads would compute something else."""
+    """The config.json beside the weights must agree: weights of 6 heads of width 6 also fit 3 of width 12."""
     path = write_files(tmp_path / "published", params)["language"]
     (Path(path) / "config.json").write_text(json.dumps({"rms_norm_eps": 1e-5} | settings))
-    fails(naming({"language": path}), rf"config\.model\.language differs from .*config\.json.*{wrong}")
+    assert_error(
+        config_with({"language": path}), rf"config\.model\.language differs from .*config\.json.*{wrong}"
+    )
 
 
-def test_a_config_json_of_another_part_is_left_alone(tmp_path, params, capsys):
-    """LLaMA-VID's describes its language model, not the vision tower that it also holds."""
+def test_a_config_json_of_another_part_is_ignored(tmp_path, params, capsys):
+    """LLaMA-VID's config.json describes the language model, not the vision tower in the same file."""
     torch.save(to_torch(published.llama_vid(params)), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "num_attention_heads": 6}))
-    read_model(naming({"vision": str(tmp_path)}), None)
+    read_model(config_with({"vision": str(tmp_path)}), None)
 
 
 # --- Export -------------------------------------------------------------------------------------------
@@ -297,7 +302,7 @@ def test_export_converts_back_bit_for_bit(tmp_path, name, dtype, capsys):
     config = variant(name)
     params = published.random_params(abstract_params(config), seed=3)
     params = jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype]), params)
-    with new_folder(tmp_path / "out") as folder:
+    with atomic_folder(tmp_path / "out") as folder:
         export_model(folder, params, config, shard_bytes=3000)
     parts = ("connector", "language", "text_encoder", "vision")
     assert sorted(os.listdir(tmp_path / "out")) == list(parts)
@@ -308,9 +313,9 @@ def test_export_converts_back_bit_for_bit(tmp_path, name, dtype, capsys):
 
 
 def test_export_of_a_checkpoint_of_another_model(tmp_path, params):
-    with pytest.raises(UserError, match=r"the checkpoint does not fit config\.model: it lacks .*query_norm"):
+    with pytest.raises(UserError, match=r"the checkpoint does not fit config\.model \(missing: .*query_norm"):
         export_model(tmp_path, params, small_config(language__qk_norm=True), 1000)
-    with pytest.raises(UserError, match="of another shape are language"):
+    with pytest.raises(UserError, match="of another shape: language"):
         export_model(tmp_path, params, small_config(language__mlp_dim=33), 1000)
     assert os.listdir(tmp_path) == []
 
@@ -329,7 +334,7 @@ def test_transformers_loads_the_exported_language_model(tmp_path, name, capsys):
     config = small_config(**{f"language__{field}": value for field, value in LANGUAGE_VARIANTS[name].items()})
     params = published.random_params(abstract_params(config), seed=4)
     params = jax.tree.map(lambda leaf: 0.4 * leaf, params)
-    with new_folder(tmp_path / "out") as folder:
+    with atomic_folder(tmp_path / "out") as folder:
         export_model(folder, params, config, shard_bytes=3000)
     reference, report = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out" / "language", output_loading_info=True
@@ -361,7 +366,7 @@ def test_export_command(converted, params, tmp_path, capsys):
     assert len(list((out / "language").glob("*.safetensors"))) > 1
     parts = ("connector", "language", "text_encoder", "vision")
     same(
-        read_model(naming({part: str(out / part) for part in parts}), None),
+        read_model(config_with({part: str(out / part) for part in parts}), None),
         params,
         without=("connector/dpe",),
     )
@@ -372,7 +377,7 @@ def test_export_command(converted, params, tmp_path, capsys):
 
 @pytest.fixture(scope="session")
 def start(data_root, tmp_path_factory):
-    """`start(initial, **changes)`: the stages of a training that would begin there."""
+    """A function that prepares the stages of a training run that starts from the checkpoint `initial`."""
 
     def build(initial, names=("align",), change=lambda config: None):
         config = small_config()
@@ -394,7 +399,7 @@ def start(data_root, tmp_path_factory):
     return build
 
 
-def test_training_starts_from_exactly_these_parameters(converted, params, start, capsys):
+def test_training_starts_from_the_converted_parameters(converted, params, start, capsys):
     (stage,) = start(converted[0])
     begun, _ = stage.run(None, stop_at=0)
     begun = trees.flatten(jax.device_get(begun))
@@ -415,8 +420,8 @@ def test_training_starts_from_exactly_these_parameters(converted, params, start,
 
 
 def test_dtypes_of_a_converted_checkpoint(files, start, tmp_path, capsys):
-    """Frozen parameters stay as converted in the model's `dtype`, trained ones are in its `param_dtype`."""
-    converted = read_model(naming(files), "bfloat16")
+    """Frozen parameters have the model's `dtype`, trained ones its `param_dtype`; values are unchanged."""
+    converted = read_model(config_with(files), "bfloat16")
     save_params(tmp_path, converted)
 
     def change(config):
@@ -434,20 +439,20 @@ def test_dtypes_of_a_converted_checkpoint(files, start, tmp_path, capsys):
 @pytest.mark.parametrize(
     "lost", ["vision", "language", "text_encoder", "vision/blocks/mlp/up", "language/head"]
 )
-def test_training_refuses_a_backbone_at_random(params, start, tmp_path, lost):
+def test_training_refuses_a_missing_backbone(params, start, tmp_path, lost):
     flat = {path: leaf for path, leaf in trees.flatten(params).items() if not path.startswith(lost)}
     save_params(tmp_path, trees.unflatten(flat))
-    with pytest.raises(UserError, match=rf"config\.initial .* does not fit config\.model: it lacks .*{lost}"):
+    with pytest.raises(UserError, match=rf"initial .* does not fit config\.model \(missing: .*{lost}"):
         start(tmp_path)
 
 
-def test_what_a_later_stage_trains_may_start_at_random(params, start, tmp_path):
+def test_parameters_that_a_later_stage_trains_may_be_missing(params, start, tmp_path):
     flat = {path: leaf for path, leaf in trees.flatten(params).items() if not path.startswith("text_encoder")}
     save_params(tmp_path, trees.unflatten(flat))
     start(tmp_path, names=("align", "instruct"))
 
 
-def test_training_refuses_another_model(params, start, tmp_path):
+def test_training_refuses_a_checkpoint_of_another_model(params, start, tmp_path):
     save_params(tmp_path, params)
 
     def change(config):
@@ -455,13 +460,13 @@ def test_training_refuses_another_model(params, start, tmp_path):
         config.model.text_encoder.depth = 2
 
     with pytest.raises(
-        UserError, match=r"the model has no text_encoder/blocks_2; of another shape are language"
+        UserError, match=r"not in the model: text_encoder/blocks_2; of another shape: language"
     ):
         start(tmp_path, change=change)
 
 
-def test_parts_that_an_earlier_stage_has_no_use_for_are_not_lost(params, start, tmp_path):
-    """A stage with the pooled connector reads no question; the text encoder goes on to the next one."""
+def test_parts_that_an_earlier_stage_does_not_use_are_kept(params, start, tmp_path):
+    """The pooled connector uses no text; the text encoder is passed on to the next stage."""
     save_params(tmp_path, params)
 
     def change(config):

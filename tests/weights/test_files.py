@@ -1,4 +1,4 @@
-"""Reading published files: layouts, and what is said of broken ones."""
+"""Reading published weight files: layouts of files and folders, and errors for malformed ones."""
 
 import json
 import os
@@ -21,7 +21,7 @@ ARRAYS = {
 
 
 def tensors(arrays=ARRAYS):
-    """The arrays as tensors; bfloat16 by its bits."""
+    """Return the arrays as tensors; bfloat16 is converted by its bits."""
     return {
         name: torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         if array.dtype == ml_dtypes.bfloat16
@@ -40,8 +40,8 @@ def check(path, arrays=ARRAYS):
         np.testing.assert_array_equal(read[name], array)
 
 
-def refused(path) -> str:
-    """The one-sentence error of reading everything."""
+def error_of(path) -> str:
+    """Return the error of reading all weights of a path; it must be one line and name the path."""
 
     def read():
         return [shard[name] for shard in open_weights(path).shards() for name in shard]
@@ -54,7 +54,7 @@ def refused(path) -> str:
     return text
 
 
-# --- Layouts ------------------------------------------------------------------------------------------
+# --- Files and folders --------------------------------------------------------------------------------
 
 
 def test_safetensors_file_and_folder(tmp_path):
@@ -71,14 +71,14 @@ def test_pytorch_file(tmp_path, key, zipped):
     check(tmp_path / "some.pth")
 
 
-def test_a_name_may_begin_like_a_container(tmp_path):
+def test_a_weight_may_be_named_like_a_container(tmp_path):
     arrays = {"model": ARRAYS["a.weight"], "module.b": ARRAYS["a.weight"]}
     torch.save(tensors(arrays), tmp_path / "x.bin")
     check(tmp_path, arrays)
 
 
 def write_shards(folder, save, stem, suffix):
-    """Two shards and their index; returns the index file."""
+    """Write two shards and their index; return the index file."""
     names = [f"{stem}-0000{n}-of-00002.{suffix}" for n in (1, 2)]
     first = {"a.weight": ARRAYS["a.weight"]}
     rest = {name: array for name, array in ARRAYS.items() if name not in first}
@@ -114,7 +114,7 @@ def test_safetensors_are_preferred_to_pickles(tmp_path):
     check(tmp_path)
 
 
-def test_one_shard_at_a_time(tmp_path):
+def test_shards_are_read_one_at_a_time(tmp_path):
     write_shards(tmp_path, save_file, "model", "safetensors")
     shards = open_weights(tmp_path).shards()
     assert list(next(shards)) == ["a.weight"]
@@ -126,22 +126,22 @@ def test_one_shard_at_a_time(tmp_path):
 # --- Errors -------------------------------------------------------------------------------------------
 
 
-def test_nothing_there(tmp_path):
-    assert "no such file" in refused(tmp_path / "none.safetensors")
-    assert "no weights in this folder" in refused(tmp_path)
+def test_missing_file_or_empty_folder(tmp_path):
+    assert "no such file" in error_of(tmp_path / "none.safetensors")
+    assert "no weights in this folder" in error_of(tmp_path)
 
 
 def test_another_kind_of_file(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
-    assert "not a weights file" in refused(tmp_path / "notes.txt")
+    assert "not a weights file" in error_of(tmp_path / "notes.txt")
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth", "bin", "gguf"])
 @pytest.mark.parametrize("content", [b"", b"hello, I am a text file\n" * 9])
-def test_a_text_file_by_the_name_of_weights(tmp_path, suffix, content):
+def test_a_text_file_with_the_suffix_of_weights(tmp_path, suffix, content):
     file = tmp_path / f"x.{suffix}"
     file.write_bytes(content)
-    assert "truncated or not a" in refused(file)
+    assert "truncated or not a" in error_of(file)
 
 
 @pytest.mark.parametrize("share", [0.03, 0.5, 0.999])
@@ -155,7 +155,7 @@ def test_truncated_file(tmp_path, kind, share):
         torch.save(tensors(arrays), file, _use_new_zipfile_serialization=kind == "zip")
     content = file.read_bytes()
     file.write_bytes(content[: int(share * len(content))])
-    assert "truncated" in refused(file)
+    assert "truncated" in error_of(file)
 
 
 @SHARDED
@@ -163,7 +163,7 @@ def test_truncated_shard(tmp_path, save, stem, suffix):
     write_shards(tmp_path, save, stem, suffix)
     shard = tmp_path / f"{stem}-00002-of-00002.{suffix}"
     shard.write_bytes(shard.read_bytes()[:-20])
-    text = refused(tmp_path)
+    text = error_of(tmp_path)
     assert shard.name in text
     assert "truncated" in text
 
@@ -171,25 +171,25 @@ def test_truncated_shard(tmp_path, save, stem, suffix):
 @SHARDED
 def test_shards_without_an_index(tmp_path, save, stem, suffix):
     write_shards(tmp_path, save, stem, suffix).unlink()
-    assert "no index" in refused(tmp_path)
+    assert "no index" in error_of(tmp_path)
     (tmp_path / f"{stem}-00001-of-00002.{suffix}").unlink()
-    assert "no index" in refused(tmp_path), "a single shard is not the whole either"
+    assert "no index" in error_of(tmp_path), "a single shard is incomplete too"
 
 
 @SHARDED
-def test_an_index_that_names_an_absent_shard(tmp_path, save, stem, suffix):
+def test_an_index_that_lists_a_missing_shard(tmp_path, save, stem, suffix):
     write_shards(tmp_path, save, stem, suffix)
     (tmp_path / f"{stem}-00001-of-00002.{suffix}").unlink()
-    assert f"{stem}-00001-of-00002.{suffix}, which the folder lacks" in refused(tmp_path)
+    assert f"missing from the folder ({stem}-00001-of-00002.{suffix})" in error_of(tmp_path)
 
 
 @SHARDED
-def test_an_index_that_names_a_weight_which_the_shard_lacks(tmp_path, save, stem, suffix):
+def test_an_index_that_lists_a_weight_missing_from_its_shard(tmp_path, save, stem, suffix):
     file = write_shards(tmp_path, save, stem, suffix)
     index = json.loads(file.read_text())
     index["weight_map"]["d.weight"] = f"{stem}-00001-of-00002.{suffix}"
     file.write_text(json.dumps(index))
-    text = refused(tmp_path)
+    text = error_of(tmp_path)
     assert f"{stem}-00001-of-00002.{suffix}" in text
     assert "d.weight" in text
 
@@ -197,25 +197,25 @@ def test_an_index_that_names_a_weight_which_the_shard_lacks(tmp_path, save, stem
 @pytest.mark.parametrize(
     "content", ["", "[]", '{"weights": {}}', '{"weight_map": {}}', '{"weight_map": {"a": "x.txt"}}', "{"]
 )
-def test_an_index_that_is_none(tmp_path, content):
+def test_a_malformed_index(tmp_path, content):
     (tmp_path / "model.safetensors.index.json").write_text(content)
     (tmp_path / "x.txt").write_text("")
-    refused(tmp_path)
+    error_of(tmp_path)
 
 
-def test_an_index_names_files_of_its_folder_only(tmp_path):
-    """A path that leads out of the folder names the file of that name within."""
+def test_an_index_cannot_leave_its_folder(tmp_path):
+    """Only the file name of a listed path counts; the file must lie beside the index."""
     (tmp_path / "in").mkdir()
     save_file(ARRAYS, tmp_path / "x.safetensors")
     index = {"weight_map": dict.fromkeys(ARRAYS, "../x.safetensors")}
     (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "which the folder lacks" in refused(tmp_path / "in")
+    assert "missing from the folder" in error_of(tmp_path / "in")
 
 
 def test_several_files(tmp_path):
     for name in ("one.pth", "two.pth"):
         torch.save(tensors(), tmp_path / name)
-    assert "name one of them" in refused(tmp_path)
+    assert "several weights files" in error_of(tmp_path)
 
 
 class _Evil:
@@ -227,22 +227,22 @@ class _Evil:
 
 
 @pytest.mark.parametrize("kind", ["torch", "pickle"])
-def test_a_pickle_with_code_is_not_run(tmp_path, kind):
+def test_code_in_a_pickle_is_not_run(tmp_path, kind):
     content, file = tensors() | {"x": _Evil(tmp_path / "ran")}, tmp_path / "evil.pth"
     if kind == "torch":
         torch.save(content, file)
     else:
         file.write_bytes(pickle.dumps(content, protocol=2))
-    assert "not run here" in refused(file)
+    assert "would run code" in error_of(file)
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_whole_module_is_refused(tmp_path):
+def test_a_pickled_module_is_an_error(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
-    assert "not run here" in refused(tmp_path / "module.pth")
+    assert "would run code" in error_of(tmp_path / "module.pth")
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"model": {"a": [torch.ones(1)]}}, torch.ones(2)])
 def test_no_state_dict(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
-    assert "not a state dict" in refused(tmp_path / "x.pt")
+    assert "not a state dict" in error_of(tmp_path / "x.pt")

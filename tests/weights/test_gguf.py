@@ -1,4 +1,4 @@
-"""GGUF files, read without PyTorch, against what transformers makes of the same files."""
+"""GGUF files read without PyTorch, compared with the same files read by transformers."""
 
 import importlib.util
 from pathlib import Path
@@ -17,7 +17,7 @@ WIDTH, HEADS, KV_HEADS, MLP, VOCABULARY, LAYERS = 64, 4, 2, 96, 40, 2
 
 
 def write(file, architecture="llama", kind=gguf.GGMLQuantizationType.F32, heads=HEADS, extra=()):
-    """A file of random weights."""
+    """Write a GGUF file of random weights."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_context_length(32)
@@ -29,7 +29,7 @@ def write(file, architecture="llama", kind=gguf.GGMLQuantizationType.F32, heads=
     writer.add_rope_freq_base(1e4)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(VOCABULARY)
-    size = 128 if architecture == "qwen3" else WIDTH // heads  # which transformers takes for granted
+    size = 128 if architecture == "qwen3" else WIDTH // heads  # transformers assumes 128 for Qwen3
 
     def add(name, *shape):
         array = rng.standard_normal(shape).astype(np.float32)
@@ -69,7 +69,7 @@ def read(file):
 
 
 def check(file):
-    """Every weight bit for bit as transformers reads it."""
+    """Check that all weights equal those that transformers reads, bit for bit."""
     ours = read(file)
     model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
     theirs = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
@@ -82,8 +82,8 @@ def check(file):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_as_transformers_reads_it(tmp_path, architecture):
-    """Of the three only Llama's queries and keys are permuted."""
+def test_equals_transformers(tmp_path, architecture):
+    """Only Llama's queries and keys are permuted in GGUF."""
     check(write(tmp_path / "x.gguf", architecture))
 
 
@@ -114,15 +114,15 @@ SECTION = {
     ("extra", "change", "message"),
     [
         ((), {}, None),
-        ((), {"heads": 8}, "heads is 8, there 4"),
-        ((), {"eps": 1e-6, "rope_theta": 1e5}, "eps is 1e-06, .*; rope_theta is 100000.0, there 10000.0"),
-        ((), {"tied_embeddings": True}, "tied_embeddings is True, there False"),
-        (("rope_freqs",), {}, "rope_scaling is 'none', there 'llama3'"),
+        ((), {"heads": 8}, "heads is 8, expected 4"),
+        ((), {"eps": 1e-6, "rope_theta": 1e5}, "eps is 1e-06, .*; rope_theta is 100000.0, expected 10000.0"),
+        ((), {"tied_embeddings": True}, "tied_embeddings is True, expected False"),
+        (("rope_freqs",), {}, "rope_scaling is 'none', expected 'llama3'"),
         (("rope_freqs",), {"rope_scaling": "llama3", "rope_factor": 8.0}, None),
     ],
 )
 def test_settings_that_shapes_do_not_show(tmp_path, extra, change, message):
-    """They stand in the file itself."""
+    """A GGUF file holds these settings itself."""
     file = write(tmp_path / "x.gguf", extra=extra)
     if message is None:
         check_settings(file, "language", SECTION | change)
@@ -132,7 +132,7 @@ def test_settings_that_shapes_do_not_show(tmp_path, extra, change, message):
 
 
 def test_another_architecture(tmp_path):
-    with pytest.raises(UserError, match=r"x\.gguf: a model of architecture 'gemma', expected one of llama"):
+    with pytest.raises(UserError, match=r"x\.gguf: unsupported architecture 'gemma', expected one of llama"):
         open_weights(write(tmp_path / "x.gguf", "gemma")).names()
 
 

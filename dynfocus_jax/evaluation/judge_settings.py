@@ -1,0 +1,68 @@
+"""Settings of a judge, and their checks."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from dynfocus_jax.errors import UserError
+
+
+class JudgeSettings(NamedTuple):
+    """Endpoint, model and limits of a judge. Times are in seconds."""
+
+    model: str
+    base_url: str = "https://api.openai.com/v1"
+    key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key; "": no key is sent
+    cache: Path | None = None  # file of the replies so far, one JSON value per line; kept between runs
+    parameters: dict[str, Any] = {"temperature": 0, "max_tokens": 1024}  # noqa: RUF012  sent as they are
+    concurrency: int = 8  # requests in flight
+    attempts: int = 16  # per question; the client waits 0.5 s after the first, at most 8 s after later ones
+    timeout: float = 60.0  # of one attempt: to connect, and between two reads of the reply
+    patience: float = 600.0  # per question, over all attempts and the waits between them
+    give_up_after: int = 16  # consecutive questions without a reply before the judge stops
+
+    @property
+    def url(self) -> str:
+        """The base URL, without `/chat/completions`."""
+        return self.base_url.strip().rstrip("/").removesuffix("/chat/completions")
+
+
+def check_settings(settings: JudgeSettings) -> None:
+    """Check a judge's settings; raise UserError if one of them cannot be used."""
+    if not settings.model.strip():
+        raise UserError("the judge's model is not set; use the name under which its endpoint serves it.")
+    if not _is_web_address(settings.url):
+        raise UserError(
+            f"the judge's base_url is {settings.base_url!r}, expected an address such as https://host/v1."
+        )
+    for name in ("concurrency", "attempts", "timeout", "patience", "give_up_after"):
+        value = getattr(settings, name)
+        if value <= 0:
+            raise UserError(f"the judge's {name} is {value}, expected more than 0.")
+
+
+def read_key(settings: JudgeSettings) -> str:
+    """Return the key from the environment, or "" for an endpoint that needs none.
+
+    Raises:
+      UserError: the variable is not set, or does not hold a key.
+    """
+    if not settings.key_variable:
+        return ""
+    key = os.environ.get(settings.key_variable, "").strip()
+    if not key or not key.isascii() or not key.isprintable():
+        found = "contains characters that no key has" if key else "is not set"
+        raise UserError(
+            f"the environment variable {settings.key_variable} {found}, expected the judge's key. Set it, or "
+            'set key_variable to "" if the endpoint needs no key.'
+        )
+    return key
+
+
+def _is_web_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, an unclosed bracket
+        return False
