@@ -13,7 +13,7 @@ from typing import TextIO, TypeAlias
 
 from dynfocus_jax.errors import UserError, quoted
 
-JsonValue: TypeAlias = "dict[str, JsonValue] | list[JsonValue] | str | int | float | bool | None"
+JsonValue: TypeAlias = dict[str, "JsonValue"] | list["JsonValue"] | str | int | float | bool | None
 
 MAX_TEXT = 2**19  # characters of text in one record
 

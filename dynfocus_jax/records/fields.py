@@ -46,7 +46,7 @@ def list_of(value: object, field: str, items: str, *, at_least: int = 1) -> list
     """
     if not isinstance(value, list) or len(value) < at_least:
         found = f"a list of {len(value)}" if isinstance(value, list) else _describe(value)
-        raise InvalidEntry(f'field "{field}" is {found}, expected a list of at least {at_least} {items}')
+        raise InvalidEntry(f'field "{field}" is {found}, expected a list of {at_least} or more {items}')
     return value
 
 

@@ -133,7 +133,7 @@ def _llava_messages(conversations: JsonValue) -> list[str]:
         texts.append(text_of(message.get("value"), f"conversations[{i}].value", empty=True))
     ensure(
         len(texts) % 2 == 0,
-        f'field "conversations" has {len(texts)} messages, expected an answer to each question',
+        f'field "conversations" is a list of {len(texts)}, expected an answer to each question',
         "turns",
     )
     check_size(texts)
