@@ -32,6 +32,7 @@ from benchmarks.reporting import (
     write_report,
 )
 from configs import toy
+from dynfocus_jax.errors import RunError
 
 BASE = "dynfocus"  # the plain run
 
@@ -58,7 +59,7 @@ def train(run: Run, cores: set[int]) -> dict:
     The output of the command goes to train.log in the run's folder.
 
     Raises:
-      RuntimeError: if the command fails.
+      RunError: if the command fails.
     """
     results = run.workdir / "eval.json"
     if not results.exists():
@@ -73,7 +74,7 @@ def train(run: Run, cores: set[int]) -> dict:
             )
             os.sched_setaffinity(process.pid, cores)
             if process.wait():
-                raise RuntimeError(f"{' '.join(command[1:])} failed; see {log.name}.")
+                raise RunError(f"{' '.join(command[1:])} failed; see {log.name}.")
     return json.loads(results.read_text(encoding="utf-8"))
 
 
@@ -177,4 +178,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RunError as error:
+        sys.exit(f"error: {error}")
