@@ -70,7 +70,7 @@ class Budget:
         )
 
     def frame_room(self, text: int, bucket: int) -> int:
-        """Return the largest number of frames of a sample with `text` text tokens in a bucket; 0 if none fits."""
+        """Return the largest number of frames of a sample with `text` tokens of text in a bucket, or 0."""
         num_frames, max_text = self.buckets[bucket]
         if text > max_text:
             return 0
@@ -113,8 +113,8 @@ class Budget:
                 "raise the limit"
             )
         return SampleError(
-            f"{text} text tokens and up to {self.visual_tokens[frames]} visual tokens of {frames} frames are over "
-            f"the max_length of {self.max_length}: raise it, or choose another on_overflow"
+            f"{text} text tokens and up to {self.visual_tokens[frames]} visual tokens of {frames} frames are "
+            f"over the max_length of {self.max_length}: raise it, or choose another on_overflow"
         )
 
 

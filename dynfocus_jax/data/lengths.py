@@ -111,8 +111,11 @@ class SampleLengths:
         missing = [key for key in keys if key not in known]
         if self._output is not None and missing:
             self._output.parent.mkdir(parents=True, exist_ok=True)
-        bar = tqdm.tqdm(total=len(missing), desc=f"{fields[0]} lengths", disable=not sys.stderr.isatty())
-        with ThreadPoolExecutor(self._threads) as pool, bar:
+        title, hidden = f"{fields[0]} lengths", not sys.stderr.isatty()
+        with (
+            ThreadPoolExecutor(self._threads) as pool,
+            tqdm.tqdm(total=len(missing), desc=title, disable=hidden) as bar,
+        ):
             for begin in range(0, len(missing), _CHUNK):
                 chunk = missing[begin : begin + _CHUNK]
                 known |= zip(chunk, pool.map(attempt, chunk), strict=True)

@@ -81,8 +81,11 @@ def make_dataset(
             skipped.note(record, each.reason)
             if each.omissions:
                 shortened.note(record, each.omissions)
-        columns: zip[Any] = zip(*(each.sample for each in batch), strict=True)
-        return Batch(*map(np.stack, columns))
+        columns = zip(*(each.sample for each in batch), strict=True)
+        fields: dict[str, Any] = {
+            name: np.stack(arrays) for name, arrays in zip(Batch._fields, columns, strict=True)
+        }
+        return Batch(**fields)
 
     if num_processes and not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain's workers read its flags, also outside of commands

@@ -45,9 +45,9 @@ def check_initial_checkpoint(config: ConfigDict) -> None:
     if published and config.initial is None:
         raise UserError(
             f"config.initial is not set, but stage {config.stages[0].name!r} starts from published weights. "
-            f"Convert {', '.join(published)} (the paths in config.weights) with `python -m dynfocus_jax.convert "
-            "--config=FILE --output=DIR`, where FILE is this config, and add --config.initial=DIR, or name the "
-            "checkpoint of a stage that was trained from these weights."
+            f"Convert {', '.join(published)} (the paths in config.weights) with `python -m "
+            "dynfocus_jax.convert --config=FILE --output=DIR`, where FILE is this config, and add "
+            "--config.initial=DIR, or name the checkpoint of a stage that was trained from these weights."
         )
 
 

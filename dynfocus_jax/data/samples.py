@@ -123,7 +123,7 @@ class SampleLoader:
         return LoadedSample(sample._replace(query_tokens=np.zeros_like(sample.query_tokens)), record=-1)
 
     def load(self, number: int, rng: np.random.Generator, bucket: int = 0) -> LoadedSample:
-        """Return a sample in the shape of a bucket, or a padding row with the reason why it cannot be used."""
+        """Return a sample in the shape of a bucket, or a padding row with the reason why it is skipped."""
         record = self.record_number(number)
         try:
             sample, omissions = self(number, rng, bucket)

@@ -156,23 +156,24 @@ class Surveyor:
         Texts of the records in `lacks_file` are counted, but have no other problem.
         """
 
-        def measure(number: int) -> tuple[int, ...] | tuple[str, str]:
+        def measure(number: int) -> tuple[tuple[int, ...], tuple[str, str] | None]:
             try:
-                return loader.text_ends(number)
+                return loader.text_ends(number), None
             except SampleError as error:
-                return "conversation", str(error)
+                return (), ("conversation", str(error))
             except UserError as error:
-                return "words", str(error)
+                return (), ("words", str(error))
 
         values, problems, num_shortened = [], [], 0
         measured = _map_with_progress(pool, measure, numbers, "measuring texts")
-        for i, ends in zip(numbers, measured, strict=True):
+        for i, (ends, problem) in zip(numbers, measured, strict=True):
             record = self.mixture.records[i]
-            if isinstance(ends[0], str):
-                problems += [(i, _problem(record, *ends))] if i not in lacks_file else []
-                continue
-            values.append(ends[-1])
+            if problem is None:
+                values.append(ends[-1])
             if i in lacks_file:
+                continue
+            if problem is not None:
+                problems.append((i, _problem(record, *problem)))
                 continue
             frames = {"text": 0, "image": 1, "video": self.budget.max_frames}[record.modality]
             samples = [(end,) for end in ends] if loader.each_turn else [ends]

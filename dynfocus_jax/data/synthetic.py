@@ -211,7 +211,7 @@ def _write_items(
 
 
 def _objects(rng: np.random.Generator, frames: list[int]) -> list[SceneObject]:
-    """Return an object per entry of `frames`, with distinct shapes and colours, and distinct quadrants in a frame."""
+    """Return an object per entry of `frames`: no shape, colour or quadrant of a frame occurs twice."""
     shapes, colors = rng.permutation(SHAPES), rng.permutation(list(COLORS))
     free = {frame: rng.permutation(4).tolist() for frame in frames}
     return [
@@ -359,7 +359,7 @@ def _draw_frames(
     clutter: list[list[int]],
     scenes: int,
 ) -> np.ndarray:
-    """Draw background, clutter (spans of frames) and objects: uint8 [num_frames, IMAGE_SIZE, IMAGE_SIZE, 3]."""
+    """Draw background, clutter (spans of frames) and objects: uint8 [T, IMAGE_SIZE, IMAGE_SIZE, 3]."""
     frames = _background(rng, num_frames, scenes)
     for span in clutter:
         taken = {item["quadrant"] for item in objects if item["frame"] in span}
@@ -417,7 +417,7 @@ def _draw_object(
 
 
 def write_video(path: str | Path, frames: np.ndarray, options: dict[str, str] = X264) -> None:
-    """Encode frames uint8 [T, H, W, 3] as H.264 (yuv420p), in one thread, so that the bytes are reproducible."""
+    """Encode frames uint8 [T, H, W, 3] as H.264 (yuv420p), in one thread for reproducible bytes."""
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options=dict(options))
         stream.height, stream.width = frames.shape[1:3]

@@ -222,7 +222,7 @@ class FrameReader:
                 info = self._media.info(request.path)
         except MediaError:
             return 0
-        counts = (self._media.count(info, request.record, limit) for limit in request.limits)
+        counts = (self._media.count_frames(info, request.record, limit) for limit in request.limits)
         return min(sum(counts), max(info.frames, 1))
 
     def estimate_frames(self, work: Sequence[tuple[MediaKey, MediaRequest]]) -> int:

@@ -16,7 +16,7 @@ from dynfocus_jax.batch import Batch, padding_sample
 from dynfocus_jax.features.store import blank_frame
 from dynfocus_jax.parallel.sharding import batch_sharding, row_shares
 from dynfocus_jax.serving.programs import make_programs, serving_layout
-from dynfocus_jax.training.optimizer import make_optimizer, schedule
+from dynfocus_jax.training.optimizer import make_optimizer, make_schedule
 from dynfocus_jax.training.stage_data import stage_budget, with_steps
 from dynfocus_jax.training.state import abstract_state, state_shardings
 from dynfocus_jax.training.step import make_train_step
@@ -58,7 +58,7 @@ def train_step(config: ConfigDict, index: int, mesh: Mesh) -> Step:
         return make_train_step(
             build_model(config, index),
             make_optimizer(stage, state.trained),
-            schedule(stage),
+            make_schedule(stage),
             stage,
             jax.random.key(config.seed),
             state_shardings(state),
@@ -70,7 +70,7 @@ def train_step(config: ConfigDict, index: int, mesh: Mesh) -> Step:
         "optimizer": (state.opt_state, state.step),
         "batch": batch,
     }
-    length = max_text + budget.visual[num_frames]
+    length = max_text + budget.visual_tokens[num_frames]
     return Step(
         "train",
         f"config.stages[{index}]",

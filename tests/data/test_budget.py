@@ -29,14 +29,14 @@ buckets = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 60)), min_size=1
     share=st.floats(0, 1),
 )
 def test_choice_against_search(buckets, max_length, on_overflow, turns, share):
-    budget = Budget.of(buckets, visual, max_length, on_overflow)
+    budget = Budget.from_buckets(buckets, visual, max_length, on_overflow)
     assert sorted(budget.buckets) == sorted(buckets)
     sizes = [visual(frames) + text for frames, text in budget.buckets]
     assert sizes == sorted(sizes)
     assert budget.max_frames == max(frames for frames, _ in buckets)
     ends = [sum(turns[: i + 1]) for i in range(len(turns))]
     frames, numbers = round(share * budget.max_frames), range(len(buckets))
-    chosen = budget.choose(ends, frames)
+    chosen = budget.choose_bucket(ends, frames)
 
     whole = [bucket for bucket in numbers if fits(budget, bucket, ends[-1], frames)]
     if whole:
@@ -64,7 +64,7 @@ def test_choice_against_search(buckets, max_length, on_overflow, turns, share):
     frames=st.integers(0, 12),
 )
 def test_room(buckets, max_length, text, frames):
-    budget = Budget.of(buckets, visual, max_length)
+    budget = Budget.from_buckets(buckets, visual, max_length)
     for bucket, (most_frames, _) in enumerate(budget.buckets):
         if frames <= most_frames:
             assert (text <= budget.text_room(frames, bucket)) == fits(budget, bucket, text, frames)
@@ -78,6 +78,6 @@ def test_room(buckets, max_length, text, frames):
     [(70, ("70 text tokens, over the limit of 60",)), (50, ("50 text tokens", "20 visual ones of 5 frames"))],
 )
 def test_reasons(text, parts):
-    sentence = str(Budget.of([(8, 60)], visual, 65).overflow(text, 5, 0))
+    sentence = str(Budget.from_buckets([(8, 60)], visual, 65).overflow_error(text, 5, 0))
     assert "\n" not in sentence
     assert all(part in sentence for part in parts)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dynfocus_jax.data.budget import Budget
-from dynfocus_jax.data.lengths import Lengths
+from dynfocus_jax.data.lengths import SampleLengths
 from dynfocus_jax.data.media_reader import MediaReader
 from dynfocus_jax.data.samples import SampleLoader
 from dynfocus_jax.data.synthetic import write_video
@@ -46,27 +46,27 @@ EXPECTED = [0, 2, 0, 1, 2, 3, 3, 0]
 
 
 def loader(records, buckets=BUCKETS, tokenizer=TOKENIZER, **options):
-    budget = Budget.of(buckets, lambda frames: frames)
+    budget = Budget.from_buckets(buckets, lambda frames: frames)
     return SampleLoader(
         records, tokenizer, TEMPLATES["plain"], MediaReader(8), budget, max_query=4, **options
     )
 
 
 def test_buckets(records):
-    assert Budget.of(BUCKETS, lambda frames: frames).buckets == BUCKETS
-    assert Lengths().buckets(loader(records)).tolist() == EXPECTED
+    assert Budget.from_buckets(BUCKETS, lambda frames: frames).buckets == BUCKETS
+    assert SampleLengths().assign_buckets(loader(records)).tolist() == EXPECTED
 
 
 def test_one_bucket_needs_no_measurement(tmp_path):
     records = [Record("x", Path("missing.mp4"), (("unknown words",) * 2,))]
-    lengths = Lengths(tmp_path / "lengths.jsonl")
-    assert lengths.buckets(loader(records, ((4, 20),))).tolist() == [0]
+    lengths = SampleLengths(tmp_path / "lengths.jsonl")
+    assert lengths.assign_buckets(loader(records, ((4, 20),))).tolist() == [0]
     assert not (tmp_path / "lengths.jsonl").exists()
 
 
 def test_nothing_is_measured_twice(records, tmp_path, monkeypatch):
     path = tmp_path / "lengths.jsonl"
-    Lengths(path, threads=1).buckets(loader(records))
+    SampleLengths(path, threads=1).assign_buckets(loader(records))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     media = {entry["media"]: entry["info"] for entry in lines if "media" in entry}
     assert {Path(name).name for name in media} == {"short.mp4", "long.mp4", "missing.mp4"}
@@ -78,39 +78,39 @@ def test_nothing_is_measured_twice(records, tmp_path, monkeypatch):
     monkeypatch.setattr(SampleLoader, "text_ends", None)
     (tmp_path / "long.mp4").unlink()  # a run that is resumed sees what it saw
     whole = path.read_text()
-    assert Lengths(path).buckets(loader(records)).tolist() == EXPECTED
+    assert SampleLengths(path).assign_buckets(loader(records)).tolist() == EXPECTED
     assert path.read_text() == whole
 
 
 def test_a_killed_measurement_is_continued(records, tmp_path):
     path = tmp_path / "lengths.jsonl"
-    Lengths(path).buckets(loader(records))
+    SampleLengths(path).assign_buckets(loader(records))
     whole = path.read_text()
     path.write_text(whole[: len(whole) // 2])
-    assert Lengths(path).buckets(loader(records)).tolist() == EXPECTED
+    assert SampleLengths(path).assign_buckets(loader(records)).tolist() == EXPECTED
     assert sorted(path.read_text().splitlines()) == sorted(whole.splitlines())
 
 
 def test_other_texts_and_tokenizers_are_other_lengths(records, tmp_path):
     path = tmp_path / "lengths.jsonl"
-    Lengths(path, text_settings="words").buckets(loader(records))
+    SampleLengths(path, text_settings="words").assign_buckets(loader(records))
     count = len(path.read_text().splitlines())
-    Lengths(path, text_settings="letters").buckets(loader(records))
+    SampleLengths(path, text_settings="letters").assign_buckets(loader(records))
     assert len(path.read_text().splitlines()) == count + 6
-    Lengths(path, text_settings="words").buckets(loader([Record("text", None, turns(12))]))
+    SampleLengths(path, text_settings="words").assign_buckets(loader([Record("text", None, turns(12))]))
     assert len(path.read_text().splitlines()) == count + 7
 
 
 def test_a_process_that_does_not_write(records, tmp_path):
     path = tmp_path / "lengths.jsonl"
-    assert Lengths(path, write=False).buckets(loader(records)).tolist() == EXPECTED
+    assert SampleLengths(path, write=False).assign_buckets(loader(records)).tolist() == EXPECTED
     assert not path.exists()
 
 
 def test_every_turn_has_its_bucket():
     record = Record("t", None, (*turns(5), *turns(6), *turns(9)))  # 5, 10 and 18 tokens, as <bos> comes once
-    assert Lengths().buckets(loader([record], guidance="each_turn")).tolist() == [0, 2, 2]
-    assert Lengths().buckets(loader([record])).tolist() == [2]
+    assert SampleLengths().assign_buckets(loader([record], guidance="each_turn")).tolist() == [0, 2, 2]
+    assert SampleLengths().assign_buckets(loader([record])).tolist() == [2]
 
 
 def test_drawn_turns_are_as_long_as_the_longest(records):

@@ -140,6 +140,6 @@ def test_count_is_what_reading_gives(tmp_path):
             assert info == probe(record.media)
             for limit in (1, 3, 40):
                 clip = media.read(record, limit, RNG)
-                assert media.count(info, record, limit) == len(clip.frames), (sampling, span, limit)
+                assert media.count_frames(info, record, limit) == len(clip.frames), (sampling, span, limit)
                 expected = read_media(record.media, limit, 48, sampling=sampling, span=span)
                 np.testing.assert_array_equal(clip.frames, expected.frames)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynfocus_jax.data.order import Order, permutation
+from dynfocus_jax.data.order import BatchOrder, permutation
 
 
 def every(count):
@@ -39,7 +39,7 @@ def test_a_permutation_is_grains(size):
 )
 def test_every_sample_once_an_epoch_in_its_bucket(buckets, batch_size, shuffle, seed):
     bucket_of = np.array(buckets)
-    make = Order(every(len(buckets)), bucket_of, batch_size=batch_size, seed=seed, shuffle=shuffle)
+    make = BatchOrder(every(len(buckets)), bucket_of, batch_size=batch_size, seed=seed, shuffle=shuffle)
     for epoch in range(3):
         first, last = make.start(epoch), make.start(epoch + 1)
         assert last - first == make.steps_per_epoch(epoch)
@@ -57,9 +57,9 @@ def test_epochs_differ_and_follow_from_the_seed():
     bucket_of = np.arange(90) % 3
 
     def contents(seed):
-        order = Order(every(90), bucket_of, batch_size=4, seed=seed)
+        order = BatchOrder(every(90), bucket_of, batch_size=4, seed=seed)
         return [
-            [rows.tolist() for _, rows in batches(order, order.start(e), order.start(e + 1))]
+            [rows.tolist() for _, rows in batches(order, order.first_step(e), order.first_step(e + 1))]
             for e in range(3)
         ]
 
@@ -67,33 +67,33 @@ def test_epochs_differ_and_follow_from_the_seed():
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     assert contents(5) == epochs
     assert contents(6) != epochs
-    order = [bucket for bucket, _ in batches(Order(every(90), bucket_of, batch_size=4, seed=5), 0, 24)]
+    order = [bucket for bucket, _ in batches(BatchOrder(every(90), bucket_of, batch_size=4, seed=5), 0, 24)]
     assert len(set(order[:8])) == 3, "batches of all buckets are mixed"
 
 
 def test_a_step_needs_no_steps_before_it():
-    fresh = [Order(every(23), np.arange(23) % 2, batch_size=3, seed=1) for _ in range(2)]
+    fresh = [BatchOrder(every(23), np.arange(23) % 2, batch_size=3, seed=1) for _ in range(2)]
     expected = batches(fresh[0], 0, 40)
     for step in (39, 3, 17, 0):
         bucket, rows = fresh[1].batch(step)
         assert bucket == expected[step][0]
         assert rows.tolist() == expected[step][1].tolist()
-    copy = pickle.loads(pickle.dumps(Order(np.arange, batch_size=2)))  # as worker processes get it
+    copy = pickle.loads(pickle.dumps(BatchOrder(np.arange, batch_size=2)))  # as worker processes get it
     assert copy.batch_size == 2
 
 
 def test_epochs_of_changing_size():
     """As a mixture with weights has them."""
     sizes = [5, 8, 1]
-    order = Order(lambda epoch: np.arange(sizes[epoch % 3]), batch_size=2, shuffle=False)
-    assert [order.start(epoch) for epoch in range(5)] == [0, 3, 7, 8, 11]
+    order = BatchOrder(lambda epoch: np.arange(sizes[epoch % 3]), batch_size=2, shuffle=False)
+    assert [order.first_step(epoch) for epoch in range(5)] == [0, 3, 7, 8, 11]
     assert [rows.tolist() for _, rows in batches(order, 6, 9)] == [[6, 7], [0, -1], [0, 1]]
-    assert [order.steps(epochs) for epochs in (1, 2, 2.5, 0.3, 0.34, 3)] == [3, 7, 8, 1, 2, 8]
-    assert order.steps(1.5) == 3 + 2
+    assert [order.num_steps(epochs) for epochs in (1, 2, 2.5, 0.3, 0.34, 3)] == [3, 7, 8, 1, 2, 8]
+    assert order.num_steps(1.5) == 3 + 2
 
 
 def test_one_epoch_in_order():
-    order = Order.once(5, 2)
+    order = BatchOrder.single_epoch(5, 2)
     assert len(order) == 3
     assert [(bucket, rows.tolist()) for bucket, rows in batches(order, 0, 3)] == [
         (0, [0, 1]),

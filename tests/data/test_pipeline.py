@@ -14,11 +14,11 @@ from PIL import Image
 from dynfocus_jax.data import media_reader as media_lib
 from dynfocus_jax.data import pipeline
 from dynfocus_jax.data.budget import Budget
-from dynfocus_jax.data.lengths import Lengths
+from dynfocus_jax.data.lengths import SampleLengths
 from dynfocus_jax.data.media_reader import MediaReader
-from dynfocus_jax.data.order import Order
+from dynfocus_jax.data.order import BatchOrder
 from dynfocus_jax.data.samples import SampleLoader
-from dynfocus_jax.data.skipped import Skipped
+from dynfocus_jax.data.skipped import SkippedSamples
 from dynfocus_jax.data.synthetic import write_video
 from dynfocus_jax.errors import MediaError, UserError
 from dynfocus_jax.records.records import Record, read_records
@@ -36,15 +36,15 @@ def loader(
     media = MediaReader(size, cache_bytes=cache_bytes, timeout=options.pop("timeout", 60.0))
     options = {"max_query": max_query} | options
     return SampleLoader(
-        records, tokenizer, TEMPLATES["plain"], media, Budget.of(buckets, **budget), **options
+        records, tokenizer, TEMPLATES["plain"], media, Budget.from_buckets(buckets, **budget), **options
     )
 
 
 def make_dataset(load, *, batch_size, seed=0, shuffle=True, epochs=None, **options):
     """Batches of a loader in an order of its own."""
-    order = Order(
+    order = BatchOrder(
         lambda epoch: np.arange(len(load)),
-        Lengths().buckets(load),
+        SampleLengths().assign_buckets(load),
         batch_size=batch_size,
         seed=seed,
         shuffle=shuffle,
@@ -169,7 +169,7 @@ def test_resume_gives_the_same_next_batches_on_any_number_of_processes(needles, 
         records = read_records(needles / "sequences.json", needles)
         records = with_bad(records, 4, 11)
         load = loader(records, tokenizer=tokenizer, buckets=((3, 64),), size=48, max_query=64, max_turns=3)
-        skipped = Skipped(max_share=0.5)
+        skipped = SkippedSamples(max_share=0.5)
         return make_dataset(
             load, batch_size=4, seed=1, shuffle=True, skipped=skipped, num_threads=num_threads, **part
         )
@@ -217,7 +217,7 @@ def test_a_start_at_or_past_the_end_gives_nothing():
 
 def test_evaluation_pads_the_last_batch_alike_for_all_processes():
     options = {"batch_size": 2, "seed": 0, "shuffle": False, "epochs": 1}
-    dataset = make_dataset(loader(with_bad(texts(5), 2)), skipped=Skipped(max_share=0.5), **options)
+    dataset = make_dataset(loader(with_bad(texts(5), 2)), skipped=SkippedSamples(max_share=0.5), **options)
     batches = list(dataset)
     assert indices(batches) == [[0, 1], [-1, 3], [4, -1]]
     for row in (batches[1], 0), (batches[2], 1):
@@ -235,7 +235,7 @@ def test_bad_samples_are_padding_counted_and_listed_once(tmp_path):
     records = with_bad(texts(30), 4, 17)
     records[9] = Record("r9", None, (("why ?", "because " * 9),))
     path = tmp_path / "skipped.jsonl"
-    skipped = Skipped(path, max_share=0.2)
+    skipped = SkippedSamples(path, max_share=0.2)
     dataset = make_dataset(loader(records), batch_size=3, seed=0, shuffle=True, epochs=2, skipped=skipped)
     seen = flat(dataset)
     assert sorted(seen) == sorted([-1 if i in (4, 9, 17) else i for i in range(30)] * 2)
@@ -250,7 +250,7 @@ def test_bad_samples_are_padding_counted_and_listed_once(tmp_path):
     assert "13 text tokens, over the limit of 10" in by_id["r9"]["reason"]
     whole = path.read_text()
     path.write_text(whole[:-5])  # killed while it wrote the last line
-    again = Skipped(path, max_share=0.2)  # a resumed run lists nothing twice
+    again = SkippedSamples(path, max_share=0.2)  # a resumed run lists nothing twice
     assert again.records == listed[:2]
     list(make_dataset(loader(records), batch_size=3, seed=0, shuffle=True, epochs=1, skipped=again))
     assert again.count == 3
@@ -266,7 +266,7 @@ def test_nothing_but_bad_samples_ends_in_an_error(num_threads):
             batch_size=2,
             seed=0,
             shuffle=True,
-            skipped=Skipped(max_share=max_share),
+            skipped=SkippedSamples(max_share=max_share),
             num_threads=num_threads,
         )
         with pytest.raises(UserError, match=r"of \d+ samples could not be used.*missing\.mp4"):
@@ -275,18 +275,18 @@ def test_nothing_but_bad_samples_ends_in_an_error(num_threads):
 
 def test_share_of_bad_samples():
     record = texts(1)[0]
-    skipped = Skipped(max_share=0.1, grace=20)
+    skipped = SkippedSamples(max_share=0.1, grace=20)
     for reason in ["bad", "bad", *[None] * 27, "bad"]:  # 2 of the first 20, 3 of 30
         skipped.note(record, reason)
     with pytest.raises(UserError, match=r"4 of 31 samples could not be used.*share of 0\.1;.*record r0: bad"):
         skipped.note(record, "bad")
-    early = Skipped(max_share=0.1, grace=20)
+    early = SkippedSamples(max_share=0.1, grace=20)
     for _ in range(2):
         early.note(record, "bad")
     with pytest.raises(UserError, match="3 of 3 samples"):
         early.note(record, "bad")
     with pytest.raises(UserError, match="at least 0 and below 1"):
-        Skipped(max_share=1.0)
+        SkippedSamples(max_share=1.0)
 
 
 def test_unknown_words_stop_the_run():
@@ -334,7 +334,7 @@ def test_a_decoder_that_hangs_costs_one_sample(media, monkeypatch, tmp_path):
     monkeypatch.setattr(media_lib, "read_media", read_or_hang)
     names = ("v.mp4", "hung.mp4", "i.png", "v.mp4")
     records = [Record(f"r{i}", media / name, (("what ?", "disc"),)) for i, name in enumerate(names)]
-    skipped = Skipped(tmp_path / "skipped.jsonl", max_share=0.5)
+    skipped = SkippedSamples(tmp_path / "skipped.jsonl", max_share=0.5)
     started = time.monotonic()
     options = {"batch_size": 2, "shuffle": False, "epochs": 3, "skipped": skipped}
     batches = list(make_dataset(loader(records, timeout=0.5), **options))

@@ -10,7 +10,7 @@ from PIL import Image
 from dynfocus_jax.data.budget import Budget
 from dynfocus_jax.data.media_reader import MediaReader
 from dynfocus_jax.data.samples import SampleLoader
-from dynfocus_jax.data.skipped import Shortened, Skipped
+from dynfocus_jax.data.skipped import ShortenedSamples, SkippedSamples
 from dynfocus_jax.data.synthetic import write_video
 from dynfocus_jax.errors import SampleError, UserError
 from dynfocus_jax.records.records import Record, Refused
@@ -31,7 +31,7 @@ def video(tmp_path_factory):
 
 
 def loader(records, buckets=((8, 14),), max_length=None, on_overflow="error", max_subtitle=0, **options):
-    budget = Budget.of(buckets, lambda frames: 2 * frames, max_length, on_overflow, max_subtitle)
+    budget = Budget.from_buckets(buckets, lambda frames: 2 * frames, max_length, on_overflow, max_subtitle)
     options = {"max_query": 12} | options
     return SampleLoader(records, TOKENIZER, TEMPLATES["plain"], MediaReader(8), budget, **options)
 
@@ -42,7 +42,7 @@ def refused(load, number=0, bucket=0):
     loaded = load.load(number, RNG, bucket)
     assert loaded.reason == str(error.value)
     assert loaded.sample.index == -1
-    assert loaded.record == load.record_of(number)
+    assert loaded.record == load.record_number(number)
     return loaded.reason
 
 
@@ -129,7 +129,7 @@ def test_nothing_is_said_of_a_video_that_has_no_more_frames(video, tmp_path):
 def test_a_bucket_of_few_frames(video):
     """The long text went to the bucket that is made for it."""
     load = loader([Record("v", video, THREE)], buckets=((8, 6), (2, 14)), on_overflow="fewer_frames")
-    bucket = load.budget.choose(load.text_ends(0), 8)
+    bucket = load.budget.choose_bucket(load.text_ends(0), 8)
     assert load.budget.buckets[bucket] == (2, 14)
     sample, (change,) = load(0, RNG, bucket)
     assert sample.frames.shape[0] == 2
@@ -143,8 +143,8 @@ def test_each_turn_is_a_sample(video):
     records = [Record("a", None, THREE), Record("b", video, THREE[:1]), Record("c", None, THREE[1:])]
     load = loader(records, guidance="each_turn")
     assert len(load) == 6
-    assert [load.record_of(number) for number in range(6)] == [0, 0, 0, 1, 2, 2]
-    assert load.samples_of(np.array([2, 0, 2])).tolist() == [4, 5, 0, 1, 2, 4, 5]
+    assert [load.record_number(number) for number in range(6)] == [0, 0, 0, 1, 2, 2]
+    assert load.sample_numbers(np.array([2, 0, 2])).tolist() == [4, 5, 0, 1, 2, 4, 5]
     whole, _ = loader(records)(0, RNG)
     for turn, (length, begin) in enumerate(((5, 0), (9, 5), (14, 9))):
         sample, _ = load(turn, RNG)
@@ -264,7 +264,7 @@ def test_subtitles_of_a_span(spoken):
 
 def test_shortened_samples_are_counted_and_listed_once(tmp_path):
     record, path = Record("a", None, THREE, source="s"), tmp_path / "overflow.jsonl"
-    shortened = Shortened(path)
+    shortened = ShortenedSamples(path)
     for _ in range(2):
         shortened.note(record, [("turns", "dropped 1 of 3 turns")])
     both = [("frames", "read 1 of 2 frames"), ("subtitles", "kept 1 of 2 subtitles")]
@@ -274,7 +274,7 @@ def test_shortened_samples_are_counted_and_listed_once(tmp_path):
         {"id": "a", "source": "s", "action": "dropped 1 of 3 turns"},
         {"id": "a", "source": "other", "action": "read 1 of 2 frames, kept 1 of 2 subtitles"},
     ]
-    again = Shortened(path)
+    again = ShortenedSamples(path)
     again.note(record, [("turns", "dropped 1 of 3 turns")])
     assert again.records == shortened.records
     assert len(path.read_text().splitlines()) == 2
@@ -282,13 +282,13 @@ def test_shortened_samples_are_counted_and_listed_once(tmp_path):
 
 def test_refused_records_are_listed_and_may_be_too_many(tmp_path):
     refused = [("s", Refused(number, "same", f"reason {number}")) for number in (3, 8)]
-    skipped = Skipped(tmp_path / "skipped.jsonl", max_share=0.01)
+    skipped = SkippedSamples(tmp_path / "skipped.jsonl", max_share=0.01)
     with pytest.raises(
         UserError, match=r"2 of 199 records .* share of 0.01; the last: record same of s: reason 8"
     ):
-        skipped.refuse(refused, 199)
-    skipped = Skipped(tmp_path / "skipped.jsonl", max_share=0.01)
-    skipped.refuse(refused, 200)
+        skipped.note_refused(refused, 199)
+    skipped = SkippedSamples(tmp_path / "skipped.jsonl", max_share=0.01)
+    skipped.note_refused(refused, 200)
     assert [(entry["number"], entry["reason"]) for entry in skipped.records] == [
         (3, "reason 3"),
         (8, "reason 8"),

@@ -60,7 +60,7 @@ def root(tmp_path_factory):
 
 def look(root, *names, budget=None, tokens=True, guidance="joined", features=None, **options):
     mixture = Mixture(stage(sources=tuple(source(name=n, annotations=f"{n}.json") for n in names)), root, 0)
-    budget = budget or Budget.of([(4, 16)], max_subtitle=3)
+    budget = budget or Budget.from_buckets([(4, 16)], max_subtitle=3)
     media = MediaReader(16, features=features)
     loader = SampleLoader(
         mixture.records,
@@ -145,7 +145,7 @@ def test_subtitles_of_the_files_that_are_decoded(root):
     assert "'unknown' is not in the vocabulary" in reasons["strange"]
     assert survey.frames == [1] * 5
     assert (survey.unreadable, survey.unusable) == (0.0, 4)
-    (survey,) = look(root, "said", budget=Budget.of([(4, 16)]))  # subtitles are left out
+    (survey,) = look(root, "said", budget=Budget.from_buckets([(4, 16)]))  # subtitles are left out
     assert survey.problems == []
 
 
@@ -175,7 +175,7 @@ def visual_tokens(frames):
 )
 def test_what_becomes_of_long_samples(root, on_overflow, long, two, shortened):
     """28 and 24 text tokens and 10 of the image, of at most 30."""
-    budget = Budget.of([(1, 40)], visual_tokens, 30, on_overflow)
+    budget = Budget.from_buckets([(1, 40)], visual_tokens, 30, on_overflow)
     (survey,) = look(root, "bad", budget=budget, samples=0)
     assert faults(survey).get("long") == long
     assert faults(survey).get("two") == two
@@ -196,7 +196,7 @@ def test_videos_count_with_the_most_frames(root, tmp_path):
         (3, "fewer_frames", None, 1),
         (3, "drop_turns", "too long", 0),
     ):
-        budget = Budget.of([(frames, 40)], visual_tokens, 40, on_overflow)
+        budget = Budget.from_buckets([(frames, 40)], visual_tokens, 40, on_overflow)
         (survey,) = look(root, "video", budget=budget, samples=0)
         assert faults(survey).get("v") == fault, (frames, on_overflow)
         assert survey.shortened == shortened
@@ -206,7 +206,7 @@ def test_turns_that_are_samples_of_their_own(root):
     """The first turn of "two" fits, the second with the first before it does not."""
     (survey,) = look(root, "bad", guidance="each_turn", samples=0)
     assert faults(survey)["two"] == "too long"
-    (survey,) = look(root, "bad", guidance="each_turn", samples=0, budget=Budget.of([(1, 28)]))
+    (survey,) = look(root, "bad", guidance="each_turn", samples=0, budget=Budget.from_buckets([(1, 28)]))
     assert "two" not in faults(survey)
     assert sorted(survey.tokens)[-1] == 28
 

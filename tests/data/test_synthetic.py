@@ -15,7 +15,7 @@ from dynfocus_jax.data.synthetic import (
     NUM_FRAMES,
     QUADRANT,
     SHAPES,
-    generate,
+    generate_needles,
     shape_mask,
     write_video,
 )
@@ -152,20 +152,20 @@ def contents(folder):
 
 
 def test_same_bytes_whatever_the_number_of_workers(needles, tmp_path):
-    again = generate(tmp_path, workers=2, **COUNTS)
+    again = generate_needles(tmp_path, workers=2, **COUNTS)
     assert again.name == needles.name
     assert contents(again) == contents(needles)
 
 
 def test_seed_decides_the_content(needles, tmp_path):
-    other = generate(tmp_path, seed=1, workers=1, **COUNTS)
+    other = generate_needles(tmp_path, seed=1, workers=1, **COUNTS)
     assert other.name != needles.name
     assert not {b for n, b in contents(other).items() if "media" in n} & set(contents(needles).values())
 
 
 def test_a_finished_folder_is_used_as_it_is(needles):
     before = {path: path.stat().st_mtime_ns for path in needles.rglob("*")}
-    assert generate(needles.parent, workers=1, **COUNTS) == needles
+    assert generate_needles(needles.parent, workers=1, **COUNTS) == needles
     assert {path: path.stat().st_mtime_ns for path in needles.rglob("*")} == before
 
 
@@ -175,10 +175,10 @@ def test_an_interrupted_run_leaves_nothing(tmp_path):
 
     counts = {"num_train": 2, "num_validation": 0, "num_heldout": 0, "num_images": 0, "num_sequences": 0}
     with pytest.raises(KeyboardInterrupt):
-        generate(tmp_path, workers=1, progress=interrupt, **counts)
+        generate_needles(tmp_path, workers=1, progress=interrupt, **counts)
     assert list(tmp_path.iterdir()) == []
     seen = []
-    generate(tmp_path, workers=1, progress=lambda done, total: seen.append((done, total)), **counts)
+    generate_needles(tmp_path, workers=1, progress=lambda done, total: seen.append((done, total)), **counts)
     assert seen == [(2, 2)]
 
 

@@ -13,10 +13,10 @@ from PIL import Image
 
 from dynfocus_jax.data.budget import Budget
 from dynfocus_jax.data.media_reader import MediaReader
-from dynfocus_jax.data.order import Order
+from dynfocus_jax.data.order import BatchOrder
 from dynfocus_jax.data.pipeline import make_dataset
 from dynfocus_jax.data.samples import SampleLoader
-from dynfocus_jax.data.skipped import Shortened, Skipped
+from dynfocus_jax.data.skipped import ShortenedSamples, SkippedSamples
 from dynfocus_jax.data.synthetic import write_video
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.records.records import Record
@@ -38,12 +38,12 @@ def records(tmp_path):
 
 def taken(records, *, processes, start=0, **options):
     """(batches, what was skipped, what was shortened) of two epochs."""
-    budget = Budget.of([(4, 9), (7, 12)], lambda frames: frames, 14, "drop_turns")
+    budget = Budget.from_buckets([(4, 9), (7, 12)], lambda frames: frames, 14, "drop_turns")
     load = SampleLoader(
         records, TOKENIZER, TEMPLATES["plain"], MediaReader(48), budget, max_query=9, max_turns=3
     )
-    order = Order(epoch, np.arange(23) % 2, batch_size=4, seed=3, epochs=2)
-    skipped, shortened = Skipped(max_share=0.9), Shortened()
+    order = BatchOrder(epoch, np.arange(23) % 2, batch_size=4, seed=3, epochs=2)
+    skipped, shortened = SkippedSamples(max_share=0.9), ShortenedSamples()
     batches = iter(
         make_dataset(
             load,
@@ -92,8 +92,8 @@ import time
 from tests.data.test_workers import *
 if __name__ == "__main__":
     load = SampleLoader([Record("t", None, TURNS)] * 23, TOKENIZER, TEMPLATES["plain"], MediaReader(8),
-        Budget.of([(1, 20)]), max_query=9)
-    batches = iter(make_dataset(load, Order(epoch, batch_size=2), num_processes=2))
+        Budget.from_buckets([(1, 20)]), max_query=9)
+    batches = iter(make_dataset(load, BatchOrder(epoch, batch_size=2), num_processes=2))
     next(batches)
     print("ready", flush=True)
     time.sleep(600)

@@ -1,9 +1,9 @@
-"""A toy run in small, stage by stage, for the tests of training."""
+"""A tiny run, stage by stage, for the tests of training."""
 
 import jax
 import pytest
 
-from dynfocus_jax.data.prepare import make_tokenizer, prepare
+from dynfocus_jax.data.prepare import make_tokenizer, prepare_data_root
 from dynfocus_jax.training.loop import StageRun
 from dynfocus_jax.validation import validate
 from tests.tiny import mesh_of, tiny_config
@@ -11,7 +11,7 @@ from tests.tiny import mesh_of, tiny_config
 
 @pytest.fixture(scope="session")
 def run_stage(data_root):
-    """`run_stage(workdir, index, change=None)`: a StageRun of the (changed) tiny configuration."""
+    """A function (workdir, index, change=None) -> StageRun of the tiny configuration, changed."""
 
     def build(workdir, index, change=None, root=None):
         config = tiny_config()
@@ -21,7 +21,7 @@ def run_stage(data_root):
             change(config)
         validate(config)
         if root is None:
-            root = prepare(config.data)
+            root = prepare_data_root(config.data)
         tokenizer = make_tokenizer(config, root / config.data.vocabulary)
         return StageRun(config, index, workdir=workdir, data_root=root, tokenizer=tokenizer, mesh=mesh_of())
 

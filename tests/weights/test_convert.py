@@ -14,11 +14,12 @@ from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
 
 from dynfocus_jax import trees
-from dynfocus_jax.data.prepare import make_tokenizer, prepare
+from dynfocus_jax.data.prepare import make_tokenizer, prepare_data_root
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.models.llama import Llama
 from dynfocus_jax.training.checkpoints import read_params, save_params
-from dynfocus_jax.training.loop import StageRun, check_initial
+from dynfocus_jax.training.initial_params import check_initial
+from dynfocus_jax.training.loop import StageRun
 from dynfocus_jax.validation import validate
 from dynfocus_jax.weights.conversion import abstract_params, export_model, read_model
 from dynfocus_jax.weights.export import atomic_folder
@@ -386,7 +387,7 @@ def start(data_root, tmp_path_factory):
         change(config)
         config.initial = str(initial)
         validate(config)
-        root = prepare(config.data)
+        root = prepare_data_root(config.data)
         tokenizer = make_tokenizer(config, root / config.data.vocabulary)
         workdir = tmp_path_factory.mktemp("start")
         stages = [
@@ -481,7 +482,7 @@ def test_parts_that_an_earlier_stage_does_not_use_are_kept(params, start, tmp_pa
 
 
 def test_no_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="contains no checkpoint"):
+    with pytest.raises(UserError, match="has no checkpoint; expected"):
         read_params(tmp_path)
     config = small_config()
     config.data.root = config.initial = str(tmp_path)
