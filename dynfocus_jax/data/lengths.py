@@ -109,8 +109,9 @@ class SampleLengths:
                 return None
 
         missing = [key for key in keys if key not in known]
-        if self._output is not None and missing:
-            self._output.parent.mkdir(parents=True, exist_ok=True)
+        output = self._output
+        if output is not None and missing:
+            output.parent.mkdir(parents=True, exist_ok=True)
         title, hidden = f"{fields[0]} lengths", not sys.stderr.isatty()
         with (
             ThreadPoolExecutor(self._threads) as pool,
@@ -119,8 +120,8 @@ class SampleLengths:
             for begin in range(0, len(missing), _CHUNK):
                 chunk = missing[begin : begin + _CHUNK]
                 known |= zip(chunk, pool.map(attempt, chunk), strict=True)
-                if self._output is not None:
+                if output is not None:
                     lines = (json.dumps({fields[0]: key, fields[1]: known[key]}) + "\n" for key in chunk)
-                    with self._output.open("a", encoding="utf-8") as file:
+                    with output.open("a", encoding="utf-8") as file:
                         file.writelines(lines)
                 bar.update(len(chunk))
