@@ -8,7 +8,7 @@ from typing import Any
 
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.json_lines import append_json_line, read_json_lines
-from dynfocus_jax.records.records import Record, Refused
+from dynfocus_jax.records.records import Record, RefusedEntry
 
 _Entry = dict[str, Any]
 
@@ -101,7 +101,7 @@ class SkippedSamples:
                     f"{self._max_share}; the last: record {record.id}: {reason}"
                 )
 
-    def note_refused(self, refused: Iterable[tuple[str, Refused]], num_entries: int) -> None:
+    def note_refused(self, refused: Iterable[tuple[str, RefusedEntry]], num_entries: int) -> None:
         """List the entries of annotation files that are not usable records.
 
         Args:

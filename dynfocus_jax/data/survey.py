@@ -28,7 +28,7 @@ class Problem(NamedTuple):
     """An entry or record that cannot be used."""
 
     id: str
-    # "missing" | "words" | "conversation" | "too long" | "unreadable" | "subtitles", or a fault of `Refused`
+    # "missing" | "words" | "conversation" | "too long" | "unreadable" | "subtitles", or one of `RefusedEntry`
     fault: str
     reason: str
     media: str | None = None
