@@ -15,13 +15,15 @@ SOURCE: Section = {
     "format": Field("llava", "format of the file", choices=tuple(FORMATS)),
     "media": Field(str, "folder of its media; None: data.root"),
     "modality": Field(
-        "auto", "of its records; auto: as each says", choices=("auto", "image", "video", "text")
+        "auto",
+        "modality of its records; auto: as each record says",
+        choices=("auto", "image", "video", "text"),
     ),
     "select": Field("all", 'records that are used: "all", "first:N", "first:N%", "random:N" or "random:N%"'),
     "repeat": Field(1, "times a record is used in an epoch", at_least=1),
     "weight": Field(
         float,
-        "share of an epoch, relative to the other sources' weights; None: as many samples as records",
+        "fraction of an epoch, relative to the weights of other sources; None: as many samples as records",
         above=0,
     ),
 }
