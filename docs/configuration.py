@@ -1,6 +1,6 @@
 """Write docs/configuration.md: every field of a configuration, from its declaration in the package.
 
-python docs/configuration.py
+Run it with `python -m docs.configuration`.
 """
 
 from pathlib import Path
@@ -13,8 +13,8 @@ PAGE = Path(__file__).with_suffix(".md")
 INTRODUCTION = """# Configuration
 
 A config file defines `get_config()`, which starts from `dynfocus_jax.config.default_config()` and changes
-fields. Commands set a single field with `--config.FIELD=VALUE`, such as `--config.stages[2].steps=100`, and list
-the fields with `--fields=PREFIX`. The defaults are those of the paper's 7B model.
+fields. Commands set a single field with `--config.FIELD=VALUE`, such as `--config.stages[2].steps=100`, and
+list the fields with `--fields=PREFIX`. The defaults are those of the paper's 7B model.
 
 `python -m docs.configuration` generates this page from the declarations of the fields.
 """

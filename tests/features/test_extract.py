@@ -19,9 +19,10 @@ from dynfocus_jax.extract import extract_features
 from dynfocus_jax.features.store import MediaKey, media_key, read_index
 from dynfocus_jax.parallel.sharding import place
 from dynfocus_jax.parameters import init_params, sharded_shapes
-from dynfocus_jax.planning.steps import train_step
+from dynfocus_jax.planning.planned_steps import planned_train_step
 from dynfocus_jax.records.mixture import Mixture
-from dynfocus_jax.records.records import Record, read_records
+from dynfocus_jax.records.records import Record
+from dynfocus_jax.records.sources import read_records
 from dynfocus_jax.training.checkpoints import read_params, save_params
 from dynfocus_jax.training.loop import StageRun
 from dynfocus_jax.training.stage_data import make_loader, stage_budget
@@ -186,13 +187,13 @@ def test_features_are_not_encoded_again(config, extracted):
     """The planned step takes features as its argument, and its program contains no vision tower."""
     config.data.features = str(extracted["float32"])
     mesh = mesh_of()
-    step = train_step(config, 1, mesh)
+    step = planned_train_step(config, 1, mesh)
     _, batch = step.arguments
     assert batch.frames.shape == (4, 8, 16, 16)
     assert batch.frames.dtype == np.float32
     with_features = step.function.lower(*step.arguments).as_text()
     config.data.features = None
-    step = train_step(config, 1, mesh)
+    step = planned_train_step(config, 1, mesh)
     assert step.arguments[1].frames.shape == (4, 8, 16, 16, 3)
     without = step.function.lower(*step.arguments).as_text()
     assert "tensor<4x8x16x16x3xui8>" in without

@@ -176,9 +176,9 @@ def test_a_failed_command_leaves_no_files(converted, tmp_path, change, message):
 
 def test_missing_arguments(converted):
     for arguments, message in (
-        ([], "Give either --output"),
-        (["--output=x", "--export=y"], "Give either --output"),
-        (["--export=y"], "Give --export (the folder to write) and --checkpoint (what to export) together"),
+        ([], "give either --output"),
+        (["--output=x", "--export=y"], "give either --output"),
+        (["--export=y"], "give --export (the folder to write) and --checkpoint (what to export) together"),
     ):
         code, _, stderr = convert(converted[2][0], *arguments)
         assert (code, message in stderr) == (2, True), stderr
