@@ -21,7 +21,7 @@ from dynfocus_jax.features.compatibility import check_vision_weights
 from dynfocus_jax.features.store import open_features
 from dynfocus_jax.parallel.processes import is_process_zero, process_file_name
 from dynfocus_jax.parallel.sharding import local_rows, to_devices
-from dynfocus_jax.records.records import read_records
+from dynfocus_jax.records.sources import read_records
 from dynfocus_jax.serving.engine import Engine
 from dynfocus_jax.text.conversation import TEMPLATES
 from dynfocus_jax.visualize.focus import FocusStrip, draw_focus

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.entries import Invalid, line_entries, list_entries
+from dynfocus_jax.records.entries import InvalidEntry, json_line_entries, json_list_entries
 from dynfocus_jax.records.fields import ASSUMED_SUFFIXES, ensure, kind_of, path_of, text_of
 from dynfocus_jax.records.prompts import LETTERS
 
@@ -34,7 +34,7 @@ class Question:
             object.__setattr__(self, "belongs_to", self.id)
 
 
-ParseQuestion = Callable[[dict], Question | Sequence[Question]]  # raises Invalid
+ParseQuestion = Callable[[dict], Question | Sequence[Question]]  # raises InvalidEntry
 
 
 def read_questions(path: Path, entries: Iterable[tuple[int, object]], parse: ParseQuestion) -> list[Question]:
@@ -46,11 +46,11 @@ def read_questions(path: Path, entries: Iterable[tuple[int, object]], parse: Par
     questions: list[Question] = []
     for number, entry in entries:
         try:
-            if isinstance(entry, Invalid):
+            if isinstance(entry, InvalidEntry):
                 raise entry
             ensure(isinstance(entry, dict), f"is {kind_of(entry)}, expected an object")
             parsed = parse(entry)
-        except Invalid as error:
+        except InvalidEntry as error:
             raise UserError(
                 f"annotation file {path}, entry {number}: {error}; every entry counts, so correct the file."
             ) from None
@@ -92,8 +92,8 @@ def fingerprint(questions: Sequence[Question]) -> str:
 
 def table_entries(path: Path) -> Iterator[tuple[int, object]]:
     """The entries of a JSON list or, by the suffix, of the lines of .jsonl or the rows of .parquet."""
-    readers = {".jsonl": line_entries, ".parquet": _parquet_entries}
-    return readers.get(path.suffix, list_entries)(path)
+    readers = {".jsonl": json_line_entries, ".parquet": _parquet_entries}
+    return readers.get(path.suffix, json_list_entries)(path)
 
 
 def _parquet_entries(path: Path) -> Iterator[tuple[int, object]]:

@@ -24,7 +24,8 @@ from dynfocus_jax.media.frame_sampling import Sampling, choose_frames
 from dynfocus_jax.media.subtitles import Subtitle
 from dynfocus_jax.media.video import MediaInfo
 from dynfocus_jax.records.mixture import Mixture
-from dynfocus_jax.records.records import Record, read_records
+from dynfocus_jax.records.records import Record
+from dynfocus_jax.records.sources import read_records
 from dynfocus_jax.training.stage_data import stage_seed
 
 EVALUATION = "evaluation"  # name of the held-out questions for `--stage`

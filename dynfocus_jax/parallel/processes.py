@@ -32,7 +32,7 @@ DISTRIBUTED: Section = {
 }
 
 
-def start(distributed: ConfigDict) -> None:
+def connect_processes(distributed: ConfigDict) -> None:
     """Join this process to the others, as the section `config.distributed` says.
 
     Call it before anything asks JAX for devices. "explicit" takes address, number and id from the config;
@@ -153,7 +153,7 @@ def process_file_name(name: str) -> str:
 def process_zero_first() -> Iterator[None]:
     """Process 0 runs the block first, the others only after it."""
     if not is_process_zero():
-        multihost_utils.sync_global_devices("first_goes_ahead")
+        multihost_utils.sync_global_devices("process_zero_first")
     yield
     if is_process_zero():
-        multihost_utils.sync_global_devices("first_goes_ahead")
+        multihost_utils.sync_global_devices("process_zero_first")

@@ -21,7 +21,8 @@ from dynfocus_jax.parallel.sharding import place_like
 from dynfocus_jax.parameters import init_params, sharded_shapes
 from dynfocus_jax.planning.planned_steps import planned_train_step
 from dynfocus_jax.records.mixture import Mixture
-from dynfocus_jax.records.records import Record, read_records
+from dynfocus_jax.records.records import Record
+from dynfocus_jax.records.sources import read_records
 from dynfocus_jax.training.checkpoints import read_params, save_params
 from dynfocus_jax.training.loop import StageRun
 from dynfocus_jax.training.stage_data import make_loader, stage_budget

@@ -274,5 +274,5 @@ def test_too_many_broken_videos_stop_the_run(stages, run_stage, broken_data, tmp
 
 
 def test_missing_annotations(run_stage, tmp_path):
-    with pytest.raises(UserError, match=r"nothing\.json cannot be read"):
+    with pytest.raises(UserError, match=r"nothing\.json: cannot be read"):
         run_stage(tmp_path, 0, lambda config: config.stages[0].update({"annotations": "nothing.json"}))

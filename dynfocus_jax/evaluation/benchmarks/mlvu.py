@@ -15,7 +15,7 @@ from dynfocus_jax.evaluation.questions import (
     word_of,
 )
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.entries import list_entries
+from dynfocus_jax.records.entries import json_list_entries
 from dynfocus_jax.records.fields import id_of, text_of
 
 _FILES = (
@@ -36,7 +36,7 @@ def read_dev(annotations: Path, media: MediaFolder) -> list[Question]:
     """A folder with the nine files, or one of them; videos at FILE/NAME, video/FILE/NAME or NAME."""
     questions = []
     for file in annotation_files(annotations, _FILES):
-        questions += read_questions(file, list_entries(file), _parser(file.stem, media))
+        questions += read_questions(file, json_list_entries(file), _parser(file.stem, media))
     return questions
 
 
@@ -90,7 +90,7 @@ def read_test(annotations: Path, media: MediaFolder) -> list[Question]:
             about={"question_id": word_of(entry["question_id"], "question_id")},
         )
 
-    return read_questions(annotations, list_entries(annotations), parse)
+    return read_questions(annotations, json_list_entries(annotations), parse)
 
 
 def measure_test(graded: Sequence[Graded]) -> Measured:

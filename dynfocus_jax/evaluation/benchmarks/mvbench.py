@@ -13,7 +13,7 @@ from dynfocus_jax.evaluation.questions import (
     texts_of,
 )
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.entries import list_entries
+from dynfocus_jax.records.entries import json_list_entries
 from dynfocus_jax.records.fields import path_of, span_of, text_of
 
 
@@ -84,4 +84,4 @@ def _read_task(file: Path, media: MediaFolder) -> list[Question]:
             about={"frames_per_second": 3.0} if task.frames else {},
         )
 
-    return read_questions(file, list_entries(file), parse)
+    return read_questions(file, json_list_entries(file), parse)

@@ -14,7 +14,7 @@ from dynfocus_jax.evaluation.questions import (
     with_suffixes,
 )
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.entries import Invalid, csv_entries, read_json
+from dynfocus_jax.records.entries import InvalidEntry, csv_entries, read_json
 from dynfocus_jax.records.fields import ensure, id_of, kind_of, text_of
 from dynfocus_jax.records.prompts import LETTERS
 
@@ -121,7 +121,7 @@ def _grounds(file: Path) -> dict[str, tuple[tuple[float, float], ...]]:
             for video, entry in content.items()
             for qid, spans in _locations(entry, video).items()
         }
-    except Invalid as error:
+    except InvalidEntry as error:
         raise UserError(f"annotation file {file}: {error}; take it as published.") from None
 
 

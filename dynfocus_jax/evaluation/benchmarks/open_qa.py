@@ -12,7 +12,7 @@ from dynfocus_jax.evaluation.questions import (
     word_of,
 )
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.entries import Invalid
+from dynfocus_jax.records.entries import InvalidEntry
 from dynfocus_jax.records.fields import id_of, text_of
 
 RUBRICS = {"judge": "video_chatgpt_qa"}
@@ -67,7 +67,7 @@ def _answers(path: Path) -> dict[str, str]:
         name = id_of(entry.get("question_id"))
         answer = word_of(entry.get("answer"), "answer")
         if answers.setdefault(name, answer) != answer:
-            raise Invalid(f"gives question {name!r} a second answer, {answer!r} after {answers[name]!r}")
+            raise InvalidEntry(f"gives question {name!r} a second answer, {answer!r} after {answers[name]!r}")
         return [Question(name, path, "", answer, "open")]
 
     read_questions(path, table_entries(path), parse)
@@ -83,7 +83,7 @@ def _read(annotations: Path, media: MediaFolder, places, answers: dict[str, str]
         elif name in answers:
             answer = answers[name]
         else:
-            raise Invalid(f"question {name!r} has no answer in the file of answers")
+            raise InvalidEntry(f"question {name!r} has no answer in the file of answers")
         return Question(
             name,
             media_file(media, "video_name", places(video)),

@@ -11,7 +11,7 @@ from dynfocus_jax.evaluation.questions import (
     with_suffixes,
 )
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.entries import list_entries
+from dynfocus_jax.records.entries import json_list_entries
 from dynfocus_jax.records.fields import text_of
 
 _FILES = ("generic_qa.json", "temporal_qa.json", "consistency_qa.json")
@@ -30,7 +30,7 @@ def read_vcg(annotations: Path, media: MediaFolder) -> list[Question]:
     """
     questions = []
     for file in annotation_files(annotations, _FILES):
-        questions += read_questions(file, list_entries(file), _parser(file.stem, media))
+        questions += read_questions(file, json_list_entries(file), _parser(file.stem, media))
     return questions
 
 

@@ -7,7 +7,7 @@ from dynfocus_jax.evaluation.grading import Graded
 from dynfocus_jax.evaluation.measures import Measured, accuracy, all_right, mean, of_all, tabulate
 from dynfocus_jax.evaluation.questions import Question, annotation_files, media_file, read_questions
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.entries import list_entries
+from dynfocus_jax.records.entries import json_list_entries
 from dynfocus_jax.records.fields import ensure, kind_of, text_of
 
 SETS = ("object_relation", "temporal", "semantic_detail", "external_factual", "external_nonfactual")
@@ -30,7 +30,7 @@ def _read_set(file: Path, media: MediaFolder) -> list[Question]:
         pairs += 1
         return [_question(entry, kind, name, pairs - 1, media) for kind in ("basic", "hallucination")]
 
-    return read_questions(file, list_entries(file), parse)
+    return read_questions(file, json_list_entries(file), parse)
 
 
 def _question(entry: dict, kind: str, name: str, number: int, media: MediaFolder) -> Question:
