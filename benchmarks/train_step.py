@@ -31,7 +31,7 @@ from dynfocus_jax.batch import padding_sample
 from dynfocus_jax.command import run_command
 from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
-from dynfocus_jax.parallel.sharding import replicated, row_shares, to_devices
+from dynfocus_jax.parallel.sharding import num_row_shards, replicated, to_devices
 from dynfocus_jax.parameters import init_params
 from dynfocus_jax.planning.flops import count_flops
 from dynfocus_jax.planning.machines import CHIPS
@@ -103,8 +103,8 @@ def main() -> None:
     devices = jax.devices()
     mesh = make_mesh(mesh_shape(config.mesh, len(devices)))
     stage, plan = config.stages[_STAGE.value], planned(config)
-    if stage.batch_size % row_shares(mesh):
-        raise UserError(f"a batch of {stage.batch_size} cannot be shared by {row_shares(mesh)} devices.")
+    if stage.batch_size % num_row_shards(mesh):
+        raise UserError(f"a batch of {stage.batch_size} cannot be shared by {num_row_shards(mesh)} devices.")
 
     step = planned_train_step(config, _STAGE.value, mesh)
     state = initial_state(config, step.arguments[0], mesh)

@@ -27,7 +27,7 @@ SOURCE: Section = {
     "repeat": Field(1, "number of times that each record is used in an epoch", at_least=1),
     "weight": Field(
         float,
-        "share of the samples of an epoch, relative to the weights of the other sources; None: as many "
+        "fraction of the samples of an epoch, relative to the weights of the other sources; None: as many "
         "samples as records",
         above=0,
     ),

@@ -15,7 +15,7 @@ from dynfocus_jax.data.pipeline import make_dataset
 from dynfocus_jax.data.prepare import make_media_reader
 from dynfocus_jax.data.samples import SampleLoader
 from dynfocus_jax.data.skipped import ShortenedSamples, SkippedSamples
-from dynfocus_jax.parallel.start import first_goes_ahead, is_first, own_name
+from dynfocus_jax.parallel.processes import is_process_zero, process_file_name, process_zero_first
 from dynfocus_jax.records.mixture import Mixture
 from dynfocus_jax.records.records import Record
 from dynfocus_jax.text.conversation import TEMPLATES
@@ -88,19 +88,21 @@ class StageData:
         mixture = Mixture(stage, data_root, self._seed)
         self.refused = mixture.refused
         workdir.mkdir(parents=True, exist_ok=True)
-        self.skipped = SkippedSamples(workdir / own_name("skipped.jsonl"), max_share=data.max_skip_share)
+        self.skipped = SkippedSamples(
+            workdir / process_file_name("skipped.jsonl"), max_share=data.max_skip_share
+        )
         self.skipped.note_refused(mixture.refused, sum(counts.entries for counts in mixture.counts.values()))
-        self.shortened = ShortenedSamples(workdir / own_name("overflow.jsonl"))
+        self.shortened = ShortenedSamples(workdir / process_file_name("overflow.jsonl"))
         self.loader = make_loader(config, index, mixture.records, tokenizer, data_root)
         if self.loader.media.features is not None:
             limits = {frames for frames, _ in self.buckets}
             self.loader.media.features.check_coverage(mixture.records, limits, data.max_skip_share)
-        with first_goes_ahead():
+        with process_zero_first():
             lengths = SampleLengths(
                 workdir / "lengths.jsonl" if data.lengths is None else Path(data.lengths).expanduser(),
                 text_settings=(data.template, data.text_guidance, stage.max_turns, _described(tokenizer)),
                 threads=data.threads,
-                write=is_first(),
+                write=is_process_zero(),
             )
             self._bucket_of = lengths.assign_buckets(self.loader)
         epoch = functools.partial(_epoch, mixture, self.loader)
