@@ -43,8 +43,9 @@ def make_dataset(
       loader: loads the samples.
       order: bucket and samples of each batch.
       seed: seed of the random draws of samples.
-      skipped: is told of each sample when its batch is made; raises UserError if too many cannot be used.
-      shortened: is told of samples that were too long and lost a part.
+      skipped: counts the samples when their batch is made, and lists those that cannot be used; raises
+        UserError if there are too many of them.
+      shortened: counts and lists the samples that were too long and lost a part.
       rows: rows of each batch that this process loads; None is all.
       start: number of batches consumed before.
       num_threads: threads that read ahead; 0 reads nothing ahead.

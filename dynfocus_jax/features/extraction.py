@@ -53,7 +53,7 @@ def run_extraction(
       read: reads the frames of a media item; raises MediaError if it cannot be read.
       tower: the vision tower, or None if `read` returns features for all media.
       shards: receives the features.
-      skipped: is told of each media item, stored or skipped.
+      skipped: counts the media, and lists those that cannot be read.
       threads: number of threads that read ahead.
       progress: called with the counts after each media item.
 
