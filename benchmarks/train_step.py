@@ -32,7 +32,7 @@ from dynfocus_jax.batch import Batch, padding_sample
 from dynfocus_jax.command import CONFIG_FLAG, run_command
 from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
-from dynfocus_jax.parallel.sharding import replicated, row_shares, to_devices
+from dynfocus_jax.parallel.sharding import num_row_shards, replicated, to_devices
 from dynfocus_jax.parameters import init_params
 from dynfocus_jax.planning.flops import count_flops
 from dynfocus_jax.planning.machines import CHIPS
@@ -112,10 +112,10 @@ def main() -> None:
     devices = jax.devices()
     mesh = make_mesh(mesh_shape(config.mesh, len(devices)))
     stage, plan = config.stages[_STAGE.value], read_plan(config)
-    if stage.batch_size % row_shares(mesh):
+    if stage.batch_size % num_row_shards(mesh):
         raise UserError(
             f"config.stages[{_STAGE.value}].batch_size is {stage.batch_size}, expected a multiple of "
-            f"{row_shares(mesh)}, the number of devices that share its rows."
+            f"{num_row_shards(mesh)}, the number of devices that share its rows."
         )
 
     step = planned_train_step(config, _STAGE.value, mesh)

@@ -45,9 +45,15 @@ from dynfocus_jax.evaluation.judge_settings import JudgeSettings
 from dynfocus_jax.evaluation.question_prompts import Clips
 from dynfocus_jax.evaluation.results import format_results
 from dynfocus_jax.media.frame_sampling import Sampling
-from dynfocus_jax.parallel.digest import digest
+from dynfocus_jax.parallel.digest import params_digest
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
-from dynfocus_jax.parallel.start import first_goes_ahead, is_first, own_name, say, start
+from dynfocus_jax.parallel.processes import (
+    connect_processes,
+    is_process_zero,
+    print_once,
+    process_file_name,
+    process_zero_first,
+)
 from dynfocus_jax.sections import to_dict
 from dynfocus_jax.serving.engine import Engine, serving_layout
 from dynfocus_jax.serving.load import TrainedRun, load_run
@@ -82,7 +88,7 @@ def main() -> None:
     for key in ("batch_size", "threads"):
         if config[key] < 1:
             raise UserError(f"config.{key} is {config[key]}, expected at least 1.")
-    start(config.distributed)
+    connect_processes(config.distributed)
     with _judge(config.judge, output) as judge:
         evaluate(name, output, config, settings, judge)
 
@@ -96,7 +102,7 @@ def evaluate(name: str, output: Path, config: ConfigDict, settings: ConfigDict, 
     missing = sum(not video.exists() for video in videos)
     if settings.subtitles and not any(question.subtitles for question in questions):
         raise UserError(f"config.{name}.subtitles is set, but there is no subtitle file in {_MEDIA.value!r}.")
-    say(f"{len(questions)} questions about {len(videos)} videos, {missing} of which are missing")
+    print_once(f"{len(questions)} questions about {len(videos)} videos, {missing} of which are missing")
 
     # --- Model ----------------------------------------------------------------------------------------
     trained = load_run(Path(_CHECKPOINT.value).expanduser())
@@ -105,8 +111,8 @@ def evaluate(name: str, output: Path, config: ConfigDict, settings: ConfigDict, 
         trained.config.generation.update({"num_frames": settings.num_frames, "frames": ()})
     validate(trained.config)
     engine, weights = _load(trained, config.mesh)
-    with first_goes_ahead():
-        if is_first():
+    with process_zero_first():
+        if is_process_zero():
             about = _described(trained, weights, engine.num_frames) | {"asked": to_dict(settings)}
             begin(output, name, questions, about, str(trained.folder))
 
@@ -127,7 +133,7 @@ def evaluate(name: str, output: Path, config: ConfigDict, settings: ConfigDict, 
         unit="question",
         mininterval=every,
         maxinterval=2 * every,
-        disable=not is_first(),
+        disable=not is_process_zero(),
     ) as bar:
 
         def progress(done: Progress) -> None:
@@ -146,17 +152,17 @@ def evaluate(name: str, output: Path, config: ConfigDict, settings: ConfigDict, 
             batch_size=config.batch_size,
             threads=config.threads,
             progress=progress,
-            file_name=own_name("predictions.jsonl"),
+            file_name=process_file_name("predictions.jsonl"),
         )
-    say(format_results(results))
-    say(f"predictions, results.json and table.txt are in {output}")
+    print_once(format_results(results))
+    print_once(f"predictions, results.json and table.txt are in {output}")
 
 
 def _load(trained: TrainedRun, axes: ConfigDict) -> tuple[Engine, str]:
     """The whole model on this process's devices, and a digest of its weights."""
     mesh = make_mesh(mesh_shape(axes, jax.local_device_count()), jax.local_devices())
     params = read_params(trained.folder, serving_layout(trained.config, mesh))
-    return Engine(trained.config, params, trained.tokenizer, mesh), digest(trees.flatten(params), mesh)
+    return Engine(trained.config, params, trained.tokenizer, mesh), params_digest(trees.flatten(params), mesh)
 
 
 def _described(trained: TrainedRun, weights: str, num_frames: int) -> dict:
@@ -170,7 +176,7 @@ def _described(trained: TrainedRun, weights: str, num_frames: int) -> dict:
 
 def _judge(section: ConfigDict, output: Path) -> AbstractContextManager[Judge | None]:
     """The judge of free answers, whom the first process asks; None where none is named."""
-    if section.model is None or not is_first():
+    if section.model is None or not is_process_zero():
         return nullcontext()
     return Judge(JudgeSettings(cache=output / "judge.jsonl", **to_dict(section)))
 

@@ -34,8 +34,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from dynfocus_jax.command import CONFIG_FLAG, run_command
-from dynfocus_jax.data.prepare import check_weights, make_media_reader, prepare
-from dynfocus_jax.data.skipped import Skipped
+from dynfocus_jax.data.prepare import check_initial_checkpoint, make_media_reader, prepare_data_root
+from dynfocus_jax.data.skipped import SkippedSamples
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.features.compatibility import check_vision_frozen
 from dynfocus_jax.features.extraction import ExtractionCounts, run_extraction
@@ -49,7 +49,13 @@ from dynfocus_jax.features.store import (
     read_index,
 )
 from dynfocus_jax.features.vision_tower import VisionTower, frame_parallel_mesh
-from dynfocus_jax.parallel.start import first_goes_ahead, is_first, own_name, say, start
+from dynfocus_jax.parallel.processes import (
+    connect_processes,
+    is_process_zero,
+    print_once,
+    process_file_name,
+    process_zero_first,
+)
 from dynfocus_jax.parameters import param_shapes, trained_paths
 from dynfocus_jax.validation import validate
 from dynfocus_jax.version import code_version
@@ -73,7 +79,7 @@ def main() -> None:
     config = CONFIG_FLAG.require("configs/align_7b.py")
     if _OUTPUT.value is None:
         raise UserError("--output is missing; name a folder for the features.")
-    start(config.distributed)
+    connect_processes(config.distributed)
     movies = _MOVIE_FEATURES.value
     extract_features(
         config,
@@ -116,12 +122,12 @@ def extract_features(
     check_storable(config)
 
     # --- Media ----------------------------------------------------------------------------------------
-    with first_goes_ahead():
-        data_root = prepare(config.data)
+    with process_zero_first():
+        data_root = prepare_data_root(config.data)
     if movies is not None:
         requests = movie_requests(movies, config, data_root, stage)
     else:
-        check_weights(config)
+        check_initial_checkpoint(config)
         for index, each in enumerate(config.stages):
             paths = param_shapes(config, index)
             check_vision_frozen(each.name, paths, trained_paths(config, index, paths))
@@ -132,23 +138,25 @@ def extract_features(
     tower = VisionTower(config, mesh, batch_size) if movies is None else None
     weights = None if tower is None else tower.weights_digest
     description = describe_features(config) | {"weights": weights, "code": code_version()}
-    with first_goes_ahead():
-        if is_first():
+    with process_zero_first():
+        if is_process_zero():
             prepare_folder(output, description)
     work = missing_requests(requests, read_index(output))
     number = next_shard_number(output)
-    say(f"{len(requests)} media, {len(requests) - len(work)} of them with features already")
-    if is_first():
+    print_once(f"{len(requests)} media, {len(requests) - len(work)} of them with features already")
+    if is_process_zero():
         _check_disk_space(reader.estimate_frames(work), config, output)
 
     # --- Extraction -----------------------------------------------------------------------------------
     process, processes = jax.process_index(), jax.process_count()
     own_work = work[process::processes]
-    skipped = Skipped(output / own_name("skipped.jsonl"), max_share=config.data.max_skip_share)
+    skipped = SkippedSamples(
+        output / process_file_name("skipped.jsonl"), max_share=config.data.max_skip_share
+    )
     numbers = itertools.count(number + process, processes)
     shards = ShardWriter(output, numbers, max_bytes=_SHARD_BYTES, max_seconds=_SHARD_SECONDS)
     began = time.perf_counter()
-    hidden = not (is_first() and sys.stderr.isatty())
+    hidden = not (is_process_zero() and sys.stderr.isatty())
     with tqdm.tqdm(total=len(own_work), desc="extracting", unit="file", disable=hidden) as bar:
 
         def progress(counts: ExtractionCounts) -> None:
@@ -160,7 +168,7 @@ def extract_features(
             own_work, reader.read, tower, shards, skipped, threads=threads, progress=progress
         )
     total, seconds = _sum_over_processes(counts), time.perf_counter() - began
-    say(
+    print_once(
         f"{total.media} media with {total.frames} frames extracted in {seconds:.1f} s, {total.skipped} "
         "skipped"
     )
@@ -184,7 +192,7 @@ def _check_disk_space(frames: int, config: ConfigDict, output: Path) -> None:
     size = frames * int(np.prod(feature_shape(config))) * feature_dtype(config).itemsize
     free = shutil.disk_usage(output).free
     gib = f"{size / 2**30:.3g} GiB"
-    say(f"about {frames} frames to extract, {gib}; {free / 2**30:.3g} GiB are free in {output}")
+    print_once(f"about {frames} frames to extract, {gib}; {free / 2**30:.3g} GiB are free in {output}")
     if size > free:
         raise UserError(
             f"--output {str(output)!r} has {free / 2**30:.3g} GiB free, but the features need about "

@@ -33,7 +33,7 @@ with suppress_plugin_messages():
 from dynfocus_jax.command import CONFIG_FLAG, run_command
 from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
-from dynfocus_jax.parallel.sharding import row_shares
+from dynfocus_jax.parallel.sharding import num_row_shards
 from dynfocus_jax.planning.machines import compile_only_devices, parse_machine
 from dynfocus_jax.planning.planned_steps import planned_serving_steps, planned_train_step
 from dynfocus_jax.planning.report_table import describe_misfit, format_report
@@ -70,7 +70,7 @@ def main() -> None:
     config = CONFIG_FLAG.value.copy_and_resolve_references()
     config.initial = None  # planning reads neither weights nor data
     config.data.root = "."
-    validate(config, row_shares(mesh))
+    validate(config, num_row_shards(mesh))
 
     # --- Steps ----------------------------------------------------------------------------------------
     steps = []

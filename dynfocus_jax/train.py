@@ -26,12 +26,12 @@ import jax
 from absl import flags
 
 from dynfocus_jax.command import CONFIG_FLAG, run_command
-from dynfocus_jax.data.prepare import check_weights, make_tokenizer, prepare
+from dynfocus_jax.data.prepare import check_initial_checkpoint, make_tokenizer, prepare_data_root
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.evaluation.held_out import check_features, evaluate_run, format_evaluation
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
-from dynfocus_jax.parallel.sharding import row_shares
-from dynfocus_jax.parallel.start import first_goes_ahead, is_first, say, start
+from dynfocus_jax.parallel.processes import connect_processes, is_process_zero, print_once, process_zero_first
+from dynfocus_jax.parallel.sharding import num_row_shards
 from dynfocus_jax.sections import to_dict
 from dynfocus_jax.training.initial_params import check_initial
 from dynfocus_jax.training.loop import StageRun
@@ -51,19 +51,19 @@ def main() -> None:
     workdir = Path(_WORKDIR.value).expanduser()
 
     # --- Devices and settings -------------------------------------------------------------------------
-    start(config.distributed)
+    connect_processes(config.distributed)
     mesh = make_mesh(mesh_shape(config.mesh, jax.device_count()))
-    validate(config, row_shares(mesh))
-    check_weights(config)
+    validate(config, num_row_shards(mesh))
+    check_initial_checkpoint(config)
     stop_at = _parse_stop(_STOP_AT.value, [stage.name for stage in config.stages])
     workdir.mkdir(parents=True, exist_ok=True)
     processes = "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
-    say(f"{jax.device_count()} x {jax.devices()[0].device_kind}{processes}, jax {jax.__version__}")
+    print_once(f"{jax.device_count()} x {jax.devices()[0].device_kind}{processes}, jax {jax.__version__}")
 
     # --- Data -----------------------------------------------------------------------------------------
     started = time.perf_counter()
-    with first_goes_ahead():
-        data_root = prepare(config.data)
+    with process_zero_first():
+        data_root = prepare_data_root(config.data)
     tokenizer = make_tokenizer(config, data_root / config.data.vocabulary)
     held_out = config.evaluation.annotations
     if held_out is not None and not (data_root / held_out).is_file():
@@ -80,7 +80,7 @@ def main() -> None:
     config.stages = tuple(stage.stage for stage in stages)  # epochs are resolved to steps
     check_initial(config.initial, stages)
     # Not earlier: a run that the existing checkpoints refuse must not change the workdir
-    if is_first():
+    if is_process_zero():
         (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
         if config.data.tokenizer is None:
             shutil.copyfile(data_root / config.data.vocabulary, workdir / "vocabulary.json")
@@ -93,13 +93,15 @@ def main() -> None:
             elif index == done:
                 params = stage.checkpoints.restore_params(stage.shapes)
                 seconds[stage.name] = stage.checkpoints.seconds()
-                say(f"stage {stage.name}: already finished, using its checkpoint")
+                print_once(f"stage {stage.name}: already finished, using its checkpoint")
             else:
                 stop = stop_at[1] if stop_at and stop_at[0] == stage.name else None
                 params, seconds[stage.name] = stage.run(params, stop, preemption)
                 if stop is not None or preemption.agreed:
                     step = stage.checkpoints.latest_step()
-                    say(f"stopped at step {step} of stage {stage.name}; run the same command to resume")
+                    print_once(
+                        f"stopped at step {step} of stage {stage.name}; run the same command to resume"
+                    )
                     return
 
     # --- Evaluation -----------------------------------------------------------------------------------
@@ -111,11 +113,11 @@ def main() -> None:
     )
     seconds["evaluation"] = time.perf_counter() - started
     results["seconds_by_stage"] = {name: round(value, 1) for name, value in seconds.items()}
-    if is_first():
+    if is_process_zero():
         (workdir / "eval.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    say(format_evaluation(results))
+    print_once(format_evaluation(results))
     picture = ", focus.png" if (workdir / "focus.png").is_file() else ""
-    say(f"results are in {workdir}: eval.json, predictions.jsonl{picture}")
+    print_once(f"results are in {workdir}: eval.json, predictions.jsonl{picture}")
 
 
 def _parse_stop(text: str | None, names: list[str]) -> tuple[str, int] | None:

@@ -15,7 +15,7 @@ from dynfocus_jax.config import CONFIG, STAGE
 from dynfocus_jax.connectors.registry import check_connector
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.features.store import check_storable
-from dynfocus_jax.parallel.start import check_distributed
+from dynfocus_jax.parallel.processes import check_distributed
 from dynfocus_jax.records.sources import check_sources
 from dynfocus_jax.sections import check_section, require
 

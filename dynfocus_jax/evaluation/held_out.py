@@ -10,17 +10,17 @@ from ml_collections import ConfigDict
 from dynfocus_jax import trees
 from dynfocus_jax.data.budget import Budget
 from dynfocus_jax.data.media_reader import MediaReader
-from dynfocus_jax.data.order import Order
+from dynfocus_jax.data.order import BatchOrder
 from dynfocus_jax.data.pipeline import make_dataset
 from dynfocus_jax.data.prepare import make_media_reader
 from dynfocus_jax.data.samples import SampleLoader
-from dynfocus_jax.data.skipped import Skipped
+from dynfocus_jax.data.skipped import SkippedSamples
 from dynfocus_jax.errors import MediaError
 from dynfocus_jax.evaluation.exact_match import Prediction, predict, summarize_predictions
 from dynfocus_jax.features.compatibility import check_vision_weights
 from dynfocus_jax.features.store import open_features
+from dynfocus_jax.parallel.processes import is_process_zero, process_file_name
 from dynfocus_jax.parallel.sharding import local_rows, to_devices
-from dynfocus_jax.parallel.start import is_first, own_name
 from dynfocus_jax.records.sources import read_records
 from dynfocus_jax.serving.engine import Engine
 from dynfocus_jax.text.conversation import TEMPLATES
@@ -43,16 +43,20 @@ def evaluate_run(
         tokenizer,
         TEMPLATES[config.data.template],
         media,
-        Budget.of([(evaluation.media_frames, evaluation.max_text)], max_subtitle=evaluation.max_subtitle),
+        Budget.from_buckets(
+            [(evaluation.media_frames, evaluation.max_text)], max_subtitle=evaluation.max_subtitle
+        ),
         max_query=config.data.max_query,
         guidance=config.data.text_guidance,
         prompt_only=True,
     )
     batches = make_dataset(
         loader,
-        Order.once(len(loader), evaluation.batch_size),
+        BatchOrder.single_epoch(len(loader), evaluation.batch_size),
         rows=local_rows(mesh, evaluation.batch_size),
-        skipped=Skipped(workdir / own_name("skipped.jsonl"), max_share=config.data.max_skip_share),
+        skipped=SkippedSamples(
+            workdir / process_file_name("skipped.jsonl"), max_share=config.data.max_skip_share
+        ),
         num_threads=config.data.threads,
         num_processes=config.data.processes,
     )
@@ -60,7 +64,7 @@ def evaluate_run(
     engine = Engine(config, params, tokenizer, mesh)
     answers = (engine.answer_batch(to_devices(batch, mesh), evaluation.max_new_tokens) for batch in batches)
     predictions = predict(answers, records, tokenizer.decode)
-    if is_first():
+    if is_process_zero():
         _write_predictions(workdir / "predictions.jsonl", predictions)
         pixels = media if media.features is None else make_media_reader(config)
         strips = _strips(predictions, evaluation, pixels)

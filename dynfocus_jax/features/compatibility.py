@@ -7,8 +7,8 @@ from jax.sharding import Mesh
 
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.features.store import FeatureStore
-from dynfocus_jax.parallel.digest import digest
-from dynfocus_jax.parallel.start import say
+from dynfocus_jax.parallel.digest import params_digest
+from dynfocus_jax.parallel.processes import print_once
 from dynfocus_jax.version import code_version
 
 VISION_PREFIX = "vision/"  # of the parameter paths of the vision tower
@@ -47,7 +47,9 @@ def check_vision_weights(features: FeatureStore | None, params: Mapping[str, jax
     """
     if features is None or features.weights_digest is None:
         return
-    found = digest({path: leaf for path, leaf in params.items() if path.startswith(VISION_PREFIX)}, mesh)
+    found = params_digest(
+        {path: leaf for path, leaf in params.items() if path.startswith(VISION_PREFIX)}, mesh
+    )
     if found != features.weights_digest:
         raise UserError(
             f"the features in {features.folder} were computed by another vision tower: its weights have the "
@@ -55,4 +57,4 @@ def check_vision_weights(features: FeatureStore | None, params: Mapping[str, jax
             "checkpoint that the features were extracted with, or extract again into another folder."
         )
     if features.code != code_version():
-        say("note: the features were extracted by another version of the code; results may differ")
+        print_once("note: the features were extracted by another version of the code; results may differ")

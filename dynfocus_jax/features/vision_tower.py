@@ -13,7 +13,7 @@ from dynfocus_jax import trees
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.features.compatibility import VISION_PREFIX
 from dynfocus_jax.models.vit import VisionTransformer
-from dynfocus_jax.parallel.digest import digest
+from dynfocus_jax.parallel.digest import params_digest
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.parallel.sharding import batch_sharding, local_rows, on_mesh, to_devices
 from dynfocus_jax.parameters import sharded_shapes
@@ -66,7 +66,7 @@ class VisionTower:
         }
         check_params(held, shapes, list(shapes), f"config.initial {config.initial!r}")
         params = trees.flatten(read_params(initial, shapes))
-        self.weights_digest = digest(params, mesh)
+        self.weights_digest = params_digest(params, mesh)
         self._params = trees.unflatten(
             {path.removeprefix(VISION_PREFIX): leaf for path, leaf in params.items()}
         )

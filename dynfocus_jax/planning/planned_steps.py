@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from dynfocus_jax import trees
 from dynfocus_jax.batch import Batch, padding_sample
 from dynfocus_jax.features.store import blank_frame
-from dynfocus_jax.parallel.sharding import batch_sharding, row_shares
+from dynfocus_jax.parallel.sharding import batch_sharding, num_row_shards
 from dynfocus_jax.serving.programs import make_programs, serving_layout
 from dynfocus_jax.training.optimizer import make_optimizer, make_schedule
 from dynfocus_jax.training.stage_data import stage_budget, with_steps
@@ -74,7 +74,7 @@ def planned_train_step(config: ConfigDict, index: int, mesh: Mesh) -> PlannedSte
         "optimizer": (state.opt_state, state.step),
         "batch": batch,
     }
-    length = max_text + budget.visual[num_frames]
+    length = max_text + budget.visual_tokens[num_frames]
     return PlannedStep(
         name="train",
         where=f"config.stages[{index}]",
@@ -93,8 +93,8 @@ def planned_serving_steps(config: ConfigDict, mesh: Mesh) -> tuple[PlannedStep, 
     The number of rows is `config.evaluation.batch_size`, rounded up to a multiple that the mesh can split.
     """
     evaluation, index = config.evaluation, len(config.stages) - 1
-    shares = row_shares(mesh)
-    rows = -(-evaluation.batch_size // shares) * shares
+    shards = num_row_shards(mesh)
+    rows = -(-evaluation.batch_size // shards) * shards
     programs = make_programs(build_model(config, index), mesh, (0,), 0)
     params = trees.unflatten(serving_layout(config, mesh))
     frames, text = evaluation.media_frames, evaluation.max_text

@@ -19,7 +19,7 @@ from dynfocus_jax import trees
 from dynfocus_jax.batch import Batch, padding_sample
 from dynfocus_jax.errors import SampleError, UserError
 from dynfocus_jax.media.video import Clip
-from dynfocus_jax.parallel.sharding import batch_sharding, place, replicated, row_shares
+from dynfocus_jax.parallel.sharding import batch_sharding, num_row_shards, place_like, replicated
 from dynfocus_jax.serving.answer_text import AnswerText
 from dynfocus_jax.serving.batch_layout import BatchLayout, bucket_size, choose_layout
 from dynfocus_jax.serving.jobs import Job
@@ -210,7 +210,7 @@ class Engine:
             return
         prompt_length = max(job.visual_size for job in jobs) + max(job.text_size for job in jobs)
         layout = choose_layout(
-            len(jobs), row_shares(self.mesh), prompt_length, self._settings.batch, self._settings.prefill
+            len(jobs), num_row_shards(self.mesh), prompt_length, self._settings.batch, self._settings.prefill
         )
         longest = max(prompt_length, *(job.length for job in jobs))
         state = self._programs.empty_state(layout.decode_size, _cache_length(longest, self._settings.cache))
@@ -359,7 +359,7 @@ def _placed(leaf: np.ndarray | jax.Array, like: jax.ShapeDtypeStruct) -> jax.Arr
     """Return a parameter in the dtype and layout of `like`; without a copy if it has them already."""
     if isinstance(leaf, jax.Array) and (leaf.dtype, leaf.sharding) == (like.dtype, like.sharding):
         return leaf
-    return place(leaf, like)
+    return place_like(leaf, like)
 
 
 def _split(items: list[T], size: int) -> Iterator[list[T]]:

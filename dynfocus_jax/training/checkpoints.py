@@ -14,7 +14,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dynfocus_jax import trees
 from dynfocus_jax.errors import RunError, UserError
-from dynfocus_jax.parallel.start import say
+from dynfocus_jax.parallel.processes import print_once
 from dynfocus_jax.sections import differences
 from dynfocus_jax.training.state import TrainState
 
@@ -143,7 +143,9 @@ class StageCheckpoints:
         meta = restored["meta"]
         if meta["code"] != self._about["code"]:
             changed = "; ".join(sorted(differences(meta["code"], self._about["code"])))
-            say(f"note: the checkpoint is from another version of the code ({changed}); results may differ")
+            print_once(
+                f"note: the checkpoint is from another version of the code ({changed}); results may differ"
+            )
         return TrainState(**restored["state"]), meta["seconds"]
 
     def restore_params(self, like: Mapping[str, jax.ShapeDtypeStruct] | None = None) -> dict:

@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from dynfocus_jax import trees
 from dynfocus_jax.errors import UserError
-from dynfocus_jax.parallel.sharding import place
-from dynfocus_jax.parallel.start import say
+from dynfocus_jax.parallel.processes import print_once
+from dynfocus_jax.parallel.sharding import place_like
 from dynfocus_jax.parameters import init_params
 from dynfocus_jax.training.checkpoints import read_params, saved_shapes
 from dynfocus_jax.video_language_model import VideoLanguageModel
@@ -63,9 +63,9 @@ def initial_params(
         shared |= {destination for _, destination in copies}
     if source and new:
         names = ", ".join(trees.prefixes(new, shapes))
-        say(f"stage {stage.name}: new parameters, randomly initialised: {names}")
+        print_once(f"stage {stage.name}: new parameters, randomly initialised: {names}")
     # The train step donates its state, so each parameter needs memory of its own
-    return {path: place(leaf, shapes[path]) if path in shared else leaf for path, leaf in params.items()}
+    return {path: place_like(leaf, shapes[path]) if path in shared else leaf for path, leaf in params.items()}
 
 
 def check_copies(stage: ConfigDict, shapes: Shapes) -> None:

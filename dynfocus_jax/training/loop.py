@@ -16,8 +16,8 @@ from dynfocus_jax import trees
 from dynfocus_jax.batch import Batch
 from dynfocus_jax.errors import RunError
 from dynfocus_jax.features.compatibility import check_vision_frozen, check_vision_weights
-from dynfocus_jax.parallel.sharding import local_rows, place, to_devices
-from dynfocus_jax.parallel.start import say
+from dynfocus_jax.parallel.processes import print_once
+from dynfocus_jax.parallel.sharding import local_rows, place_like, to_devices
 from dynfocus_jax.parameters import trained_paths
 from dynfocus_jax.sections import to_dict
 from dynfocus_jax.text.tokenizers import Tokenizer
@@ -193,7 +193,7 @@ class StageRun:
         trained, frozen = trees.split(trees.unflatten(params), self.is_trained)
         layout = state_shardings(self._abstract).opt_state
         opt_state = jax.jit(optimizer.init, out_shardings=layout)(trained)
-        return TrainState(place(np.zeros((), np.int32), self._abstract.step), trained, frozen, opt_state)
+        return TrainState(place_like(np.zeros((), np.int32), self._abstract.step), trained, frozen, opt_state)
 
     def _not_finite(self, step: int) -> RunError:
         self.checkpoints.wait()
@@ -210,17 +210,23 @@ class StageRun:
         """Print the numbers of compiled steps and of skipped and shortened samples."""
         if num_compiled:
             buckets = len(self.data.buckets)
-            say(f"stage {self.name}: the step was compiled for {num_compiled} of {buckets} buckets")
+            print_once(f"stage {self.name}: the step was compiled for {num_compiled} of {buckets} buckets")
         if self.data.skipped.count:
-            say(f"{self.data.skipped.count} samples were skipped; see {self.workdir / 'skipped.jsonl'}")
+            print_once(
+                f"{self.data.skipped.count} samples were skipped; see {self.workdir / 'skipped.jsonl'}"
+            )
         for what, count in self.data.shortened.counts.items():
-            say(f"{count} samples were too long and lost {what}; see {self.workdir / 'overflow.jsonl'}")
+            print_once(
+                f"{count} samples were too long and lost {what}; see {self.workdir / 'overflow.jsonl'}"
+            )
 
     def _print_best(self) -> None:
         best = self.checkpoints.best_step()
         if self.config.checkpoint.best is not None and best is not None:
             folder = self.checkpoints.directory / str(best)
-            say(f"stage {self.name}: best {self.config.checkpoint.best} at step {best}, kept in {folder}")
+            print_once(
+                f"stage {self.name}: best {self.config.checkpoint.best} at step {best}, kept in {folder}"
+            )
 
 
 def _persistent_settings(settings: Any) -> Any:
@@ -235,7 +241,7 @@ def _print_start(data: StageData, state: TrainState, step: int) -> None:
         return sum(x.size for x in jax.tree.leaves(tree)) / 1e6
 
     stage, refused = data.stage, len(data.refused)
-    say(
+    print_once(
         f"stage {stage.name}: {len(data.loader.records)} records"
         + (f" ({refused} refused)" if refused else "")
         + f", {stage.steps} steps of {stage.batch_size} ({data.epochs:.2f} epochs), "
@@ -253,4 +259,6 @@ def _print_compilation(stage: str, batch: Batch, compiled: set[tuple[int, int]])
         compiled.add(shape)
         frames, text = shape
         seconds = time.perf_counter() - started
-        say(f"stage {stage}: step for {frames} frames and {text} text tokens compiled in {seconds:.1f} s")
+        print_once(
+            f"stage {stage}: step for {frames} frames and {text} text tokens compiled in {seconds:.1f} s"
+        )

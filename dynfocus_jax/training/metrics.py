@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 
 from dynfocus_jax.json_lines import append_json_line, read_json_lines, write_json_lines
-from dynfocus_jax.parallel.start import is_first, say
+from dynfocus_jax.parallel.processes import is_process_zero, print_once
 
 
 class NotFinite(Exception):
@@ -36,8 +36,8 @@ class StageLog:
         self._pending: list[dict[str, jax.Array]] = []
         self._unsaved: list[dict[str, jax.Array]] = []  # loss and gradient norm since `means`
         self._clock, self._waited = time.perf_counter(), 0.0
-        has_bar = is_first() and sys.stderr.isatty()
-        if is_first():
+        has_bar = is_process_zero() and sys.stderr.isatty()
+        if is_process_zero():
             entries = read_json_lines(path)
             kept = [entry for entry in entries if entry["stage"] != stage or entry["step"] <= start]
             if kept != entries:
@@ -77,7 +77,7 @@ class StageLog:
             "skipped": skipped,
         }
         self._pending, self._clock, self._waited = [], time.perf_counter(), waited
-        if is_first():
+        if is_process_zero():
             append_json_line(self._path, entry)
         line = (
             f"loss {entry['loss']:.4f}  lr {entry['learning_rate']:.2e}  grad norm {entry['grad_norm']:.2f}  "
@@ -85,7 +85,7 @@ class StageLog:
             f"{entry['tokens_per_second']:.0f} tokens/s  wait {100 * entry['wait']:.0f} %"
         )
         if self._bar.disable:
-            say(f"{self._stage} {step}/{self._steps}  {line}")
+            print_once(f"{self._stage} {step}/{self._steps}  {line}")
         else:
             self._bar.set_postfix_str(line)
         if not (math.isfinite(entry["loss"]) and math.isfinite(entry["grad_norm"])):

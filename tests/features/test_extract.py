@@ -17,7 +17,7 @@ from dynfocus_jax.errors import MediaError, UserError
 from dynfocus_jax.evaluation.held_out import check_features, evaluate_run
 from dynfocus_jax.extract import extract_features
 from dynfocus_jax.features.store import MediaKey, media_key, read_index
-from dynfocus_jax.parallel.sharding import place
+from dynfocus_jax.parallel.sharding import place_like
 from dynfocus_jax.parameters import init_params, sharded_shapes
 from dynfocus_jax.planning.planned_steps import planned_train_step
 from dynfocus_jax.records.mixture import Mixture
@@ -180,7 +180,7 @@ def init_like(config):
     fresh = {path: leaf for path, leaf in shapes.items() if path not in held}
     fresh = jax.device_get(shaken(trees.unflatten(init_params(model, jax.random.key(0), fresh))))
     params = held | trees.flatten(fresh)
-    return trees.unflatten({path: place(params[path], shape) for path, shape in shapes.items()})
+    return trees.unflatten({path: place_like(params[path], shape) for path, shape in shapes.items()})
 
 
 def test_features_are_not_encoded_again(config, extracted):
