@@ -311,7 +311,7 @@ def compare_training(published, features, queries, params, noise, initial, **set
     theirs = {name: parameter.grad for name, parameter in published.named_parameters()}
     theirs, ours = trees.flatten(our_params(theirs)), trees.flatten(of_params)
     assert ours.keys() == theirs.keys()
-    # Float32 gradients through the scores are accurate to about 1e-4; tests of the selection alone are tighter.
+    # Float32 gradients through the scores are accurate to about 1e-4; tests of the selection are tighter.
     assert_close(of_features, features.grad, 1e-4)
     scores = max(np.abs(x).max() for path, x in theirs.items() if path.startswith("dpe/"))
     others = max(np.abs(x).max() for path, x in theirs.items() if not path.startswith("dpe/"))
