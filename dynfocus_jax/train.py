@@ -24,7 +24,7 @@ from absl import flags
 from dynfocus_jax.command import CONFIG_FLAG, run_command
 from dynfocus_jax.data.prepare import check_weights, make_tokenizer, prepare
 from dynfocus_jax.errors import UserError
-from dynfocus_jax.evaluation.held_out import check_features, evaluate_run, format_evaluation
+from dynfocus_jax.evaluation.held_out import check_held_out_features, evaluate_held_out, format_held_out
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.parallel.sharding import row_shares
 from dynfocus_jax.parallel.start import first_goes_ahead, is_first, say, start
@@ -63,7 +63,7 @@ def main() -> None:
     if held_out is not None and not (data_root / held_out).is_file():
         raise UserError(f"config.evaluation.annotations is {held_out!r}, which is not a file in {data_root}.")
     if held_out is not None:
-        check_features(config, data_root)
+        check_held_out_features(config, data_root)
     seconds = {"data": time.perf_counter() - started}
 
     # --- Stages ---------------------------------------------------------------------------------------
@@ -100,14 +100,14 @@ def main() -> None:
     if config.evaluation.annotations is None:
         return
     started = time.perf_counter()
-    results = evaluate_run(
+    results = evaluate_held_out(
         config, params, data_root=data_root, tokenizer=tokenizer, workdir=workdir, mesh=mesh
     )
     seconds["evaluation"] = time.perf_counter() - started
     results["seconds_by_stage"] = {name: round(value, 1) for name, value in seconds.items()}
     if is_first():
         (workdir / "eval.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    say(format_evaluation(results))
+    say(format_held_out(results))
     say(f"results in {workdir}/eval.json, picture in {workdir}/focus.png")
 
 
