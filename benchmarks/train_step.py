@@ -31,11 +31,11 @@ from dynfocus_jax.batch import padding_sample
 from dynfocus_jax.command import run_command
 from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
-from dynfocus_jax.parallel.sharding import replicated, row_shares, to_devices
+from dynfocus_jax.parallel.sharding import num_row_shards, replicated, to_devices
 from dynfocus_jax.parameters import init_params
 from dynfocus_jax.planning.flops import count_flops
 from dynfocus_jax.planning.machines import CHIPS
-from dynfocus_jax.planning.steps import train_step
+from dynfocus_jax.planning.planned_steps import planned_train_step
 from dynfocus_jax.training.optimizer import make_optimizer
 from dynfocus_jax.training.state import TrainState, state_shardings
 from dynfocus_jax.video_language_model import build_model
@@ -103,10 +103,10 @@ def main() -> None:
     devices = jax.devices()
     mesh = make_mesh(mesh_shape(config.mesh, len(devices)))
     stage, plan = config.stages[_STAGE.value], planned(config)
-    if stage.batch_size % row_shares(mesh):
-        raise UserError(f"a batch of {stage.batch_size} cannot be shared by {row_shares(mesh)} devices.")
+    if stage.batch_size % num_row_shards(mesh):
+        raise UserError(f"a batch of {stage.batch_size} cannot be shared by {num_row_shards(mesh)} devices.")
 
-    step = train_step(config, _STAGE.value, mesh)
+    step = planned_train_step(config, _STAGE.value, mesh)
     state = initial_state(config, step.arguments[0], mesh)
     batch = to_devices(random_batch(config, stage.batch_size), mesh)
     jax.block_until_ready((state, batch))
@@ -127,7 +127,7 @@ def main() -> None:
     seconds = statistics.median(times[2:])
 
     memory = devices[0].memory_stats() or {}
-    flops = count_flops(step.plain.trace(*step.arguments).jaxpr.jaxpr)
+    flops = count_flops(step.without_recomputation.trace(*step.arguments).jaxpr.jaxpr)
     peak = chip_flops(devices[0])
     result = {
         "date": datetime.date.today().isoformat(),

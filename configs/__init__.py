@@ -1,1 +1,1 @@
-"""One file an experiment, each with `get_config(arg)`; `common` holds what those of published size share."""
+"""Configurations, one file per experiment, each with `get_config(arg)`; `common` holds shared parts."""

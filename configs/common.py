@@ -1,42 +1,44 @@
-"""What the configurations of published size share: backbones, the paper's connector and its two stages.
+"""Shared parts of the full-size configurations: the backbones, the paper's connector and its two stages.
 
-Published files are expected in the folder `published`, under their publishers' names (links will do); every
-path is a field, so that each can lie elsewhere:
+Published weights are expected in the folder `published`, under their publishers' names. Symbolic links work,
+and every path is a field of the configuration:
 
     published/eva_vit_g.pth                        EVA-CLIP ViT-g/14 of LAVIS (BLIP-2)
     published/instruct_blip_vicuna7b_trimmed.pth   InstructBLIP's Q-Former of LAVIS
     published/vicuna-7b-v1.5/                      lmsys/vicuna-7b-v1.5, with its tokenizer
     published/bert-base-uncased/vocab.txt          google-bert/bert-base-uncased, the Q-Former's vocabulary
 
-The last two, and a replacement for the first two, come from the Hugging Face hub:
+The Hugging Face hub has the last two, and a replacement for the first two:
 
     hf download lmsys/vicuna-7b-v1.5 --local-dir published/vicuna-7b-v1.5
     hf download google-bert/bert-base-uncased vocab.txt --local-dir published/bert-base-uncased
     hf download Salesforce/instructblip-vicuna-7b --local-dir published/instructblip-vicuna-7b
 
-With the last, name that folder as vision and as text_encoder, and set its LayerNorm's epsilon:
---config.weights.vision=DIR --config.weights.text_encoder=DIR --config.model.text_encoder.vision_eps=1e-6.
+To use the replacement (DIR is its folder), pass --config.weights.vision=DIR --config.weights.text_encoder=DIR
+--config.model.text_encoder.vision_eps=1e-6; the last sets the epsilon of its LayerNorm.
 """
+
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections.config_dict import ConfigDict
 
 from dynfocus_jax.config import default_config, stage
 from dynfocus_jax.errors import UserError
 
-# f, W_k, W_v and W_q: all that the first stage trains, and all that the second takes over from it.
+# f, W_k, W_v and W_q: the parameters that the first stage trains.
 PROJECTORS = ("connector/projector/.*", "connector/cce/context/.*", "text_encoder/query_projection/.*")
 
 
-def eva_vicuna_7b():
-    """The paper's system: the model of `default_config`, with what the paper says of it written out."""
+def eva_vicuna_7b() -> ConfigDict:
+    """Return the paper's system: `default_config` with the paper's settings spelled out, without stages."""
     config = default_config()
     model = config.model
-    model.connector.dpe.update(
-        {"num_prototypes": 25, "ratio": 0.8, "samples": 500, "sigma": 0.1}
-    )  # J = 20 (B.7)
-    model.connector.cce.update(
-        {"levels": ((16, 8), (8, 3)), "cones": "multi_grained"}
-    )  # 16 + 16 + 8 = 40 tokens
+    # J = 0.8 * 25 = 20 cones (B.7), each of 16 + 16 + 8 = 40 tokens
+    model.connector.dpe.update({"num_prototypes": 25, "ratio": 0.8, "samples": 500, "sigma": 0.1})
+    model.connector.cce.update({"levels": ((16, 8), (8, 3)), "cones": "multi_grained"})
     model.language.remat = "full"
-    config.mesh.update({"data": 1, "fsdp": -1})  # parameters and moments split over all devices
+    config.mesh.update({"data": 1, "fsdp": -1})  # parameters and moments sharded over all devices
     config.weights.update(
         {
             "vision": "published/eva_vit_g.pth",
@@ -48,7 +50,7 @@ def eva_vicuna_7b():
         {
             "tokenizer": "published/vicuna-7b-v1.5",
             "query_tokenizer": "published/bert-base-uncased",
-            "max_query": 256,  # of which the left is cut off, as the published text encoder does
+            "max_query": 256,  # longer text is truncated on the left, as in the published text encoder
             "threads": 8,
         }
     )
@@ -57,8 +59,16 @@ def eva_vicuna_7b():
     return config
 
 
-def align(config, **changes):
-    """The first stage (paper, C.1): captions; the towers and the score net stay as they are."""
+def align(config: ConfigDict, **changes: Any) -> ConfigDict:
+    """Set the first stage (paper, C.1): train the projectors on captions; all other parameters are frozen.
+
+    Args:
+      config: changed in place.
+      changes: fields of the stage that differ from the paper's.
+
+    Returns:
+      `config`.
+    """
     config.data.template = "plain_guided"
     config.stages = (
         _stage(
@@ -70,9 +80,8 @@ def align(config, **changes):
             loss_chunk=32,
             **{
                 "annotations": "align.json",
-                # One epoch of 790 k images and videos with captions, as many as LLaMA-VID has; other data:
-                # their number / 256. Of a sample without enough frames (an image has one) the rest is
-                # padding.
+                # One epoch of LLaMA-VID's 790 k captioned images and videos. For other data, set this to the
+                # number of samples / 256. Samples with fewer frames, such as images, are padded.
                 "steps": 3085,
                 "trainable": PROJECTORS,
             }
@@ -82,8 +91,16 @@ def align(config, **changes):
     return config
 
 
-def instruct(config, **changes):
-    """The second stage (paper, C.1): conversations; all but the vision tower and the Q-Former is trained."""
+def instruct(config: ConfigDict, **changes: Any) -> ConfigDict:
+    """Set the second stage (paper, C.1): train all but vision tower and Q-Former on conversations.
+
+    Args:
+      config: changed in place.
+      changes: fields of the stage that differ from the paper's.
+
+    Returns:
+      `config`.
+    """
     config.data.template = "vicuna_v1"
     config.stages = (
         _stage(
@@ -93,8 +110,8 @@ def instruct(config, **changes):
             loss_chunk=256,
             **{
                 "annotations": "instruct.json",
-                # One epoch of 763 k conversations, as many as LLaMA-VID has (the paper names its sources, not
-                # their sizes); other data: their number / 32.
+                # One epoch of LLaMA-VID's 763 k conversations; the paper names its sources, but not their
+                # sizes. For other data, set this to the number of conversations / 32.
                 "steps": 23843,
                 "num_frames": 64,
                 "learning_rate": 2e-5,
@@ -106,41 +123,52 @@ def instruct(config, **changes):
     return config
 
 
-def mixture(sources) -> dict:
-    """Changes of a stage that is trained for one epoch of a mixture instead of one LLaVA file."""
-    return {"annotations": None, "steps": None, "sources": sources, "epochs": 1.0}
+def instruct_lora(config: ConfigDict, **changes: Any) -> ConfigDict:
+    """Set the second stage with low-rank updates of the language model, with the settings of LLaVA 1.5.
 
-
-def instruct_lora(config, **changes):
-    """The second stage with low-rank updates in place of the language model itself, as LLaVA 1.5 does it."""
-    every = ("query", "key", "value", "out", "gate", "up", "down")
-    config.model.language.lora.update({"rank": 128, "alpha": 256.0, "targets": every})
-    rest = ("connector/.*", PROJECTORS[2])
-    lora = {
+    Arguments and result as for `instruct`.
+    """
+    targets = ("query", "key", "value", "out", "gate", "up", "down")
+    config.model.language.lora.update({"rank": 128, "alpha": 256.0, "targets": targets})
+    other_trained = ("connector/.*", PROJECTORS[2])
+    lora_fields = {
         "learning_rate": 2e-4,
-        "lr_scale": tuple((pattern, 0.1) for pattern in rest),
-        "trainable": ("language/.*lora_.*", *rest),
+        "lr_scale": tuple((pattern, 0.1) for pattern in other_trained),
+        "trainable": ("language/.*lora_.*", *other_trained),
     }
-    return instruct(config, **lora | changes)
+    return instruct(config, **lora_fields | changes)
 
 
-def _stage(**fields):
-    """AdamW with a cosine after 3 % of warm-up and no weight decay, one epoch, in both stages."""
+def mixture_fields(sources: Sequence[ConfigDict]) -> dict[str, Any]:
+    """Return the fields of a stage that trains one epoch of a mixture instead of steps on one LLaVA file."""
+    return {"annotations": None, "steps": None, "sources": tuple(sources), "epochs": 1.0}
+
+
+def _stage(**fields: Any) -> ConfigDict:
+    """Return a stage with the recipe of both: AdamW, cosine after 3 % warm-up, no weight decay."""
     recipe = {"schedule": "cosine", "warmup": 0.03, "weight_decay": 0.0, "b2": 0.999, "clip": 1.0}
     return stage(**recipe, **fields)
 
 
-def options(arg: str, file: str, **choices: tuple[str, ...]) -> dict[str, str]:
-    """The options `name=value,...` of a config file, each one of its `choices`; the first is the default.
+def parse_options(arg: str, file: str, **choices: tuple[str, ...]) -> dict[str, str]:
+    """Parse the options `name=value,...` of a configuration file.
+
+    Args:
+      arg: text after the colon of `--config FILE:arg`.
+      file: name of the configuration file, for messages.
+      choices: allowed values of each option; the first is the default.
+
+    Returns:
+      The value of each option.
 
     Raises:
-      UserError: an option or value that there is not.
+      UserError: if an option or value is unknown.
     """
-    chosen = {name: values[0] for name, values in choices.items()}
+    values_by_name = {name: values[0] for name, values in choices.items()}
     for option in filter(None, arg.split(",")):
         name, _, value = option.partition("=")
         if value not in choices.get(name, ()):
             known = ", ".join(f"{name}={value}" for name, values in choices.items() for value in values)
-            raise UserError(f"{file} has no option {option!r}; there is {known or 'none'}.")
-        chosen[name] = value
-    return chosen
+            raise UserError(f"{file} has no option {option!r}, expected one of {known}.")
+        values_by_name[name] = value
+    return values_by_name

@@ -1,10 +1,9 @@
-"""The paper's training data: the sources of its two stages, and those of each row of its Table 13.
+"""The paper's training data: the sources of its two stages, for each row of its Table 13.
 
-    stage(sources=mixtures.align(), epochs=1.0, ...)
-    stage(sources=mixtures.instruct("clevrer"), epochs=1.0, ...)
+    stage(sources=mixtures.align_sources(), epochs=1.0, ...)
+    stage(sources=mixtures.instruct_sources("clevrer"), epochs=1.0, ...)
 
-Files are expected in one folder (config.data.root), under their publishers' names; links to folders outside
-it are refused, so name other places with `annotations` and `media` of a source.
+All files are expected in one folder (config.data.root), under their publishers' names:
 
     webvid/results_2M_train.csv, webvid/videos/          WebVid-2.5M (page_dir/videoid.mp4 or videoid.mp4)
     llava_558k/blip_laion_cc_sbu_558k.json, images/      liuhaotian/LLaVA-Pretrain
@@ -12,24 +11,35 @@ it are refused, so name other places with `annotations` and `media` of a source.
                                                          liuhaotian/LLaVA-Instruct-150K
     scienceqa/problems.json, images/                     ScienceQA (images/train/1/image.png)
     videochat2_it/video/*/*/train.json                   OpenGVLab/VideoChat2-IT
-    activitynet/, nextqa/, clevrer/video_train/          the videos that these name
+    activitynet/, nextqa/, clevrer/video_train/          the videos of VideoChat2-IT
 
-The paper (4.1) names the sources and takes those of VideoChat2 for VideoChatGPT-100K, CLEVRER, NExT-QA and
-WebVid-QA; how many records of each, it does not say. Its "LLaVA-filter-CC3M" is taken to be LLaVA-558K, with
-which LLaMA-VID trains, whose preparation it follows; of WebVid as many captions are drawn as there. (The
-older LLaVA-CC3M-Pretrain-595K has the same format: its chat.json can be named instead.) LLaVA-665K is the
-"LLaVA-625K" of the table with 40 k conversations without an image.
+Links that leave this folder are refused. To read from other folders, set `annotations` and `media` of a
+source.
+
+The paper (4.1) names its sources but not their sizes. These choices fill the gaps:
+
+- VideoChatGPT-100K, CLEVRER, NExT-QA and WebVid-QA are read in VideoChat2's version, as in the paper.
+- "LLaVA-filter-CC3M" is taken to be LLaVA-558K, as in LLaMA-VID, whose data preparation the paper follows.
+  The older LLaVA-CC3M-Pretrain-595K has the same format: name its chat.json to use it instead.
+- As many WebVid captions are drawn as LLaMA-VID uses.
+- "LLaVA-625K" is taken to be LLaVA-665K, which has 40 k more conversations, all without an image.
 """
+
+from ml_collections.config_dict import ConfigDict
 
 from dynfocus_jax.config import source
 from dynfocus_jax.errors import UserError
 
-# Table 13, from its first row of DynFocus to its last; the last is what the paper's other tables use.
+# DynFocus in Table 13, from its first row to its last, which the paper's other tables use.
 ROWS = ("video", "image", "scienceqa", "clevrer", "paper")
 
 
-def align(row: str = "paper"):
-    """The first stage: captions of videos, and in all rows but the first of images."""
+def align_sources(row: str = "paper") -> tuple[ConfigDict, ...]:
+    """Return the sources of the first stage: captions of videos and, in all rows but "video", of images.
+
+    Raises:
+      UserError: if `row` is not in ROWS.
+    """
     webvid = source(
         name="webvid",
         annotations="webvid/results_2M_train.csv",
@@ -42,12 +52,16 @@ def align(row: str = "paper"):
         annotations="llava_558k/blip_laion_cc_sbu_558k.json",
         media="llava_558k/images",
     )
-    return (webvid, llava)[: 1 if _number(row) == 0 else 2]
+    return (webvid,) if _row_index(row) == 0 else (webvid, llava)
 
 
-def instruct(row: str = "paper"):
-    """The second stage: conversations about videos and images, and without either; each row adds to them."""
-    additions = (
+def instruct_sources(row: str = "paper") -> tuple[ConfigDict, ...]:
+    """Return the sources of the second stage: conversations about videos, images and text.
+
+    Raises:
+      UserError: if `row` is not in ROWS.
+    """
+    added_by_row = (
         (_videochat2("videochatgpt", "conversation", "activitynet"),),
         (source(name="llava_665k", annotations="llava_665k/llava_v1_5_mix665k.json", media="llava_665k"),),
         (
@@ -67,10 +81,10 @@ def instruct(row: str = "paper"):
             _videochat2("webvid_qa", "vqa", "webvid/videos"),
         ),
     )
-    return sum(additions[: _number(row) + 1], ())
+    return tuple(one for added in added_by_row[: _row_index(row) + 1] for one in added)
 
 
-def _videochat2(name: str, task: str, media: str):
+def _videochat2(name: str, task: str, media: str) -> ConfigDict:
     return source(
         name=name,
         annotations=f"videochat2_it/video/{task}/{name}/train.json",
@@ -79,7 +93,7 @@ def _videochat2(name: str, task: str, media: str):
     )
 
 
-def _number(row: str) -> int:
+def _row_index(row: str) -> int:
     if row not in ROWS:
-        raise UserError(f"there is no mixture {row!r}; there are {', '.join(ROWS)}.")
+        raise UserError(f"mixture is {row!r}, expected one of {', '.join(ROWS)}.")
     return ROWS.index(row)

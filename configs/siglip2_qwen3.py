@@ -1,25 +1,28 @@
 """DynFocus on backbones of 2025, in two stages: `siglip2_qwen3.py:stage=align`, `:stage=instruct`.
 
-SigLIP 2 so400m (google/siglip2-so400m-patch16-384: 24 x 24 patches, which pool to 4 x 4; the 384 pixels of
-patch14-384 are no multiple of 14) and Qwen3-4B (Qwen/Qwen3-4B-Instruct-2507), in the folders
-
-    published/siglip2-so400m-patch16-384
-    published/Qwen3-4B-Instruct-2507
-    published/bert-base-uncased                 its vocab.txt
-
-No Q-Former was published for this vision tower: a small text encoder over BERT's vocabulary is trained from
-scratch in both stages. The conversations have Qwen's form.
-
     python -m dynfocus_jax.convert --config configs/siglip2_qwen3.py --output published/siglip2_qwen3
     python -m dynfocus_jax.train --config configs/siglip2_qwen3.py:stage=align \
         --config.initial=published/siglip2_qwen3 --config.data.root=DIR --workdir runs/siglip2_align
+
+The backbones are google/siglip2-so400m-patch16-384 and Qwen/Qwen3-4B-Instruct-2507, in the folders
+
+    published/siglip2-so400m-patch16-384
+    published/Qwen3-4B-Instruct-2507
+    published/bert-base-uncased                 only its vocab.txt
+
+The vision tower has 24 x 24 patches, which pool to 4 x 4 (the patch14-384 model is not supported, because
+384 is no multiple of 14). No Q-Former was published for it: a small text encoder over BERT's vocabulary is
+trained from scratch in both stages. Conversations use Qwen's chat template.
 """
+
+from ml_collections.config_dict import ConfigDict
 
 from configs import common
 
 
-def get_config(arg: str = ""):
-    chosen = common.options(arg, "configs/siglip2_qwen3.py", stage=("instruct", "align"))
+def get_config(arg: str = "") -> ConfigDict:
+    """Return the configuration; options in `arg`: stage=instruct (default) or stage=align."""
+    options = common.parse_options(arg, "configs/siglip2_qwen3.py", stage=("instruct", "align"))
     config = common.eva_vicuna_7b()
     model = config.model
     model.vision.update(
@@ -62,8 +65,8 @@ def get_config(arg: str = ""):
         }
     )
     config.data.tokenizer = "published/Qwen3-4B-Instruct-2507"
-    config.data.image_layout = "stretch"  # as SigLIP's own preprocessing
-    if chosen["stage"] == "align":
+    config.data.image_layout = "stretch"  # as in SigLIP's preprocessing
+    if options["stage"] == "align":
         return common.align(config, trainable=(*common.PROJECTORS[:2], "text_encoder/.*"))
     common.instruct(config, trainable=("language/.*", "connector/.*", "text_encoder/.*"))
     config.data.template = "chatml"

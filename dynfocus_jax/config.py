@@ -16,7 +16,7 @@ from dynfocus_jax.errors import UserError, suggest
 from dynfocus_jax.media.images import CLIP_MEAN, CLIP_STD, LAYOUTS
 from dynfocus_jax.models.layers import ACTIVATIONS, REMAT_POLICIES
 from dynfocus_jax.models.llama import PROJECTIONS, ROPE_SCALINGS
-from dynfocus_jax.parallel.start import DISTRIBUTED
+from dynfocus_jax.parallel.processes import DISTRIBUTED
 from dynfocus_jax.records.sources import source as source
 from dynfocus_jax.sections import Field, Section, fill_section, new_section
 from dynfocus_jax.serving.token_sampling import SAMPLING

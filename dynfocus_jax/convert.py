@@ -46,10 +46,10 @@ def main() -> None:
         raise UserError("--config is missing. Give a config file such as configs/align_7b.py.")
     if (_OUTPUT.value is None) == (_EXPORT.value is None):
         raise UserError(
-            "Give either --output (to convert published files) or --export (to export a checkpoint)."
+            "give either --output (to convert published files) or --export (to export a checkpoint)."
         )
     if (_EXPORT.value is None) != (_CHECKPOINT.value is None):
-        raise UserError("Give --export (the folder to write) and --checkpoint (what to export) together.")
+        raise UserError("give --export (the folder to write) and --checkpoint (what to export) together.")
     config = CONFIG_FLAG.value
     validate_model(config)
     target = Path(_OUTPUT.value or _EXPORT.value or "").expanduser()

@@ -47,9 +47,15 @@ from dynfocus_jax.evaluation.judge_settings import JudgeSettings
 from dynfocus_jax.evaluation.question_prompts import ClipReader
 from dynfocus_jax.evaluation.results import format_results
 from dynfocus_jax.media.frame_sampling import Sampling
-from dynfocus_jax.parallel.digest import digest
+from dynfocus_jax.parallel.digest import params_digest
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
-from dynfocus_jax.parallel.start import first_goes_ahead, is_first, own_name, say, start
+from dynfocus_jax.parallel.processes import (
+    connect_processes,
+    is_process_zero,
+    print_once,
+    process_file_name,
+    process_zero_first,
+)
 from dynfocus_jax.sections import to_dict
 from dynfocus_jax.serving.engine import Engine, serving_layout
 from dynfocus_jax.serving.load import TrainedRun, load_run
@@ -92,7 +98,7 @@ def main() -> None:
     for key in ("batch_size", "threads"):
         if config[key] < 1:
             raise UserError(f"config.{key} is {config[key]}, expected at least 1.")
-    start(config.distributed)
+    connect_processes(config.distributed)
     with _open_judge(config.judge, paths.output) as judge:
         evaluate(name, paths, config, judge)
 
@@ -110,7 +116,7 @@ def evaluate(name: str, paths: Paths, config: ConfigDict, judge: Judge | None) -
             f"config.{name}.subtitles is True, but {str(paths.media)!r} has no subtitle files; add them, or "
             "set it to False."
         )
-    say(f"{len(questions)} questions about {len(videos)} videos, {missing} of which are missing")
+    print_once(f"{len(questions)} questions about {len(videos)} videos, {missing} of which are missing")
 
     # --- Model ----------------------------------------------------------------------------------------
     trained = load_run(paths.checkpoint)
@@ -119,8 +125,8 @@ def evaluate(name: str, paths: Paths, config: ConfigDict, judge: Judge | None) -
         trained.config.generation.update({"num_frames": settings.num_frames, "frames": ()})
     validate(trained.config)
     engine, weights = _load(trained, config.mesh)
-    with first_goes_ahead():
-        if is_first():
+    with process_zero_first():
+        if is_process_zero():
             about = _describe(trained, weights, engine.num_frames) | {"asked": to_dict(settings)}
             prepare_output(paths.output, name, questions, about, str(trained.folder))
 
@@ -142,7 +148,7 @@ def evaluate(name: str, paths: Paths, config: ConfigDict, judge: Judge | None) -
         unit="question",
         mininterval=update_seconds,
         maxinterval=2 * update_seconds,
-        disable=not is_first(),
+        disable=not is_process_zero(),
     ) as bar:
 
         def progress(done: Progress) -> None:
@@ -161,10 +167,10 @@ def evaluate(name: str, paths: Paths, config: ConfigDict, judge: Judge | None) -
             batch_size=config.batch_size,
             threads=config.threads,
             progress=progress,
-            file_name=own_name("predictions.jsonl"),
+            file_name=process_file_name("predictions.jsonl"),
         )
-    say(format_results(results))
-    say(f"predictions, results.json and table.txt are in {paths.output}")
+    print_once(format_results(results))
+    print_once(f"predictions, results.json and table.txt are in {paths.output}")
 
 
 def _require(flag: flags.FlagHolder[str | None]) -> str:
@@ -178,7 +184,7 @@ def _load(trained: TrainedRun, axes: ConfigDict) -> tuple[Engine, str]:
     """Return the engine, with the whole model on this process's devices, and a digest of the weights."""
     mesh = make_mesh(mesh_shape(axes, jax.local_device_count()), jax.local_devices())
     params = read_params(trained.folder, serving_layout(trained.config, mesh))
-    return Engine(trained.config, params, trained.tokenizer, mesh), digest(trees.flatten(params), mesh)
+    return Engine(trained.config, params, trained.tokenizer, mesh), params_digest(trees.flatten(params), mesh)
 
 
 def _describe(trained: TrainedRun, weights: str, num_frames: int) -> dict:
@@ -192,7 +198,7 @@ def _describe(trained: TrainedRun, weights: str, num_frames: int) -> dict:
 
 def _open_judge(section: ConfigDict, output: Path) -> AbstractContextManager[Judge | None]:
     """Return the judge of open answers; None if none is named, and in all processes but the first."""
-    if section.model is None or not is_first():
+    if section.model is None or not is_process_zero():
         return nullcontext()
     return Judge(JudgeSettings(cache=output / "judge.jsonl", **to_dict(section)))
 

@@ -1,4 +1,4 @@
-"""Files of one json value a line, which a killed process may leave in the middle of a line."""
+"""JSON lines files, whose last line may be incomplete after a process was killed."""
 
 import json
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """All entries; none if there is no file. An unfinished last line is cut off the file."""
+    """Return all entries, none if there is no file; remove an incomplete last line from the file."""
     if not path.exists():
         return []
     whole, _, rest = path.read_bytes().rpartition(b"\n")
@@ -16,13 +16,13 @@ def read_json_lines(path: Path) -> list[dict]:
 
 
 def append_json_line(path: Path, entry: dict) -> None:
-    """Add one entry at the end."""
+    """Append an entry."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
 
 
 def write_json_lines(path: Path, entries: list[dict]) -> None:
-    """Replace the file: a process that is killed meanwhile leaves all the old entries or all the new ones."""
+    """Replace all entries atomically: a process that is killed leaves the old entries or the new ones."""
     draft = path.with_name(path.name + ".tmp")
     draft.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
     os.replace(draft, path)

@@ -1,16 +1,20 @@
-"""Train a video language model, stage by stage, then evaluate it.
+"""Train a video language model stage by stage, then evaluate it.
 
     python -m dynfocus_jax.train --config configs/toy.py --workdir runs/toy
     python -m dynfocus_jax.train --config configs/toy.py:variant=rods_only --config.seed=1 --workdir runs/rods
 
-Started again with the same --workdir it goes on where it stopped, on other devices too; finished stages are
-not repeated. SIGTERM makes it save, stop and exit with 0.
-The workdir receives config.json, metrics.jsonl, checkpoints/, skipped.jsonl (samples that could not be used),
-overflow.jsonl (those that lost something), lengths.jsonl, eval.json, predictions.jsonl and focus.png. Any
-field is set by --config.FIELD=VALUE, for example --config.stages[3].steps=100.
+Set any field of the configuration with --config.FIELD=VALUE, for example --config.stages[3].steps=100; list
+the fields with --fields=config.
 
-Several processes train together when each is started with the same arguments and config.distributed says how
-they find each other; launch/ has scripts for it. They share the workdir; the first of them prints and writes.
+To resume a run, run the same command again, on the same or other devices; finished stages are not repeated.
+On SIGTERM the run saves a checkpoint and exits with 0.
+
+Written to the workdir: config.json, checkpoints/, metrics.jsonl, skipped.jsonl (samples that could not be
+used), overflow.jsonl (samples that were shortened), lengths.jsonl (lengths of the samples), and, if
+config.evaluation names held-out questions, eval.json, predictions.jsonl and focus.png.
+
+To train with several processes, start each with the same arguments and a config.distributed that says how
+they find each other; launch/ has scripts for this. They share the workdir; process 0 prints and writes.
 """
 
 import json
@@ -26,37 +30,39 @@ from dynfocus_jax.data.prepare import check_weights, make_tokenizer, prepare
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.evaluation.held_out import check_held_out_features, evaluate_held_out, format_held_out
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
-from dynfocus_jax.parallel.sharding import row_shares
-from dynfocus_jax.parallel.start import first_goes_ahead, is_first, say, start
+from dynfocus_jax.parallel.processes import connect_processes, is_process_zero, print_once, process_zero_first
+from dynfocus_jax.parallel.sharding import num_row_shards
 from dynfocus_jax.sections import to_dict
-from dynfocus_jax.training.loop import StageRun, check_initial
+from dynfocus_jax.training.initial_params import check_initial
+from dynfocus_jax.training.loop import StageRun
 from dynfocus_jax.training.preemption import Preemption
 from dynfocus_jax.validation import validate
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and results.")
-_STOP_AT = flags.DEFINE_string("stop_at", None, "STAGE:STEP, save there and stop (to be resumed later).")
+_STOP_AT = flags.DEFINE_string(
+    "stop_at", None, "STAGE:STEP to save a checkpoint at and stop; run again to resume."
+)
 
 
 def main() -> None:
-    if CONFIG_FLAG.value is None:
-        raise UserError("--config is missing; name a config file such as configs/toy.py.")
+    config = CONFIG_FLAG.require("configs/toy.py")
     if _WORKDIR.value is None:
-        raise UserError("--workdir is missing; name the folder that receives checkpoints and results.")
-    config, workdir = CONFIG_FLAG.value, Path(_WORKDIR.value).expanduser()
+        raise UserError("--workdir is missing; give a folder for checkpoints and results.")
+    workdir = Path(_WORKDIR.value).expanduser()
 
     # --- Devices and settings -------------------------------------------------------------------------
-    start(config.distributed)
+    connect_processes(config.distributed)
     mesh = make_mesh(mesh_shape(config.mesh, jax.device_count()))
-    validate(config, row_shares(mesh))
+    validate(config, num_row_shards(mesh))
     check_weights(config)
     stop_at = _parse_stop(_STOP_AT.value, [stage.name for stage in config.stages])
     workdir.mkdir(parents=True, exist_ok=True)
     processes = "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
-    say(f"{jax.device_count()} x {jax.devices()[0].device_kind}{processes}, jax {jax.__version__}")
+    print_once(f"{jax.device_count()} x {jax.devices()[0].device_kind}{processes}, jax {jax.__version__}")
 
     # --- Data -----------------------------------------------------------------------------------------
     started = time.perf_counter()
-    with first_goes_ahead():
+    with process_zero_first():
         data_root = prepare(config.data)
     tokenizer = make_tokenizer(config, data_root / config.data.vocabulary)
     held_out = config.evaluation.annotations
@@ -71,10 +77,10 @@ def main() -> None:
         StageRun(config, index, workdir=workdir, data_root=data_root, tokenizer=tokenizer, mesh=mesh)
         for index in range(len(config.stages))
     ]
-    config.stages = tuple(stage.stage for stage in stages)  # with their numbers of steps
+    config.stages = tuple(stage.stage for stage in stages)  # epochs are resolved to steps
     check_initial(config.initial, stages)
-    # Only now that the stages accept what the workdir holds: a refused run leaves it as it was.
-    if is_first():
+    # Not earlier: a run that the existing checkpoints refuse must not change the workdir
+    if is_process_zero():
         (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
         if config.data.tokenizer is None:
             shutil.copyfile(data_root / config.data.vocabulary, workdir / "vocabulary.json")
@@ -87,13 +93,15 @@ def main() -> None:
             elif index == done:
                 params = stage.checkpoints.restore_params(stage.shapes)
                 seconds[stage.name] = stage.checkpoints.seconds()
-                say(f"stage {stage.name}: finished before, its checkpoint is used")
+                print_once(f"stage {stage.name}: already finished, using its checkpoint")
             else:
                 stop = stop_at[1] if stop_at and stop_at[0] == stage.name else None
                 params, seconds[stage.name] = stage.run(params, stop, preemption)
                 if stop is not None or preemption.agreed:
                     step = stage.checkpoints.latest_step()
-                    say(f"stopped at step {step} of stage {stage.name}; run the same command to resume")
+                    print_once(
+                        f"stopped at step {step} of stage {stage.name}; run the same command to resume"
+                    )
                     return
 
     # --- Evaluation -----------------------------------------------------------------------------------
@@ -105,18 +113,22 @@ def main() -> None:
     )
     seconds["evaluation"] = time.perf_counter() - started
     results["seconds_by_stage"] = {name: round(value, 1) for name, value in seconds.items()}
-    if is_first():
+    if is_process_zero():
         (workdir / "eval.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    say(format_held_out(results))
-    say(f"results in {workdir}/eval.json, picture in {workdir}/focus.png")
+    print_once(format_held_out(results))
+    picture = ", focus.png" if (workdir / "focus.png").is_file() else ""
+    print_once(f"results are in {workdir}: eval.json, predictions.jsonl{picture}")
 
 
 def _parse_stop(text: str | None, names: list[str]) -> tuple[str, int] | None:
+    """Return the stage and the step of --stop_at."""
     if text is None:
         return None
     name, _, step = text.partition(":")
     if name not in names or not step.isdigit() or int(step) < 1:
-        raise UserError(f"--stop_at is {text!r}, expected STAGE:STEP with a stage of {', '.join(names)}.")
+        raise UserError(
+            f"--stop_at is {text!r}, expected STAGE:STEP, where STAGE is one of {', '.join(names)}."
+        )
     return name, int(step)
 
 

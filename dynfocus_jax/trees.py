@@ -10,33 +10,34 @@ from dynfocus_jax.errors import UserError
 
 
 def flatten(tree: Mapping) -> dict[str, Any]:
-    """Nested dicts -> {"a/b/c": leaf}."""
+    """Convert nested dicts to {"a/b/c": leaf}."""
     return cast(dict[str, Any], flatten_dict(tree, sep="/"))
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict:
-    """{"a/b/c": leaf} -> nested dicts."""
+    """Convert {"a/b/c": leaf} to nested dicts."""
     return unflatten_dict(flat, sep="/")
 
 
 def matcher(patterns: Sequence[str], paths: Sequence[str], where: str) -> Callable[[str], bool]:
-    """Whether a path matches one of the regular expressions (in full).
+    """Return the predicate of the paths that one of the regular expressions matches in full.
 
     Raises:
-      UserError: a pattern matches no path, so it is a mistake.
+      UserError: a pattern matches none of `paths`; the message begins with `where`.
     """
     compiled = [re.compile(pattern) for pattern in patterns]
     for pattern in compiled:
         if not any(pattern.fullmatch(path) for path in paths):
             tops = sorted({"/".join(path.split("/")[:2]) for path in paths})
             raise UserError(
-                f"{where}: {pattern.pattern!r} matches no parameter; there are {', '.join(tops)}."
+                f"{where}: {pattern.pattern!r} matches no parameter; expected a regular expression over "
+                f"paths such as {', '.join(tops)}."
             )
     return lambda path: any(pattern.fullmatch(path) for pattern in compiled)
 
 
 def prefixes(chosen: Collection[str], paths: Collection[str]) -> list[str]:
-    """The shortest prefixes of `paths` that stand for the chosen ones and for no others, sorted."""
+    """Return the shortest prefixes that cover all chosen paths and no other of `paths`, sorted."""
     others = {
         path.rsplit("/", n)[0] for path in paths if path not in chosen for n in range(path.count("/") + 1)
     }
@@ -46,7 +47,7 @@ def prefixes(chosen: Collection[str], paths: Collection[str]) -> list[str]:
 
 
 def split(tree: Mapping, chosen: Callable[[str], bool]) -> tuple[dict, dict]:
-    """The part of a tree whose paths are chosen, and the rest."""
+    """Split a tree into the leaves whose paths are chosen, and all others."""
     flat = flatten(tree)
     return (
         unflatten({path: leaf for path, leaf in flat.items() if chosen(path)}),
@@ -55,5 +56,5 @@ def split(tree: Mapping, chosen: Callable[[str], bool]) -> tuple[dict, dict]:
 
 
 def merge(one: Mapping, other: Mapping) -> dict:
-    """The tree that `split` took apart."""
+    """Merge the two parts that `split` returned."""
     return unflatten(flatten(one) | flatten(other))

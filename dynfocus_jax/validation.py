@@ -15,7 +15,7 @@ from dynfocus_jax.config import CONFIG, STAGE
 from dynfocus_jax.connectors.registry import check_connector
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.features.store import check_storable
-from dynfocus_jax.parallel.start import check_distributed
+from dynfocus_jax.parallel.processes import check_distributed
 from dynfocus_jax.records.sources import check_sources
 from dynfocus_jax.sections import check_section, require
 
@@ -44,9 +44,8 @@ def validate(config: ConfigDict, devices: int = 1) -> None:
     evaluation = config.evaluation
     require(
         evaluation.annotations is None or evaluation.batch_size % devices == 0,
-        f"config.evaluation.batch_size is {evaluation.batch_size}, which the {devices} devices of the "
-        f"mesh's data "
-        f"and fsdp axes do not divide; choose a multiple of {devices}.",
+        f"config.evaluation.batch_size is {evaluation.batch_size}, which the {devices} devices of the mesh's "
+        f"data and fsdp axes do not divide; choose a multiple of {devices}.",
     )
 
 
@@ -83,15 +82,13 @@ def _check_vision(vision: ConfigDict) -> None:
     _check_heads(vision, where)
     require(
         -vision.depth <= vision.select_layer <= -1,
-        f"{where}.select_layer is {vision.select_layer}, expected -1 (the last of the {vision.depth} "
-        f"blocks) to "
-        f"-{vision.depth} (the first).",
+        f"{where}.select_layer is {vision.select_layer}, expected -1 (the last of the {vision.depth} blocks) "
+        f"to -{vision.depth} (the first).",
     )
     require(
         vision.select_layer == -1 or not vision.final_norm,
         f"{where}.final_norm follows the last block, but select_layer is {vision.select_layer}; set "
-        f"final_norm to "
-        "False, or select_layer to -1.",
+        "final_norm to False, or select_layer to -1.",
     )
     require(
         vision.image_size % vision.patch_size == 0,
@@ -102,8 +99,8 @@ def _check_vision(vision: ConfigDict) -> None:
 def _check_heads(section: ConfigDict, where: str) -> None:
     require(
         section.width % section.heads == 0,
-        f"{where}.width is {section.width}, which its {section.heads} heads do not divide; change one "
-        f"of them.",
+        f"{where}.width is {section.width}, which its {section.heads} heads do not divide; change one of "
+        "them.",
     )
 
 
@@ -116,9 +113,8 @@ def _check_language(language: ConfigDict) -> None:
     require(language.head_dim % 2 == 0, f"{where}.head_dim is {language.head_dim}, expected an even number.")
     require(
         language.rope_scaling != "none" or language.rope_factor == 1,
-        f"{where}.rope_factor is {language.rope_factor}, but rope_scaling is 'none'; choose 'linear' "
-        f"or 'llama3', or "
-        "set the factor to 1.",
+        f"{where}.rope_factor is {language.rope_factor}, but rope_scaling is 'none'; choose 'linear' or "
+        "'llama3', or set the factor to 1.",
     )
     require(
         language.rope_low_freq < language.rope_high_freq,
@@ -158,24 +154,21 @@ def _check_stage(stage: ConfigDict, config: ConfigDict, where: str, devices: int
     )
     require(
         stage.trainable is None or len(stage.trainable) > 0,
-        f"{where}.trainable is empty: nothing would be trained. Name parameters, or set it to None "
-        f"for those of the "
-        "connector.",
+        f"{where}.trainable is empty: nothing would be trained. Name parameters, or set it to None for those "
+        "of the connector.",
     )
     _check_regular_expressions(where, (*(stage.trainable or ()), *(pair[0] for pair in stage.lr_scale)))
     parts = stage.microbatches * devices
     each = "" if stage.microbatches == 1 else f"{stage.microbatches} microbatches on "
     require(
         stage.batch_size % parts == 0,
-        f"{where}.batch_size is {stage.batch_size}, which {each}the {devices} devices of the mesh's "
-        f"data and fsdp "
-        f"axes do not divide; choose a multiple of {parts}.",
+        f"{where}.batch_size is {stage.batch_size}, which {each}the {devices} devices of the mesh's data and "
+        f"fsdp axes do not divide; choose a multiple of {parts}.",
     )
     require(
         stage.max_turns is None or config.data.text_guidance != "each_turn",
-        f"{where}.max_turns is {stage.max_turns}, but with text_guidance 'each_turn' every turn is a "
-        f"sample; leave it "
-        "out.",
+        f"{where}.max_turns is {stage.max_turns}, but with text_guidance 'each_turn' every turn is a sample; "
+        "leave it out.",
     )
 
 
@@ -183,8 +176,8 @@ def _check_one_of_two(section: ConfigDict, where: str, left: str, right: str) ->
     given = [name for name in (left, right) if section[name] not in (None, ())]
     require(
         len(given) == 1,
-        f"{where} has {'both' if given else 'neither'} {left} {'and' if given else 'nor'} {right}; "
-        f"set one of them.",
+        f"{where} has {'both' if given else 'neither'} {left} {'and' if given else 'nor'} {right}; set one "
+        "of them.",
     )
 
 
@@ -202,9 +195,8 @@ def _check_initial(initial: str | None) -> None:
     folder = Path(initial).expanduser()
     require(
         (folder / "params").is_dir() or (folder.name.isdigit() and folder.is_dir()),
-        f"config.initial is {initial!r}, expected WORKDIR/checkpoints/STAGE/STEP of a training run, "
-        f"or the --output "
-        "of python -m dynfocus_jax.convert.",
+        f"config.initial is {initial!r}, expected WORKDIR/checkpoints/STAGE/STEP of a training run, or the "
+        "--output of python -m dynfocus_jax.convert.",
     )
 
 
@@ -213,9 +205,8 @@ def _check_data(data: ConfigDict, text_encoder_text: int) -> None:
     sampling = data.sampling
     require(
         sampling.above <= sampling.cap,
-        f"config.data.sampling.above is {sampling.above}, expected at most cap = {sampling.cap}: a "
-        f"video over the cap "
-        "gives fewer frames.",
+        f"config.data.sampling.above is {sampling.above}, expected at most cap = {sampling.cap}: a video "
+        "over the cap gives fewer frames.",
     )
     require(
         data.max_query <= text_encoder_text,

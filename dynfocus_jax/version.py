@@ -1,4 +1,4 @@
-"""Version of the code that made a checkpoint."""
+"""Version of the code, recorded with checkpoints and results."""
 
 import hashlib
 import subprocess
@@ -10,7 +10,7 @@ _PACKAGE = Path(__file__).parent
 
 
 def code_version() -> dict[str, str | None]:
-    """A digest of the package's "source" files, the "commit" (None outside of a checkout) and "jax"."""
+    """Return a digest of the "source", the "commit" (None outside of a checkout) and the version of "jax"."""
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
         digest.update(str(path.relative_to(_PACKAGE)).encode() + b"\0" + path.read_bytes())

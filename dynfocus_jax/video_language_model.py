@@ -26,7 +26,7 @@ from dynfocus_jax.models.llama import Cache, Llama
 from dynfocus_jax.models.qformer import QFormer
 from dynfocus_jax.models.vit import VisionTransformer
 from dynfocus_jax.ops.packing import insert_visual
-from dynfocus_jax.parallel.sharding import shard, shares
+from dynfocus_jax.parallel.sharding import num_shards, shard
 
 
 class Output(NamedTuple):
@@ -141,7 +141,7 @@ class VideoLanguageModel(nn.Module):
         joined = insert_visual(
             text, batch.length, visual.tokens.astype(text.dtype), visual.count, batch.visual_position
         )
-        joined = jnp.pad(joined, ((0, 0), (0, -joined.shape[1] % shares("sequence")), (0, 0)))
+        joined = jnp.pad(joined, ((0, 0), (0, -joined.shape[1] % num_shards("sequence")), (0, 0)))
         return shard(joined, "batch", "sequence", None), batch.length + visual.count
 
     def __call__(self, batch: Batch, *, train: bool = False, randomness: Randomness | None = None) -> Output:

@@ -84,7 +84,7 @@ def test_all_that_is_said(root, tmp_path):
         "bad 1 1 1 1",
     ]
     assert f"bad: missing (1), as record gone: {root / 'gone.png'}: no such file" in lines
-    assert "bad: path (1), as record evil: field \"image\": path '../../etc/passwd' has" in out
+    assert "bad: path (1), as record evil: field \"image\": path '../../etc/passwd' contains" in out
     assert lines.index("cannot be used: 4.00% of the records") < lines.index(
         "stage second: 95 samples an epoch"
     )

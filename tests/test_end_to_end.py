@@ -36,7 +36,7 @@ def run(data_root, tmp_path_factory):
     shutil.copytree(workdir, unfinished)
     code, stdout, stderr = command("train", *arguments)
     assert code == 0, stderr
-    assert "stage pretrain_images: finished before" in stdout
+    assert "stage pretrain_images: already finished" in stdout
     assert "resumed at step 2" in stdout
     return workdir, arguments, stdout
 
@@ -120,7 +120,7 @@ def test_a_finished_run_is_not_repeated(run):
     evaluation = json.loads((workdir / "eval.json").read_text())
     code, stdout, stderr = command("train", *arguments)
     assert code == 0, stderr
-    assert "stage instruct: finished before" in stdout
+    assert "stage instruct: already finished" in stdout
     after = sorted(path for path in (workdir / "checkpoints").rglob("*") if path.is_file())
     assert {path: path.stat().st_mtime_ns for path in after} == times
     assert (workdir / "metrics.jsonl").read_text() == metrics

@@ -23,6 +23,7 @@ TABLE_13 = {
         "VideoChatGPT-100K, LLaVA-625K, Science-QA, CLEVRER, NeXT-QA, WebVid-QA",
     ),
 }
+SOURCES = {"align": mixtures.align_sources, "instruct": mixtures.instruct_sources}
 NAMES = {
     "WebVid-Cap": ("webvid",),
     "LLaVA-CC3M": ("llava_558k",),
@@ -37,13 +38,15 @@ NAMES = {
 
 @pytest.mark.parametrize("row", mixtures.ROWS)
 def test_rows_of_the_table(row):
-    for sources, cell in zip((mixtures.align(row), mixtures.instruct(row)), TABLE_13[row], strict=True):
+    for sources, cell in zip(
+        (mixtures.align_sources(row), mixtures.instruct_sources(row)), TABLE_13[row], strict=True
+    ):
         assert [one.name for one in sources] == [name for part in cell.split(", ") for name in NAMES[part]]
 
 
 def test_no_such_row():
-    with pytest.raises(UserError, match="no mixture 'all'; there are video, image"):
-        mixtures.instruct("all")
+    with pytest.raises(UserError, match="mixture is 'all', expected one of video, image"):
+        mixtures.instruct_sources("all")
 
 
 @pytest.mark.parametrize("row", mixtures.ROWS)
@@ -53,7 +56,7 @@ def test_options_of_the_published_configs(name, row):
     config.data.root = "data"
     validate(config, devices=8)
     (only,) = config.stages
-    assert only.sources == getattr(mixtures, only.name)(row)
+    assert only.sources == SOURCES[only.name](row)
     assert (only.annotations, only.steps, only.epochs) == (None, None, 1.0)
     rest = load_config(name)
     assert (rest.stages[0].annotations, rest.stages[0].sources) == (f"{only.name}.json", ())
@@ -105,7 +108,7 @@ def test_the_folder_as_it_is_described(tmp_path):
         "next_qa": "nextqa/1164/3.mp4",
         "webvid_qa": "webvid/videos/1_50/1.mp4",
     }
-    sources = (*mixtures.align(), *mixtures.instruct())
+    sources = (*mixtures.align_sources(), *mixtures.instruct_sources())
     for one in sources:
         one.select = "all"
         (tmp_path / one.media).mkdir(parents=True, exist_ok=True)

@@ -198,6 +198,5 @@ def check_output(visual: VisualTokens, inputs: ConnectorInputs, connector: Conne
     if len(slots) != 2 or slots[0] != batch or visual.focus.valid.shape != slots:
         raise UserError(
             f"{kind} returned focus.frames of shape {slots} and focus.valid of shape "
-            f"{visual.focus.valid.shape}, "
-            f"expected two equal shapes ({batch}, J)."
+            f"{visual.focus.valid.shape}, expected two equal shapes ({batch}, J)."
         )

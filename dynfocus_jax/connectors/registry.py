@@ -42,9 +42,8 @@ def find_connector(kind: str, where: str = "config.model.connector.kind") -> typ
     if not class_name:
         if kind not in connector_kinds():
             raise UserError(
-                f"{where} is {kind!r}, which is no connector{suggest(kind, connector_kinds())}; one "
-                f"outside of "
-                "the package is named 'my_module:MyConnector'."
+                f"{where} is {kind!r}, which is no connector{suggest(kind, connector_kinds())}; one outside "
+                "of the package is named 'my_module:MyConnector'."
             )
         return importlib.import_module(f"{connectors.__name__}.{kind}").CONNECTOR
     try:

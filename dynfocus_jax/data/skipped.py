@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.json_lines import append_json_line, read_json_lines
-from dynfocus_jax.records.records import Record, Refused
+from dynfocus_jax.records.records import Record, RefusedEntry
 
 
 class Listing:
@@ -74,7 +74,7 @@ class Skipped:
                     f"{self._max_share}; the last: record {record.id}: {reason}"
                 )
 
-    def refuse(self, refused: Iterable[tuple[str, Refused]], entries: int) -> None:
+    def refuse(self, refused: Iterable[tuple[str, RefusedEntry]], entries: int) -> None:
         """List the entries of annotation files, of `entries` in all, that are no records.
 
         Raises:

@@ -25,7 +25,7 @@ class Problem(NamedTuple):
     """An entry or record that cannot be used, with the reason."""
 
     id: str
-    # of `sources.Refused`, or "missing" | "words" | "conversation" | "too long" | "unreadable" | "subtitles"
+    # of `RefusedEntry`, or "missing" | "words" | "conversation" | "too long" | "unreadable" | "subtitles"
     fault: str
     reason: str
     media: str | None = None

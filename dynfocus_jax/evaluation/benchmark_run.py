@@ -20,7 +20,7 @@ from dynfocus_jax.evaluation.predictions import PredictionStore
 from dynfocus_jax.evaluation.question_prompts import ClipReader
 from dynfocus_jax.evaluation.questions import Question, fingerprint
 from dynfocus_jax.evaluation.results import format_results, summarize_results, write_json
-from dynfocus_jax.parallel.start import say
+from dynfocus_jax.parallel.processes import print_once
 from dynfocus_jax.sections import differences
 from dynfocus_jax.version import code_version
 
@@ -66,7 +66,7 @@ def prepare_output(
                 f"({_shorten('; '.join(changed[:3]))}); choose another folder, or remove this one."
             )
         if any(each["code"]["source"] != maker["code"]["source"] for each in makers):
-            say(f"note: {output} has predictions made by other code; they may differ")
+            print_once(f"note: {output} has predictions made by other code; they may differ")
         if maker not in makers:
             makers.append(maker)
         write_json(output / RUN, described | {"made_by": makers})

@@ -19,11 +19,11 @@ from dynfocus_jax.data.samples import SampleLoader
 from dynfocus_jax.data.skipped import Skipped
 from dynfocus_jax.errors import MediaError
 from dynfocus_jax.evaluation.exact_match import Prediction, collect_predictions, summarize_predictions
-from dynfocus_jax.features.compatibility import check_tower
+from dynfocus_jax.features.compatibility import check_vision_weights
 from dynfocus_jax.features.store import open_features
+from dynfocus_jax.parallel.processes import is_process_zero, process_file_name
 from dynfocus_jax.parallel.sharding import local_rows, to_devices
-from dynfocus_jax.parallel.start import is_first, own_name
-from dynfocus_jax.records.records import read_records
+from dynfocus_jax.records.sources import read_records
 from dynfocus_jax.serving.engine import Engine
 from dynfocus_jax.text.conversation import TEMPLATES
 from dynfocus_jax.text.tokenizers import Tokenizer
@@ -57,15 +57,15 @@ def evaluate_held_out(
         loader,
         Order.once(len(loader), evaluation.batch_size),
         rows=local_rows(mesh, evaluation.batch_size),
-        skipped=Skipped(workdir / own_name("skipped.jsonl"), max_share=config.data.max_skip_share),
+        skipped=Skipped(workdir / process_file_name("skipped.jsonl"), max_share=config.data.max_skip_share),
         num_threads=config.data.threads,
         num_processes=config.data.processes,
     )
-    check_tower(media.features, trees.flatten(params), mesh)
+    check_vision_weights(media.features, trees.flatten(params), mesh)
     engine = Engine(config, params, tokenizer, mesh)
     answers = (engine.answer_batch(to_devices(batch, mesh), evaluation.max_new_tokens) for batch in batches)
     predictions = collect_predictions(answers, records, tokenizer.decode)
-    if is_first():
+    if is_process_zero():
         _write_predictions(workdir / "predictions.jsonl", predictions)
         pixels = media if media.features is None else make_media_reader(config)
         strips = _choose_strips(predictions, evaluation, pixels)
@@ -79,7 +79,7 @@ def check_held_out_features(config: ConfigDict, data_root: Path) -> None:
     features, evaluation = open_features(config, data_root), config.evaluation
     if features is not None:
         records = read_records(data_root / evaluation.annotations, data_root)
-        features.require(records, [evaluation.media_frames], config.data.max_skip_share)
+        features.check_coverage(records, [evaluation.media_frames], config.data.max_skip_share)
 
 
 def _choose_strips(

@@ -5,12 +5,11 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from dynfocus_jax.errors import UserError
-from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.entries import Invalid, line_entries, list_entries
-from dynfocus_jax.records.fields import ASSUMED_SUFFIXES, ensure, kind_of, path_of, text_of
+from dynfocus_jax.records.entries import InvalidEntry, JsonValue, json_line_entries, json_list_entries
+from dynfocus_jax.records.fields import ASSUMED_SUFFIXES, ensure, kind_of, object_of, text_of
 from dynfocus_jax.records.prompts import LETTERS
 
 Form = Literal["choice", "yes_no", "open", "span"]  # of an answer: determines how it is parsed
@@ -50,10 +49,11 @@ class Question:
         return self.answer
 
 
-ParseQuestion = Callable[[dict[str, Any]], Question | Sequence[Question]]  # raises Invalid
+Entry = Mapping[str, JsonValue] | JsonValue | InvalidEntry  # the first is a row of a csv file
+ParseQuestion = Callable[[dict[str, JsonValue]], Question | Sequence[Question]]  # raises InvalidEntry
 
 
-def read_questions(path: Path, entries: Iterable[tuple[int, Any]], parse: ParseQuestion) -> list[Question]:
+def read_questions(path: Path, entries: Iterable[tuple[int, Entry]], parse: ParseQuestion) -> list[Question]:
     """Return the questions of all entries of a file, in its order.
 
     Raises:
@@ -62,12 +62,10 @@ def read_questions(path: Path, entries: Iterable[tuple[int, Any]], parse: ParseQ
     questions: list[Question] = []
     for number, entry in entries:
         try:
-            if isinstance(entry, Invalid):
+            if isinstance(entry, InvalidEntry):
                 raise entry
-            if not isinstance(entry, dict):
-                raise Invalid(f"is {kind_of(entry)}, expected an object")
-            parsed = parse(entry)
-        except Invalid as error:
+            parsed = parse(object_of(entry))
+        except InvalidEntry as error:
             raise UserError(
                 f"annotation file {path}, entry {number}: {error}. Correct the file: no entry is skipped."
             ) from None
@@ -107,13 +105,13 @@ def fingerprint(questions: Sequence[Question]) -> str:
 # ---- Files ----------------------------------------------------------------------------------------------
 
 
-def table_entries(path: Path) -> Iterator[tuple[int, Any]]:
+def table_entries(path: Path) -> Iterator[tuple[int, Entry]]:
     """Yield a file's numbered entries: lines of .jsonl, rows of .parquet, or else values of a JSON list."""
-    readers = {".jsonl": line_entries, ".parquet": _parquet_entries}
-    return readers.get(path.suffix, list_entries)(path)
+    readers = {".jsonl": json_line_entries, ".parquet": _parquet_entries}
+    return readers.get(path.suffix, json_list_entries)(path)
 
 
-def _parquet_entries(path: Path) -> Iterator[tuple[int, Any]]:
+def _parquet_entries(path: Path) -> Iterator[tuple[int, Entry]]:
     import pyarrow  # noqa: PLC0415 (takes 0.6 s, which other formats need not wait for)
     from pyarrow import parquet  # noqa: PLC0415
 
@@ -150,11 +148,6 @@ def annotation_files(annotations: Path, names: Sequence[str]) -> list[Path]:
 # ---- Fields ---------------------------------------------------------------------------------------------
 
 
-def find_media(folder: MediaFolder, key: str, names: Sequence[str]) -> Path:
-    """Return the first of several paths that exists in the folder, or the first path if none does."""
-    return path_of(next(filter(folder.has, names), names[0]), key, folder)
-
-
 def video_paths(name: str, *folders: str) -> list[str]:
     """Return the paths at which a video may be, directly and in each of `folders`.
 
@@ -166,22 +159,20 @@ def video_paths(name: str, *folders: str) -> list[str]:
     return [f"{parent}/{each}" if parent else each for parent in ("", *folders) for each in names]
 
 
-def word_of(value: Any, key: str) -> str:
+def word_of(value: JsonValue, key: str) -> str:
     """Return a short field that is a text or a number."""
     return text_of(str(value) if type(value) in (int, float) else value, key)
 
 
-def texts_of(value: Any, key: str) -> tuple[str, ...]:
+def texts_of(value: JsonValue, key: str) -> tuple[str, ...]:
     """Return a list of at least two texts or numbers."""
-    found = f"a list of {len(value)}" if isinstance(value, list) else kind_of(value)
-    ensure(
-        isinstance(value, list) and 1 < len(value) <= len(LETTERS),
-        f'field "{key}" is {found}, expected a list of 2 to {len(LETTERS)} options',
-    )
+    if not isinstance(value, list) or not 1 < len(value) <= len(LETTERS):
+        found = f"a list of {len(value)}" if isinstance(value, list) else kind_of(value)
+        raise InvalidEntry(f'field "{key}" is {found}, expected a list of 2 to {len(LETTERS)} options')
     return tuple(word_of(each, f"{key}[{i}]") for i, each in enumerate(value))
 
 
-def letter_of(answer: Any, key: str, options: Sequence[str]) -> str:
+def letter_of(answer: JsonValue, key: str, options: Sequence[str]) -> str:
     """Return the letter of the right option, in a file that has the letter: "B", "(B)"."""
     letter = word_of(answer, key).strip("().: ")
     last = LETTERS[len(options) - 1]
@@ -190,7 +181,7 @@ def letter_of(answer: Any, key: str, options: Sequence[str]) -> str:
     return letter
 
 
-def letter_of_text(answer: Any, key: str, options: Sequence[str]) -> str:
+def letter_of_text(answer: JsonValue, key: str, options: Sequence[str]) -> str:
     """Return the letter of the right option, in a file that has the option's text."""
     text = word_of(answer, key)
     if text in options:

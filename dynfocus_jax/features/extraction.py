@@ -1,8 +1,8 @@
-"""The work: media through the tower into shards, with reading, computing and writing at the same time."""
+"""The extraction loop: it reads media, runs the vision tower and writes shards at the same time."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -11,114 +11,162 @@ from jax.experimental import multihost_utils
 
 from dynfocus_jax.data.skipped import Skipped
 from dynfocus_jax.errors import MediaError
-from dynfocus_jax.features.media_list import Looked, Wanted
+from dynfocus_jax.features.media_list import MediaFrames, MediaRequest
 from dynfocus_jax.features.shards import ShardWriter
-from dynfocus_jax.features.store import Key
-from dynfocus_jax.features.tower import Tower
+from dynfocus_jax.features.store import MediaKey
+from dynfocus_jax.features.vision_tower import VisionTower
 
 
-class Done(NamedTuple):
-    """Numbers of media processed by this process."""
+class ExtractionCounts(NamedTuple):
+    """Numbers of media and frames stored, and of media skipped."""
 
     media: int = 0
     frames: int = 0
     skipped: int = 0
 
 
-def extract(
-    work: Sequence[tuple[Key, Wanted]],
-    look: Callable[[Wanted], Looked],
-    tower: Tower | None,
+class _ReadResult(NamedTuple):
+    """A requested media item and its frames, or the reason why it cannot be read."""
+
+    key: MediaKey
+    request: MediaRequest
+    frames: MediaFrames | str
+
+
+def run_extraction(
+    work: Sequence[tuple[MediaKey, MediaRequest]],
+    read: Callable[[MediaRequest], MediaFrames],
+    tower: VisionTower | None,
     shards: ShardWriter,
     skipped: Skipped,
     *,
     threads: int,
-    progress: Callable[[Done], None],
-) -> Done:
-    """Store the features of this process's media.
+    progress: Callable[[ExtractionCounts], None],
+) -> ExtractionCounts:
+    """Store the features of the media of this process.
 
-    Frames of several media share a call of the tower, for which the processes wait for each other until none
-    has a frame left; tower: None where all media are features already.
-    `skipped` is told of each medium; `progress` after each, `threads` read ahead.
+    Frames of several media share a call of the tower. All processes call the tower together, until none has a
+    frame left.
+
+    Args:
+      work: the media of this process.
+      read: reads the frames of a media item; raises MediaError if it cannot be read.
+      tower: the vision tower, or None if `read` returns features for all media.
+      shards: receives the features.
+      skipped: is told of each media item, stored or skipped.
+      threads: number of threads that read ahead.
+      progress: called with the counts after each media item.
+
+    Returns:
+      The counts of this process.
 
     Raises:
-      UserError: too many media cannot be read.
-      RunError: features cannot be written.
+      UserError: if too many media cannot be read.
+      RunError: if features cannot be written.
     """
-    done = Done()
-    opened: deque[tuple[Key, Looked, list[np.ndarray]]] = deque()  # media that wait for features, in order
-    frames: deque[np.ndarray] = deque()  # of these, not computed yet
-    running: list[tuple[jax.Array, int]] = []  # a call of the tower, and how many frames of ours it has
-
-    def store(key: Key, looked: Looked, features: np.ndarray) -> None:
-        nonlocal done
-        shards.add(key, looked.info, looked.parts, features, looked.subtitles)
-        done = Done(done.media + 1, done.frames + len(features), done.skipped)
-        progress(done)
-
-    def deliver() -> None:
-        """Hand the features of the call before to the media that wait for them."""
-        for call, count in running:
-            for row in tower.finish(call, count):
-                key, looked, features = opened[0]
-                features.append(row)
-                if len(features) == len(looked.frames):
-                    store(key, looked, np.stack(features))
-                    opened.popleft()
-        running.clear()
-
+    extraction = _Extraction(shards, skipped, progress)
     with ThreadPoolExecutor(threads) as pool:
-        source = _in_order(pool, look, work, 2 * threads)
-        while True:
-            while tower is None or len(frames) < tower.rows:
-                if (found := next(source, None)) is None:
-                    break
-                key, wanted, looked = found
-                if isinstance(looked, str):
-                    done = done._replace(skipped=done.skipped + 1)
-                    skipped.note(wanted.record, looked)
-                    progress(done)
-                    continue
-                skipped.note(wanted.record, None)
-                if looked.is_done:
-                    store(key, looked, looked.frames)
-                else:
-                    opened.append((key, looked, []))
-                    frames.extend(looked.frames)
-            if tower is None or not _anybody(bool(frames)):
-                break
-            some = [frames.popleft() for _ in range(min(len(frames), tower.rows))]
-            call = tower.start(some)
-            deliver()  # while this call runs
-            running.append((call, len(some)))
-        deliver()
+        results = _read_in_order(pool, read, work, 2 * threads)
+        if tower is None:
+            for result in results:
+                extraction.add(result)
+        else:
+            _encode_frames(extraction, results, tower)
     shards.finish()
-    return done
+    return extraction.counts
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, look: Callable, work: Sequence[tuple[Key, Wanted]], ahead: int
-) -> Iterator[tuple[Key, Wanted, Looked | str]]:
-    """Yield `look`'s result for each medium, or its error, in order, reading `ahead` media in advance."""
+class _Extraction:
+    """The media whose features are not complete yet, and the counts.
 
-    def attempt(wanted: Wanted) -> Looked | str:
+    Attributes:
+      counts: media and frames stored so far, and media skipped.
+      frames: frames that wait for the tower, of the media that wait for features, in order.
+    """
+
+    def __init__(self, shards: ShardWriter, skipped: Skipped, progress: Callable[[ExtractionCounts], None]):
+        self._shards, self._skipped, self._progress = shards, skipped, progress
+        self._waiting: deque[tuple[MediaKey, MediaFrames, list[np.ndarray]]] = deque()
+        self.frames: deque[np.ndarray] = deque()
+        self.counts = ExtractionCounts()
+
+    def add(self, result: _ReadResult) -> None:
+        """Store a media item that comes as features, queue the frames of another, or count it as skipped."""
+        key, request, frames = result
+        if isinstance(frames, str):
+            self.counts = self.counts._replace(skipped=self.counts.skipped + 1)
+            self._skipped.note(request.record, frames)
+            self._progress(self.counts)
+            return
+        self._skipped.note(request.record, None)
+        if frames.are_features:
+            self._store(key, frames, frames.frames)
+        else:
+            self._waiting.append((key, frames, []))
+            self.frames.extend(frames.frames)
+
+    def add_features(self, rows: np.ndarray) -> None:
+        """Add the features of the next frames, [n, (1 +) N, C]; store the media that are complete then."""
+        for row in rows:
+            key, frames, features = self._waiting[0]
+            features.append(row)
+            if len(features) == len(frames.frames):
+                self._store(key, frames, np.stack(features))
+                self._waiting.popleft()
+
+    def _store(self, key: MediaKey, frames: MediaFrames, features: np.ndarray) -> None:
+        self._shards.add(key, frames.info, frames.selections, features, frames.subtitles)
+        media, count, skipped = self.counts
+        self.counts = ExtractionCounts(media + 1, count + len(features), skipped)
+        self._progress(self.counts)
+
+
+def _encode_frames(extraction: _Extraction, results: Iterator[_ReadResult], tower: VisionTower) -> None:
+    """Add all results and run their frames through the tower, one call ahead of the stored features."""
+    running: tuple[jax.Array, int] | None = None  # the last call and its number of frames of this process
+    while True:
+        while len(extraction.frames) < tower.frames_per_call:
+            result = next(results, None)
+            if result is None:
+                break
+            extraction.add(result)
+        if not _in_any_process(bool(extraction.frames)):
+            break
+        count = min(len(extraction.frames), tower.frames_per_call)
+        call = tower.start([extraction.frames.popleft() for _ in range(count)])
+        if running is not None:
+            extraction.add_features(tower.fetch(*running))  # while the new call runs
+        running = call, count
+    if running is not None:
+        extraction.add_features(tower.fetch(*running))
+
+
+def _read_in_order(
+    pool: ThreadPoolExecutor,
+    read: Callable[[MediaRequest], MediaFrames],
+    work: Sequence[tuple[MediaKey, MediaRequest]],
+    ahead: int,
+) -> Iterator[_ReadResult]:
+    """Yield the results of `read` in the order of `work`; up to `ahead` media are read in advance."""
+
+    def attempt(request: MediaRequest) -> MediaFrames | str:
         try:
-            return look(wanted)
+            return read(request)
         except MediaError as error:
             return str(error)
 
-    waiting: deque = deque()
-    for key, wanted in work:
-        waiting.append((key, wanted, pool.submit(attempt, wanted)))
+    waiting: deque[tuple[MediaKey, MediaRequest, Future[MediaFrames | str]]] = deque()
+    for key, request in work:
+        waiting.append((key, request, pool.submit(attempt, request)))
         if len(waiting) > ahead:
-            key, wanted, future = waiting.popleft()
-            yield key, wanted, future.result()
-    for key, wanted, future in waiting:
-        yield key, wanted, future.result()
+            first_key, first_request, future = waiting.popleft()
+            yield _ReadResult(first_key, first_request, future.result())
+    for key, request, future in waiting:
+        yield _ReadResult(key, request, future.result())
 
 
-def _anybody(here: bool) -> bool:
-    """Whether it is true in any of the processes."""
+def _in_any_process(condition: bool) -> bool:
+    """Whether a condition holds in at least one process."""
     if jax.process_count() == 1:
-        return here
-    return bool(multihost_utils.process_allgather(np.asarray(here)).any())
+        return condition
+    return bool(multihost_utils.process_allgather(np.asarray(condition)).any())

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from dynfocus_jax.parallel.sharding import replicated
 
 
-def digest(params: Mapping[str, jax.Array], mesh: Mesh) -> str:
+def params_digest(params: Mapping[str, jax.Array], mesh: Mesh) -> str:
     """16 hexadecimal digits that depend on the paths, shapes, dtypes and all bits of {path: array}.
 
     On any mesh they are the same: the bits of every element are mixed with its position, and integers summed.

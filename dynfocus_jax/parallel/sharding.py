@@ -53,7 +53,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = tuple(
 )
 
 # Dimensions of activations by name -> the mesh axes that share them
-LOGICAL: dict[str | None, tuple[str, ...]] = {
+LOGICAL_AXES: dict[str | None, tuple[str, ...]] = {
     None: (),
     "batch": ("data", "fsdp"),
     "frames": ("data", "fsdp"),  # of all samples, one behind the other
@@ -105,7 +105,7 @@ def _spec(
     return PartitionSpec(*spec)
 
 
-def place(leaf: np.ndarray | jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+def place_like(leaf: np.ndarray | jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
     """A copy of an array in the dtype and the layout of `like`, which no device ever holds whole."""
     if isinstance(leaf, jax.Array) and leaf.sharding.device_set == like.sharding.device_set:
         return jax.device_put(jnp.array(leaf, like.dtype), like.sharding)
@@ -124,10 +124,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The layout of a batch: rows over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(LOGICAL["batch"]))
+    return NamedSharding(mesh, PartitionSpec(LOGICAL_AXES["batch"]))
 
 
-def row_shares(mesh: Mesh) -> int:
+def num_row_shards(mesh: Mesh) -> int:
     """Devices that share the rows of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -154,14 +154,14 @@ def on_mesh(mesh: Mesh) -> AbstractContextManager:
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def shares(name: str | None) -> int:
+def num_shards(name: str | None) -> int:
     """Devices that share a dimension of that name; 1 without a mesh."""
     shape = jax.sharding.get_abstract_mesh().shape
     return int(np.prod([shape.get(axis, 1) for axis in _axes(name)], dtype=int))
 
 
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
-    """Lay an activation out by the names of its dimensions (`LOGICAL`); None is not split.
+    """Lay an activation out by the names of its dimensions (`LOGICAL_AXES`); None is not split.
 
     Without a mesh of several devices it is `x`. A dimension that its axes do not divide is not split: a
     single decoded token has no sequence to share.
@@ -176,14 +176,14 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     spec = [
-        axes or None if size % shares(name) == 0 else None
+        axes or None if size % num_shards(name) == 0 else None
         for size, name, axes in zip(x.shape, names, axes, strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def _axes(name: str | None) -> tuple[str, ...]:
-    if name not in LOGICAL:
-        known = ", ".join(repr(key) for key in LOGICAL if key)
+    if name not in LOGICAL_AXES:
+        known = ", ".join(repr(key) for key in LOGICAL_AXES if key)
         raise ValueError(f"shard: the name {name!r} is unknown; expected one of {known}, or None")
-    return LOGICAL[name]
+    return LOGICAL_AXES[name]

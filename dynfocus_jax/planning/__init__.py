@@ -1,1 +1,1 @@
-"""Planning: what a configuration needs on a machine that is not there, read off the compiled programs."""
+"""Planning: memory, work and best-case time of a configuration on a machine that is not available."""

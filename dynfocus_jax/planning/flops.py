@@ -1,33 +1,41 @@
-"""Arithmetic that a traced function asks for: the matrix products of a jaxpr, on all devices together."""
+"""FLOPs of the matrix products in a traced function, over all devices together."""
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.extend import core
 
 
 def count_flops(jaxpr: core.Jaxpr) -> float:
-    """FLOPs of the matrix products, 2 a multiply-add; loops of unknown length count one turn.
+    """Return the FLOPs of all matrix products, 2 per multiply-add.
 
-    What is computed a second time for the backward pass (remat) is in the trace, so it counts as well.
+    A `while` loop counts as one iteration, because its trip count is not in the trace. Values that are
+    recomputed in the backward pass (remat) are traced twice, so they count twice.
     """
     total = 0.0
     for equation in jaxpr.eqns:
         name, parameters = equation.primitive.name, equation.params
         if name == "dot_general":
             (contracted, _), _ = parameters["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2.0 * equation.outvars[0].aval.size * math.prod(left[d] for d in contracted)
+            left, result = _shape(equation.invars[0]), _shape(equation.outvars[0])
+            total += 2.0 * math.prod(result) * math.prod(left[d] for d in contracted)
         elif name == "cond":
             total += max(count_flops(branch.jaxpr) for branch in parameters["branches"])
         else:
-            times = parameters["length"] if name == "scan" else 1
-            total += times * sum(map(count_flops, _inner(parameters)))
+            iterations = parameters["length"] if name == "scan" else 1
+            total += iterations * sum(map(count_flops, _inner_jaxprs(parameters)))
     return total
 
 
-def _inner(parameters: dict) -> Iterator[core.Jaxpr]:
+def _shape(variable: core.Var | core.Literal) -> tuple[int, ...]:
+    array: Any = variable.aval  # a ShapedArray, which AbstractValue does not say
+    return array.shape
+
+
+def _inner_jaxprs(parameters: dict[str, Any]) -> Iterator[core.Jaxpr]:
+    """Yield the jaxprs among an equation's parameters, such as the body of a loop."""
     for leaf in jax.tree.leaves(list(parameters.values()), is_leaf=_is_jaxpr):
         if isinstance(leaf, core.ClosedJaxpr):
             yield leaf.jaxpr
@@ -35,5 +43,5 @@ def _inner(parameters: dict) -> Iterator[core.Jaxpr]:
             yield leaf
 
 
-def _is_jaxpr(value) -> bool:
+def _is_jaxpr(value: Any) -> bool:
     return isinstance(value, core.ClosedJaxpr | core.Jaxpr)

@@ -1,4 +1,4 @@
-"""HLO, the text of a compiled program: its computations, and how often each of them runs in a step."""
+"""Parser of HLO, the text of a compiled program: its computations, and how often each runs in a step."""
 
 import functools
 import math
@@ -17,11 +17,11 @@ _COUNTERS = ("s32", "u32", "s64", "u64")
 
 
 class HloArray(NamedTuple):
-    """An array of HLO: its element type, dimensions, and whether it lies in HBM."""
+    """An array in HLO."""
 
-    dtype: str
+    dtype: str  # in HLO's names: "f32", "bf16", "pred", ...
     dims: tuple[int, ...]
-    in_hbm: bool
+    in_hbm: bool  # False for other memory, such as a TPU's vector memory
 
     @property
     def size(self) -> int:
@@ -33,33 +33,44 @@ class HloArray(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One line: name, opcode, arrays of its result (more than one for a tuple), operands, the text behind."""
+    """One instruction of a computation."""
 
     name: str
     opcode: str
-    result: tuple[HloArray, ...]
-    operands: tuple[str, ...]
-    attributes: str
-    is_root: bool
+    result: tuple[HloArray, ...]  # several arrays for a tuple
+    operands: tuple[str, ...]  # names of instructions
+    attributes: str  # the text after the operands; of a constant or parameter, the text in their place
+    is_root: bool  # its result is that of the computation
+
+
+Computations = dict[str, dict[str, Instruction]]  # computation -> instruction's name -> instruction
+
+
+def find_required(pattern: str, text: str) -> re.Match[str]:
+    """Return the first match of a pattern; raise ValueError if there is none."""
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"HLO has another form than expected: no {pattern!r} in {text[:200]!r}")
+    return found
 
 
 @functools.cache
 def _bits(dtype: str) -> int:
     if dtype in _BITS:
         return _BITS[dtype]
-    return int(re.search(r"\d+", dtype)[0])  # f32, bf16, s32, f8e4m3fn, ...
+    return int(find_required(r"\d+", dtype)[0])  # f32, bf16, s32, f8e4m3fn, ...
 
 
-def _arrays(text: str) -> tuple[HloArray, ...]:
-    """All arrays in a shape; `S(n)` in a layout is memory other than HBM (a TPU's vector memory)."""
+def _parse_arrays(text: str) -> tuple[HloArray, ...]:
+    """Return all arrays of a shape. `S(n)` in a layout marks memory other than HBM."""
     return tuple(
         HloArray(dtype, tuple(int(d) for d in dims.split(",") if d), re.search(r"S\([1-9]", layout) is None)
         for dtype, dims, layout in _SHAPE.findall(text)
     )
 
 
-def _closing(text: str, start: int) -> int:
-    """Index behind the parenthesis that closes the one at `start`."""
+def _end_of_group(text: str, start: int) -> int:
+    """Return the index after the parenthesis that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -68,9 +79,10 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"unbalanced parentheses in {text[:100]!r}")
 
 
-def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """HLO text -> {computation: {name: instruction}} and the name of the entry computation."""
-    computations, entry, current = {}, "", {}
+def parse_hlo(text: str) -> tuple[Computations, str]:
+    """Return the computations of an HLO text, and the name of the entry computation."""
+    computations: Computations = {}
+    entry, current = "", {}
     for line in text.splitlines():
         header = _HEADER.match(line)
         if header:
@@ -81,43 +93,53 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
         if not match:
             continue
         name, rest = match.groups()
-        end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
-        opening = rest.index("(", end)
-        close = _closing(rest, opening)
+        shape_end = _end_of_group(rest, 0) if rest.startswith("(") else rest.index(" ")
+        opening = rest.index("(", shape_end)
+        end = _end_of_group(rest, opening)
+        opcode = rest[shape_end:opening].strip()
         current[name] = Instruction(
             name,
-            rest[end:opening].strip(),
-            _arrays(rest[:end]),
-            tuple(re.findall(r"%([\w.-]+)", rest[opening:close])),
-            # A constant's or parameter's value or number stands where others have their operands.
-            rest[opening:] if rest[end:opening].strip() in ("constant", "parameter") else rest[close:],
+            opcode,
+            _parse_arrays(rest[:shape_end]),
+            tuple(re.findall(r"%([\w.-]+)", rest[opening:end])),
+            # The value of a constant and the number of a parameter are in the place of operands.
+            rest[opening:] if opcode in ("constant", "parameter") else rest[end:],
             line.startswith("  ROOT"),
         )
     return computations, entry
 
 
-def visits(computations: dict, name: str, times: int, fused: bool) -> Iterator[tuple[str, int, bool]]:
-    """Every computation that runs: how often a step, and whether inside of a fusion."""
-    yield name, times, fused
+class Run(NamedTuple):
+    """A computation that runs in a step, possibly several times."""
+
+    name: str
+    count: int  # how often it runs
+    fused: bool  # it is part of a fusion, whose intermediate results stay on the chip
+
+
+def iterate_runs(computations: Computations, name: str, count: int = 1, fused: bool = False) -> Iterator[Run]:
+    """Yield a computation that runs `count` times, and all computations that it calls."""
+    yield Run(name, count, fused)
     for instruction in computations[name].values():
         if instruction.opcode in ("async-done", "async-update"):
             continue
-        inner = fused or instruction.opcode == "fusion"
-        turns = _turns(instruction, computations[name], computations) if instruction.opcode == "while" else 1
-        parts = called(instruction)
-        if instruction.opcode == "conditional":  # one branch runs; the longest stands for it
-            parts = [max(parts, key=lambda part: _length(computations, part))]
+        is_loop = instruction.opcode == "while"
+        iterations = _trip_count(instruction, computations[name], computations) if is_loop else 1
+        parts = called_computations(instruction)
+        if instruction.opcode == "conditional":  # one branch runs; assume the longest
+            parts = [max(parts, key=lambda part: _num_instructions(computations, part))]
         for part in parts:
-            yield from visits(computations, part, times * turns, inner)
+            inside_fusion = fused or instruction.opcode == "fusion"
+            yield from iterate_runs(computations, part, count * iterations, inside_fusion)
 
 
-def _length(computations: dict, name: str) -> int:
-    """Instructions that run in a computation."""
-    return sum(times * len(computations[part]) for part, times, _ in visits(computations, name, 1, False))
+def _num_instructions(computations: Computations, name: str) -> int:
+    """Return the number of instructions that one run of a computation executes."""
+    return sum(run.count * len(computations[run.name]) for run in iterate_runs(computations, name))
 
 
-def called(instruction: Instruction) -> list[str]:
-    """Computations that an instruction runs as a part of the program (not those applied to each element)."""
+def called_computations(instruction: Instruction) -> list[str]:
+    """Return the computations that an instruction runs, without those that it applies to each element."""
     if instruction.opcode not in ("fusion", "while", "call", "conditional", "async-start"):
         return []
     if instruction.opcode == "conditional":
@@ -129,27 +151,30 @@ def called(instruction: Instruction) -> list[str]:
     ]
 
 
-def _turns(loop: Instruction, body: dict[str, Instruction], computations: dict) -> int:
-    """Iterations of the loop `body`: as XLA knows them, or from its counter's bound, step and start; else 1.
+def _trip_count(loop: Instruction, outer: dict[str, Instruction], computations: Computations) -> int:
+    """Return the number of iterations of a loop; 1 if it cannot be found.
 
-    Matrix products that gather their weights piece by piece (TPU) are loops that count two pieces a turn.
+    XLA may state it; otherwise it follows from the start, bound and step of the loop's counter. The step
+    can be 2: on TPUs, matrix products that gather their weights piece by piece are loops of two pieces per
+    iteration.
+
+    outer: the computation that holds the loop.
     """
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
-    condition, turn = (
-        computations[re.search(rf"{part}=%([\w.-]+)", loop.attributes)[1]] for part in ("condition", "body")
-    )
+    condition = computations[find_required(r"condition=%([\w.-]+)", loop.attributes)[1]]
+    body = computations[find_required(r"body=%([\w.-]+)", loop.attributes)[1]]
     bounds = [_constant(each, condition) for each in condition.values() if each.opcode == "constant"]
     bound = max((each for each in bounds if each is not None), default=1)
-    counter = next((_index(each) for each in condition.values() if _is_counter(each)), None)
+    counter = next((_tuple_index(each) for each in condition.values() if _is_counter(each)), None)
     if counter is None:
         return bound
-    first = body[loop.operands[0]]
-    start = _constant(body[first.operands[counter]], body) if first.opcode == "tuple" else None
-    root = next(each for each in turn.values() if each.is_root)
-    added = turn[root.operands[counter]] if root.opcode == "tuple" else root
-    steps = [_constant(turn[name], turn) for name in added.operands] if added.opcode == "add" else []
+    initial = outer[loop.operands[0]]
+    start = _constant(outer[initial.operands[counter]], outer) if initial.opcode == "tuple" else None
+    root = next(each for each in body.values() if each.is_root)
+    added = body[root.operands[counter]] if root.opcode == "tuple" else root
+    steps = [_constant(body[name], body) for name in added.operands] if added.opcode == "add" else []
     step = next((each for each in steps if each), 1)
     return max(math.ceil((bound - (start or 0)) / step), 0)
 
@@ -159,21 +184,23 @@ def _is_counter(instruction: Instruction) -> bool:
     return instruction.opcode == "get-tuple-element" and array.dtype in _COUNTERS and not array.dims
 
 
-def _index(instruction: Instruction) -> int:
-    return int(re.search(r"index=(\d+)", instruction.attributes)[1])
+def _tuple_index(instruction: Instruction) -> int:
+    """Return the index of a get-tuple-element."""
+    return int(find_required(r"index=(\d+)", instruction.attributes)[1])
 
 
-def _constant(instruction: Instruction, body: dict[str, Instruction]) -> int | None:
-    """The value of an integer constant, or of a copy of one; None of anything else."""
-    while instruction.opcode == "copy":
-        instruction = body[instruction.operands[0]]
-    array = instruction.result[0]
-    if instruction.opcode != "constant" or array.dtype not in _COUNTERS or array.dims:
+def _constant(instruction: Instruction, computation: dict[str, Instruction]) -> int | None:
+    """Return the value of an integer constant or of a copy of one; None for anything else."""
+    source = instruction
+    while source.opcode == "copy":
+        source = computation[source.operands[0]]
+    array = source.result[0]
+    if source.opcode != "constant" or array.dtype not in _COUNTERS or array.dims:
         return None
-    return int(re.match(r"\((-?\d+)\)", instruction.attributes)[1])
+    return int(find_required(r"^\((-?\d+)\)", source.attributes)[1])
 
 
-def attribute(instruction: Instruction, name: str) -> tuple[int, ...]:
-    """The numbers of an attribute `name={0,1}`."""
+def dimension_list(instruction: Instruction, name: str) -> tuple[int, ...]:
+    """Return the numbers of an attribute `name={0,1}`; () if it is absent."""
     found = re.search(rf"\b{name}=\{{([\d,]*)\}}", instruction.attributes)
     return tuple(int(d) for d in found[1].split(",") if d) if found else ()

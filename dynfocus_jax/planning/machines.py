@@ -1,7 +1,8 @@
-"""Machines by name: chips with their published figures, and their devices as compile-only topologies.
+"""Machines that programs can be compiled for: chips with their published figures, and their devices.
 
-A machine is `CHIP:SHAPE`. GPUs: `a100-80gb:8` is one host of 8, `h100:4x8` are 4 hosts of 8. TPUs: the shape
-of the slice in chips, `v5p:2x2x4`, `v5e:4x8`.
+A machine's name is `CHIP:SHAPE`. The shape of GPUs is their number (`a100-80gb:8`: one host of 8), or hosts x
+GPUs of a host (`h100:4x8`: 4 hosts of 8). The shape of TPUs is that of the slice in chips: `v5p:2x2x4`,
+`v5e:4x8`.
 """
 
 import math
@@ -9,28 +10,39 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.experimental import topologies
 
 from dynfocus_jax.errors import RunError, UserError
-from dynfocus_jax.planning.quiet import quiet
+from dynfocus_jax.planning.plugin_messages import suppress_plugin_messages
 
-_INSTALL = "pip install -r requirements-plan.txt, or start the command by bash launch/local.sh --plan"
+_INSTALL = "pip install -r requirements-plan.txt, or start the command with bash launch/local.sh --plan"
+
+
+@dataclass(frozen=True)
+class GpuTarget:
+    """Properties of a GPU that XLA's compiler needs, besides `_GPU_TARGET`."""
+
+    compute_capability: int  # its major number
+    fields: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Chip:
-    """Published figures of one device, dense and without sparsity.
+    """Published figures of one device, without sparsity.
 
     Attributes:
-      memory: bytes of HBM; usable: the share of it that programs get.
-      flops: peak bfloat16 FLOP/s; bandwidth: HBM bytes/s.
-      link: bytes/s that it sends to its neighbours: over all of NVLink, or over one ICI link of a TPU.
-      network: bytes/s of a device to other hosts (None where the links reach them: a TPU slice).
-      wrap: a TPU slice's side in a multiple of which the links close to a ring (None for GPUs).
-      dimensions: numbers in a TPU slice's shape.
-      target: what XLA has to know of a GPU beyond `_GPU_TARGET`, and its compute capability.
+      memory: HBM, bytes.
+      usable: share of the HBM that programs can use.
+      flops: peak bfloat16 FLOP/s.
+      bandwidth: of the HBM, bytes/s.
+      link: bytes/s to its neighbours: over all NVLink links of a GPU, or over one ICI link of a TPU.
+      network: bytes/s to other hosts; None for TPUs, whose links connect the whole slice.
+      wrap: TPU links form a ring along each side of the slice that is a multiple of this; unused for GPUs.
+      dimensions: number of sides of a TPU slice; 0 for GPUs.
+      target: compiler target of a GPU; None for TPUs.
     """
 
     memory: int
@@ -39,41 +51,48 @@ class Chip:
     bandwidth: float
     link: float
     network: float | None = None
-    wrap: int | None = None
+    wrap: int = 1
     dimensions: int = 0
-    target: tuple[int, dict[str, float]] | None = None
+    target: GpuTarget | None = None
 
 
 def _tpu(memory: int, flops: float, bandwidth: float, link: float, wrap: int, dimensions: int) -> Chip:
-    # The runtime keeps about 1.5 % of the HBM: the compiler gives 15.75 of v5e's 16 GiB.
+    """Return a TPU; `memory` in GiB."""
+    # The runtime reserves about 1.5 % of the HBM: the compiler can use 15.75 of v5e's 16 GiB.
     return Chip(memory * 2**30, 0.984, flops, bandwidth, link, wrap=wrap, dimensions=dimensions)
 
 
-_A100 = {
-    "core_count": 108,
-    "fpus_per_core": 64,
-    "clock_rate_ghz": 1.41,
-    "l2_cache_size": 41943040,
-    "shared_memory_per_core": 167936,
-    "shared_memory_per_block_optin": 166912,
-}
-_H100 = {
-    "core_count": 132,
-    "fpus_per_core": 128,
-    "clock_rate_ghz": 1.98,
-    "l2_cache_size": 52428800,
-    "shared_memory_per_core": 233472,
-    "shared_memory_per_block_optin": 232448,
-}
+_A100 = GpuTarget(
+    8,
+    {
+        "core_count": 108,
+        "fpus_per_core": 64,
+        "clock_rate_ghz": 1.41,
+        "l2_cache_size": 41943040,
+        "shared_memory_per_core": 167936,
+        "shared_memory_per_block_optin": 166912,
+    },
+)
+_H100 = GpuTarget(
+    9,
+    {
+        "core_count": 132,
+        "fpus_per_core": 128,
+        "clock_rate_ghz": 1.98,
+        "l2_cache_size": 52428800,
+        "shared_memory_per_core": 233472,
+        "shared_memory_per_block_optin": 232448,
+    },
+)
 
-# NVIDIA's data sheets (SXM modules; NVLink one way; one 200 or 400 Gb/s adapter a GPU, as in DGX machines),
-# Google's TPU documentation. 5 % of a GPU are left to the CUDA context and NCCL
-# (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95; JAX takes 0.75 unless told).
+# Sources: NVIDIA's data sheets (SXM modules; NVLink in one direction; one network adapter of 200 or 400 Gb/s
+# per GPU, as in DGX machines) and Google's TPU documentation. 5 % of a GPU's memory is left to the CUDA
+# context and NCCL (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95; JAX uses 0.75 by default).
 CHIPS: dict[str, Chip] = {
-    "a100-40gb": Chip(42_285_268_992, 0.95, 312e12, 1.555e12, 300e9, 25e9, target=(8, _A100)),
-    "a100-80gb": Chip(84_987_740_160, 0.95, 312e12, 2.039e12, 300e9, 25e9, target=(8, _A100)),
-    "h100": Chip(84_978_434_048, 0.95, 989e12, 3.352e12, 450e9, 50e9, target=(9, _H100)),
-    "h200": Chip(150_110_011_392, 0.95, 989e12, 4.8e12, 450e9, 50e9, target=(9, _H100)),
+    "a100-40gb": Chip(42_285_268_992, 0.95, 312e12, 1.555e12, 300e9, 25e9, target=_A100),
+    "a100-80gb": Chip(84_987_740_160, 0.95, 312e12, 2.039e12, 300e9, 25e9, target=_A100),
+    "h100": Chip(84_978_434_048, 0.95, 989e12, 3.352e12, 450e9, 50e9, target=_H100),
+    "h200": Chip(150_110_011_392, 0.95, 989e12, 4.8e12, 450e9, 50e9, target=_H100),
     "v4": _tpu(32, 275e12, 1.23e12, 45e9, 4, 3),
     "v5p": _tpu(95, 459e12, 2.765e12, 90e9, 4, 3),
     "v5e": _tpu(16, 197e12, 0.819e12, 45e9, 16, 2),
@@ -95,11 +114,11 @@ _GPU_TARGET = {
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine: `name` as given, its chip, and the shape of a TPU slice or (hosts, GPUs a host)."""
+    """A machine of one or several hosts."""
 
-    name: str
+    name: str  # as the user gave it
     chip: Chip
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # sides of a TPU slice in chips, or (hosts, GPUs of a host)
 
     @property
     def is_tpu(self) -> bool:
@@ -115,14 +134,14 @@ class Machine:
 
     @property
     def usable_memory(self) -> int:
-        """Bytes a device that programs get."""
+        """Memory of a device that programs can use, bytes."""
         return int(self.chip.memory * self.chip.usable)
 
     def link_bandwidth(self) -> float:
-        """Bytes/s that every device can send to its neighbours.
+        """Return the bytes/s that every device can send to its neighbours.
 
-        A side of a TPU slice gives two links where it closes to a ring; else one, which is what the chips at
-        its ends have.
+        Along a side of a TPU slice that forms a ring, every chip has two links. Along any other side it
+        counts as one, because the chips at the ends have only one.
         """
         if not self.is_tpu:
             return self.chip.link
@@ -131,94 +150,99 @@ class Machine:
 
 
 def parse_machine(name: str) -> Machine:
-    """The machine of a name such as `a100-80gb:8` or `v5p:2x2x4`.
+    """Return the machine with a name such as `a100-80gb:8` or `v5p:2x2x4`.
 
     Raises:
-      UserError: an unknown chip, or a shape that is none of that chip's.
+      UserError: the chip is unknown, or the shape does not fit it.
     """
     chip_name, _, shape_text = name.partition(":")
     chip = CHIPS.get(chip_name)
     if chip is None:
-        raise UserError(f"machine {name!r} has the unknown chip {chip_name!r}; there are {', '.join(CHIPS)}.")
+        raise UserError(f"machine {name!r}: unknown chip {chip_name!r}, expected one of {', '.join(CHIPS)}.")
     shape = tuple(map(int, re.findall(r"\d+", shape_text)))
     valid = re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape_text) is not None
     if chip.target is None:
         example = "x".join("224"[-chip.dimensions :])
         if not valid or len(shape) != chip.dimensions:
             raise UserError(
-                f"machine {name!r}: the shape of a {chip_name} slice has {chip.dimensions} sides; write for "
-                f"example {chip_name}:{example}."
+                f"machine {name!r}: invalid shape {shape_text!r} of a {chip_name} slice, expected "
+                f"{chip.dimensions} sides in chips, such as {chip_name}:{example}."
             )
         return Machine(name, chip, shape)
     if not valid or len(shape) > 2:
         raise UserError(
-            f"machine {name!r}: write the GPUs of one host, {chip_name}:8, or hosts x GPUs, {chip_name}:2x8."
+            f"machine {name!r}: invalid shape {shape_text!r}, expected a number of GPUs, such as "
+            f"{chip_name}:8, or hosts x GPUs, such as {chip_name}:2x8."
         )
     return Machine(name, chip, shape if len(shape) == 2 else (1, *shape))
 
 
-def devices(machine: Machine) -> Sequence[jax.Device]:
-    """The machine's devices, for compilation only; no such hardware is needed.
+def compile_only_devices(
+    machine: Machine,
+) -> Sequence[jax.Device]:  # pyright: ignore[reportInvalidTypeForm] (jaxlib has no stubs)
+    """Return the devices of a machine, for compilation only; the hardware need not be present.
 
     Raises:
-      UserError: there is no slice of that shape.
-      RunError: the plugin of the platform is not installed, or does not fit JAX.
+      UserError: there is no TPU slice of that shape.
+      RunError: the compiler plugin of the platform is not installed, or does not fit JAX.
     """
-    # libtpu keeps a lock for the chips of a machine; only its compiler is used.
+    # libtpu locks the chips of a host for one process; only its compiler is used here.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
-        with quiet():
-            jax.devices()  # the first that is asked of JAX starts its search for plugins
+        with suppress_plugin_messages():
+            jax.devices()  # the first call makes JAX search for plugins
             found = topologies.get_topology_desc(
                 platform=machine.platform, topology_name=machine.name, **_topology(machine)
             ).devices
     except NotImplementedError as error:
-        raise RunError(_absent(machine, error)) from None
+        raise RunError(_missing_compiler(machine, error)) from None
     except RuntimeError as error:
         if "not installed" in str(error) or "nknown platform" in str(error):
-            raise RunError(_absent(machine, error)) from None
+            raise RunError(_missing_compiler(machine, error)) from None
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise UserError(
-            f"machine {machine.name!r} is refused by its compiler ({reason}); a slice has whole hosts of 2x2 "
-            "chips, or one chip."
+            f"machine {machine.name!r}: the compiler rejects the shape ({reason}), expected one chip or "
+            "whole hosts of 2x2 chips."
         ) from None
     if len(found) != machine.num_devices:
         raise UserError(
-            f"machine {machine.name!r} has {len(found)} devices for its compiler, expected "
-            f"{machine.num_devices}; choose another shape."
+            f"machine {machine.name!r}: the compiler finds {len(found)} devices, expected "
+            f"{machine.num_devices}. Choose another shape."
         )
     return found
 
 
-def _topology(machine: Machine) -> dict:
+def _topology(machine: Machine) -> dict[str, Any]:
     """Return the options that the platform's compiler needs."""
-    if machine.is_tpu:
-        # v4's two cores work as one device, as its runtime has it; later chips have no other way.
+    target = machine.chip.target
+    if target is None:
+        # The two cores of a v4 chip are used as one device, as its runtime does; later chips always are.
         cores = {"chip_config_name": "megacore"} if machine.name.startswith("v4:") else {}
         return cores | ({"chips_per_host_bounds": (1, 1, 1)} if machine.num_devices == 1 else {})
     hosts, gpus = machine.shape
-    return {"topology": f"1x{hosts}x{gpus}", "target_config": _target_config(machine.chip)}
+    return {"topology": f"1x{hosts}x{gpus}", "target_config": _target_config(machine.chip, target)}
 
 
-def _absent(machine: Machine, error: Exception) -> str:
-    what = "libtpu" if machine.is_tpu else "jax-cuda12-plugin"
+def _missing_compiler(machine: Machine, error: Exception) -> str:
+    """Return the sentence about a compiler plugin that is missing or does not fit JAX."""
+    package = "libtpu" if machine.is_tpu else "jax-cuda12-plugin"
     reason = " ".join(str(error).split())[:120].rstrip(".")
     return (
-        f"machine {machine.name!r} needs the compiler of {what} of the version that goes with jax "
-        f"{jax.__version__} ({reason}); {_INSTALL} (neither needs the hardware or a driver)."
+        f"machine {machine.name!r}: the compiler in {package}, in the version for jax {jax.__version__}, is "
+        f"missing ({reason}). Install it with {_INSTALL}; it needs neither the hardware nor a driver."
     )
 
 
-def _target_config(chip: Chip) -> str:
-    """XLA's GpuTargetConfig as a text proto."""
-    major, fields = chip.target
+def _target_config(chip: Chip, target: GpuTarget) -> str:
+    """Return XLA's GpuTargetConfig as a text proto."""
     fields = {
         **_GPU_TARGET,
-        **fields,
+        **target.fields,
         "memory_bandwidth": int(chip.bandwidth),
         "device_memory_size": chip.memory,
     }
     lines = "\n".join(f"  {key}: {value}" for key, value in fields.items())
+    major = target.compute_capability
     return (
         f"gpu_device_info {{\n  cuda_compute_capability {{ major: {major} }}\n{lines}\n}}\n"
         'platform_name: "CUDA"\ndnn_version_info { major: 9 minor: 8 }\n'

@@ -5,7 +5,6 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import cachetools
@@ -20,9 +19,10 @@ from dynfocus_jax import trees
 from dynfocus_jax.batch import Batch, padding_sample
 from dynfocus_jax.errors import SampleError, UserError
 from dynfocus_jax.media.video import Clip
-from dynfocus_jax.parallel.sharding import batch_sharding, place, replicated, row_shares
+from dynfocus_jax.parallel.sharding import batch_sharding, num_row_shards, place_like, replicated
 from dynfocus_jax.serving.answer_text import AnswerText
 from dynfocus_jax.serving.batch_layout import BatchLayout, bucket_size, choose_layout
+from dynfocus_jax.serving.jobs import Job
 from dynfocus_jax.serving.programs import (
     ClipSummary,
     DecodeState,
@@ -32,7 +32,7 @@ from dynfocus_jax.serving.programs import (
 )
 from dynfocus_jax.serving.requests import Completion, EncodedClip, Messages, Request, split_turns
 from dynfocus_jax.serving.token_sampling import GREEDY, check_sampling, stack_sampling
-from dynfocus_jax.text.conversation import TEMPLATES, Conversation, encode_prompt, query_text
+from dynfocus_jax.text.conversation import TEMPLATES, encode_prompt, query_text
 from dynfocus_jax.text.tokenizers import Tokenizer
 from dynfocus_jax.video_language_model import Prompts, build_model, stage_connector
 
@@ -43,38 +43,6 @@ _DISPATCHED = 2
 OnToken = Callable[[str, str], None]
 
 T = TypeVar("T")
-
-
-@dataclass
-class _Job:
-    """A request in progress."""
-
-    number: int  # position in the call of `generate`
-    request: Request
-    prompt: Conversation
-    query: str  # text for the text encoder
-    text_size: int  # text tokens, padded
-    visual_size: int  # visual tokens, padded
-    max_tokens: int  # of the answer
-    answer: AnswerText
-    encoded: EncodedClip | None = None
-    finish_reason: str | None = None  # None while it is being answered
-    error: str | None = None  # why it cannot be answered
-    text: str = ""  # set when the answer is complete
-    token_times: list[float] = field(default_factory=list)  # of the first and of the latest token
-
-    @property
-    def visual_count(self) -> int:
-        return 0 if self.encoded is None else self.encoded.count
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt and of the longest possible answer, without padding."""
-        return self.visual_count + len(self.prompt.tokens) + self.max_tokens
-
-    @property
-    def running(self) -> bool:
-        return self.finish_reason is None and self.error is None
 
 
 class BatchAnswers(NamedTuple):
@@ -199,10 +167,10 @@ class Engine:
         jobs.sort(key=lambda job: (job.visual_size + job.text_size, job.max_tokens))
         for group in _split(jobs, self._settings.batch[-1]):
             self._answer(group)
-            completions |= {job.number: self._completion(job, started) for job in group}
+            completions |= {job.number: job.completion(started) for job in group}
         return [completions[number] for number in range(len(requests))]
 
-    def _job(self, number: int, request: Request, on_token: OnToken | None) -> _Job:
+    def _job(self, number: int, request: Request, on_token: OnToken | None) -> Job:
         """Check a request and encode its prompt."""
         turns, question = split_turns(request.messages)
         check_sampling(request.sampling, f"request {request.id}")
@@ -231,9 +199,9 @@ class Engine:
         on_text = None if on_token is None else lambda text: on_token(request.id, text)
         answer = AnswerText(self.tokenizer.decode, request.stop, on_text)
         text_size = bucket_size(len(prompt.tokens), self._settings.text)
-        return _Job(number, request, prompt, query, text_size, visual_size, max_tokens, answer)
+        return Job(number, request, prompt, query, text_size, visual_size, max_tokens, answer)
 
-    def _answer(self, jobs: list[_Job]) -> None:
+    def _answer(self, jobs: list[Job]) -> None:
         """Answer a group of requests together: prefill all prompts, then decode all answers."""
         for job in jobs:
             self._encode_job(job)
@@ -242,11 +210,11 @@ class Engine:
             return
         prompt_length = max(job.visual_size for job in jobs) + max(job.text_size for job in jobs)
         layout = choose_layout(
-            len(jobs), row_shares(self.mesh), prompt_length, self._settings.batch, self._settings.prefill
+            len(jobs), num_row_shards(self.mesh), prompt_length, self._settings.batch, self._settings.prefill
         )
         longest = max(prompt_length, *(job.length for job in jobs))
         state = self._programs.empty_state(layout.decode_size, _cache_length(longest, self._settings.cache))
-        rows: dict[int, _Job] = {}  # of the decode batch
+        rows: dict[int, Job] = {}  # of the decode batch
         first_tokens = []
         for number, group in enumerate(_split(jobs, layout.prefill_size)):
             prefill_rows = {layout.prefill_row(position): job for position, job in enumerate(group)}
@@ -264,7 +232,7 @@ class Engine:
         if any(job.running for job in jobs):
             self._decode(state, max(job.max_tokens for job in jobs) - 1, add_tokens)
 
-    def _encode_job(self, job: _Job) -> None:
+    def _encode_job(self, job: Job) -> None:
         """Encode the clip of a request, and set `job.error` if the request turns out to be too long."""
         request, max_length = job.request, self._settings.max_length
         if request.encoded is not None:
@@ -279,7 +247,7 @@ class Engine:
             )
 
     def _prefill(
-        self, state: DecodeState, number: int, jobs: dict[int, _Job], layout: BatchLayout
+        self, state: DecodeState, number: int, jobs: dict[int, Job], layout: BatchLayout
     ) -> tuple[DecodeState, jax.Array]:
         """Prefill the prompts of `jobs` {row: job} and insert them into the decode batch as prefill `number`.
 
@@ -333,35 +301,11 @@ class Engine:
             if step >= _DISPATCHED and not add_tokens(np.asarray(dispatched.popleft())):
                 return
 
-    def _add_tokens(self, jobs: dict[int, _Job], tokens: np.ndarray) -> None:
-        """Append the next token of each row to its answer, for answers that have not ended."""
+    def _add_tokens(self, jobs: dict[int, Job], tokens: np.ndarray) -> None:
+        """Append the next token of each row {row: job} to its answer, unless that has ended."""
         for row, job in jobs.items():
-            if not job.running:
-                continue
-            token = int(tokens[row])
-            job.token_times[1:] = [time.perf_counter()]
-            job.answer.add(token)
-            if token in self._end_ids or job.answer.stopped:
-                job.finish_reason = "stop"
-            elif len(job.answer.tokens) == job.max_tokens:
-                job.finish_reason = "length"
-            if not job.running:
-                job.text = job.answer.finish()
-
-    def _completion(self, job: _Job, started: float) -> Completion:
-        if job.finish_reason is None:
-            return Completion(job.request.id, error=job.error)
-        count, (first, last) = len(job.answer.tokens), (job.token_times[0], job.token_times[-1])
-        return Completion(
-            job.request.id,
-            job.text,
-            tuple(job.answer.tokens),
-            job.finish_reason,
-            job.visual_count,
-            len(job.prompt.tokens),
-            seconds_to_first_token=first - started,
-            tokens_per_second=(count - 1) / (last - first) if count > 1 else None,
-        )
+            if job.running:
+                job.add_token(int(tokens[row]), self._end_ids)
 
     # ---- Answering a batch of the evaluation ---------------------------------------------------------
 
@@ -415,7 +359,7 @@ def _placed(leaf: np.ndarray | jax.Array, like: jax.ShapeDtypeStruct) -> jax.Arr
     """Return a parameter in the dtype and layout of `like`; without a copy if it has them already."""
     if isinstance(leaf, jax.Array) and (leaf.dtype, leaf.sharding) == (like.dtype, like.sharding):
         return leaf
-    return place(leaf, like)
+    return place_like(leaf, like)
 
 
 def _split(items: list[T], size: int) -> Iterator[list[T]]:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from dynfocus_jax.batch import Array, Batch
 from dynfocus_jax.connectors.interface import VisualTokens
 from dynfocus_jax.models.llama import Cache
-from dynfocus_jax.parallel.sharding import LOGICAL, batch_sharding, on_mesh, replicated, row_shares
+from dynfocus_jax.parallel.sharding import LOGICAL_AXES, batch_sharding, num_row_shards, on_mesh, replicated
 from dynfocus_jax.parameters import sharded_shapes
 from dynfocus_jax.serving.token_sampling import RowSampling, sample_tokens
 from dynfocus_jax.video_language_model import Prompts, VideoLanguageModel
@@ -101,7 +101,7 @@ def make_programs(model: VideoLanguageModel, mesh: Mesh, end_ids: Iterable[int],
     rows: Any = batch_sharding(mesh)  # Any, because it stands for an array in the structures below
     copies = replicated(mesh)
     heads = "tensor" if model.config.language.kv_heads % mesh.shape["tensor"] == 0 else None
-    keys: Any = NamedSharding(mesh, PartitionSpec(None, LOGICAL["batch"], heads, None, None))
+    keys: Any = NamedSharding(mesh, PartitionSpec(None, LOGICAL_AXES["batch"], heads, None, None))
     cache_layout = Cache(keys, keys, rows)
     layout = DecodeState(cache_layout, rows, rows, rows, rows, RowSampling(rows, rows, rows, rows))
     ends = np.asarray(sorted(end_ids), np.int32)
@@ -149,7 +149,7 @@ def make_programs(model: VideoLanguageModel, mesh: Mesh, end_ids: Iterable[int],
             axis = int(old.ndim > 1)  # the axis of rows: 0, but 1 in keys and values
 
             def split_blocks(x):
-                return x.reshape(*x.shape[:axis], row_shares(mesh), -1, *x.shape[axis + 1 :])
+                return x.reshape(*x.shape[:axis], num_row_shards(mesh), -1, *x.shape[axis + 1 :])
 
             blocks, new = split_blocks(old), split_blocks(new.astype(old.dtype))
             start = [0] * blocks.ndim

@@ -42,8 +42,8 @@ class Template:
 # "ASSISTANT:" on, and the </s> after it.
 _VICUNA = Template(
     system=(
-        "A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+        "helpful, detailed, and polite answers to the user's questions. "
     ),
     user_prefix="USER: ",
     answer_prefix=" ASSISTANT:",

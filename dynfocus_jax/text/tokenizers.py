@@ -130,8 +130,8 @@ class WordTokenizer:
     def _encode_word(self, word: str) -> int:
         if self._strict and word not in self._ids:
             raise UserError(
-                f"the word {word!r} is not in the vocabulary of {self.vocab_size} words: "
-                "use the vocabulary file that belongs to the data."
+                f"the word {word!r} is not in the vocabulary of {self.vocab_size} words: use the vocabulary "
+                "file that belongs to the data."
             )
         return self._ids.get(word, self.unk_id)
 

@@ -1,1 +1,1 @@
-"""Training: optimizer, loss, step, checkpoints, metrics and the one loop that runs a stage."""
+"""Training: optimizer, loss, step, checkpoints, metrics, and the loop that runs a stage."""

@@ -10,14 +10,14 @@ from dynfocus_jax.batch import Batch
 
 
 def answer_loss(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of the answer tokens.
+    """Return the cross-entropy of the answer tokens.
 
     Args:
-      logits: float32 `[B, Lt, V]`, row i predicting text token i.
-      batch: its `tokens` and `loss_mask`.
+      logits: float32 `[B, Lt, V]`, of which row i predicts text token i.
+      batch: `tokens` and `loss_mask` are used.
 
     Returns:
-      Sum of the losses of each sample `[B]` float32, and its number of answer tokens `[B]` float32.
+      The sum of the losses of each sample and its number of answer tokens, float32 `[B]` each.
     """
     return _sums(logits, batch.tokens, batch.loss_mask)
 
@@ -25,20 +25,22 @@ def answer_loss(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
 def chunked_answer_loss(
     hidden: jax.Array, logits: Callable[[jax.Array], jax.Array], batch: Batch, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-    """`answer_loss` that holds the logits of `chunk` text tokens a sample at a time, backwards too.
+    """Return `answer_loss`, with the logits of only `chunk` text tokens per sample in memory at a time.
+
+    The backward pass computes the logits of each chunk again.
 
     Args:
-      hidden: `[B, Lt, D]`, row i predicting text token i.
-      logits: a function of some of its rows, `[B, n, D] -> [B, n, V]` float32.
-      batch: its `tokens` and `loss_mask`.
-      chunk: 0, or a number of Lt or more, takes all tokens at once.
+      hidden: `[B, Lt, D]`, of which row i predicts text token i.
+      logits: maps rows of `hidden` to logits, `[B, n, D] -> [B, n, V]` float32.
+      batch: `tokens` and `loss_mask` are used.
+      chunk: text tokens per chunk; 0, or Lt and more, takes all at once.
     """
     rows, length = batch.tokens.shape
     if not 0 < chunk < length:
         return answer_loss(logits(hidden), batch)
     padding = -length % chunk
 
-    def chunks(x):  # [B, Lt, ...] -> [chunks, B, chunk, ...], padded with what has no loss
+    def chunks(x):  # [B, Lt, ...] -> [chunks, B, chunk, ...]; padding has no loss
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(rows, -1, chunk, *x.shape[2:]), 1, 0)
 

@@ -1,4 +1,4 @@
-"""AdamW with the stage's schedule, clipping and per-part learning rates."""
+"""AdamW with a learning rate schedule, gradient clipping and learning rate factors by parameter path."""
 
 import jax
 import optax
@@ -7,8 +7,8 @@ from ml_collections import ConfigDict
 from dynfocus_jax import trees
 
 
-def schedule(stage: ConfigDict) -> optax.Schedule:
-    """Learning rate by step: linear warm-up, then cosine to 0, or constant and a linear tail."""
+def make_schedule(stage: ConfigDict) -> optax.Schedule:
+    """Return the learning rate by step: a linear warm-up, then a cosine, or a constant with a linear tail."""
     steps, peak = stage.steps, stage.learning_rate
     warmup = round(stage.warmup * steps)
     rise = optax.linear_schedule(0 if warmup else peak, peak, warmup)
@@ -23,7 +23,11 @@ def schedule(stage: ConfigDict) -> optax.Schedule:
 
 
 def make_optimizer(stage: ConfigDict, trained: dict) -> optax.GradientTransformation:
-    """The optimizer of a stage's trained parameters (a nested dict of arrays or shapes)."""
+    """Return the optimizer of a stage's trained parameters, nested dicts of arrays or shapes.
+
+    Raises:
+      UserError: a pattern of `stage.lr_scale` matches no trained parameter.
+    """
     paths = list(trees.flatten(trained))
     factors = dict.fromkeys(paths, 1.0)
     for pattern, factor in stage.lr_scale:
@@ -32,6 +36,6 @@ def make_optimizer(stage: ConfigDict, trained: dict) -> optax.GradientTransforma
     factors = trees.unflatten(factors)
     return optax.chain(
         optax.clip_by_global_norm(stage.clip),
-        optax.adamw(schedule(stage), b2=stage.b2, weight_decay=stage.weight_decay),
+        optax.adamw(make_schedule(stage), b2=stage.b2, weight_decay=stage.weight_decay),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors)),
     )

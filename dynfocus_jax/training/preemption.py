@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM, which schedulers send some time before they end a job."""
+"""Preemption: schedulers send SIGTERM some time before they end a job."""
 
 import signal
 
@@ -7,14 +7,14 @@ from jax.experimental import multihost_utils
 
 
 class Preemption:
-    """While it is entered, SIGTERM no longer ends the process but is noted, for the train loop to act on.
+    """A context in which SIGTERM does not end the process, but makes `requested` return True.
 
-    With several processes, of which one may be told before another, `requested` turns True before the same
-    step in all of them: JAX's preemption service, which takes the signal there, agrees on the step.
+    Several processes may get the signal at different times. JAX's preemption service, which handles the
+    signal then, agrees on a step, so that `requested` becomes True before the same step in all processes.
     """
 
     def __init__(self):
-        self.agreed = False  # what `requested` last said
+        self.agreed = False  # the last result of `requested`
         self._signalled = False
         self._calls = 0
 
@@ -29,8 +29,8 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._handler)
 
     def requested(self) -> bool:
-        """Whether to save and stop now; to be asked once before every step, by all processes."""
-        self._calls += 1  # over all stages: the service needs a count that grows
+        """Whether to save and stop now; all processes must call it once before every step."""
+        self._calls += 1  # over all stages, because the service needs increasing step numbers
         if self._joined:
             reached = multihost_utils.reached_preemption_sync_point(self._calls)
         else:

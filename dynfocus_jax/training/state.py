@@ -1,6 +1,6 @@
-"""The state of training: what it holds, in which dtypes, and how it lies on the mesh."""
+"""The state of training, its dtypes and its layout on the mesh."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,18 @@ from dynfocus_jax.training.optimizer import make_optimizer
 
 
 class TrainState(NamedTuple):
-    """step: int32 steps done; trained, frozen: the two parts of the parameters; opt_state: of the trained."""
+    """State that a train step updates; its leaves are arrays, or stand for them (shapes, shardings)."""
 
-    step: jax.Array
-    trained: dict
-    frozen: dict
-    opt_state: optax.OptState
+    step: Any  # int32 [], completed steps
+    trained: dict  # parameters that the stage trains, nested dicts
+    frozen: dict  # all other parameters
+    opt_state: optax.OptState  # of the trained parameters
 
 
 def abstract_state(config: ConfigDict, index: int, mesh: Mesh) -> TrainState:
-    """The state of stage `index` as shapes, dtypes and layouts on the mesh; nothing is allocated.
+    """Return the state of stage `index` as shapes, dtypes and layouts on the mesh; nothing is allocated.
 
-    The optimizer's state follows the parameters it belongs to.
+    Each part of the optimizer state has the layout of its parameter.
 
     Raises:
       UserError: a pattern of the stage (`trainable`, `lr_scale`) matches no parameter, or the mesh does not
@@ -51,5 +51,5 @@ def abstract_state(config: ConfigDict, index: int, mesh: Mesh) -> TrainState:
 
 
 def state_shardings(state: TrainState) -> TrainState:
-    """The layouts of a state, abstract or not."""
+    """Return the shardings of a state, of arrays or of shapes."""
     return jax.tree.map(lambda leaf: leaf.sharding, state)

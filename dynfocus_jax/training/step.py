@@ -1,6 +1,8 @@
 """The train step: one compiled function of state and batch."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,28 +27,31 @@ def make_train_step(
     key: jax.Array,
     shardings: TrainState,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The jitted step; the state is donated. Metrics are float32 scalars over the global batch.
+    """Return the jitted step from (state, batch) to (new state, metrics); it donates the state.
 
-    shardings: of the state (`state_shardings`), on the mesh that the step runs on.
+    Args:
+      model: the model of the stage.
+      optimizer: see `make_optimizer`.
+      learning_rate: schedule, reported in the metrics.
+      stage: the section of the stage.
+      key: PRNG key that the randomness of every step is derived from.
+      shardings: shardings of the state (`state_shardings`), on the mesh that the step runs on.
+
+    The metrics are float32 scalars over the global batch: loss, grad_norm, learning_rate, frames, tokens.
     """
     mesh = shardings.step.mesh
 
     def loss_and_gradient(state: TrainState, batch: Batch, answers: jax.Array, randomness: Randomness):
-        """The part that these rows have in the mean over all `answers`, their visual tokens, the gradient."""
+        """Return these rows' part of the mean loss over all `answers`, their visual tokens and gradients."""
 
         def loss_fn(trained):
             variables = {"params": trees.merge(trained, state.frozen)}
-            hidden, visual = model.apply(
-                variables,
-                batch,
-                train=True,
-                randomness=randomness,
-                method=VideoLanguageModel.hidden,
-            )
 
-            def logits(hidden):
-                return model.apply(variables, hidden, method=VideoLanguageModel.logits)
+            def apply(*inputs, method: Callable, **options) -> Any:
+                return model.apply(variables, *inputs, method=method, **options)
 
+            hidden, visual = apply(batch, train=True, randomness=randomness, method=VideoLanguageModel.hidden)
+            logits = functools.partial(apply, method=VideoLanguageModel.logits)
             total, _ = chunked_answer_loss(hidden, logits, batch, stage.loss_chunk)
             return total.sum() / answers, visual.count.sum()
 
@@ -54,39 +59,43 @@ def make_train_step(
         return loss, visual, jax.lax.with_sharding_constraint(grads, shardings.trained)
 
     def accumulate(state: TrainState, batch: Batch, answers: jax.Array, randomness: Randomness):
-        """The same in `microbatches` parts: part i has every n-th row from i on, so that no row moves."""
+        """Return the same, computed in n microbatches one after the other.
+
+        Microbatch i has every n-th row from row i on: each device then has the same part of every microbatch,
+        and no row moves between devices.
+        """
         count = stage.microbatches
         layout = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
 
-        def parts(x):
+        def split(x):
             x = jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
             return jax.lax.with_sharding_constraint(x, layout)
 
-        def add(sums, part):
-            rows, keys = part
-            own = randomness._replace(keys=keys)
-            return jax.tree.map(jnp.add, sums, loss_and_gradient(state, rows, answers, own)), None
+        def add(sums, microbatch):
+            rows, keys = microbatch
+            contribution = loss_and_gradient(state, rows, answers, randomness._replace(keys=keys))
+            return jax.tree.map(jnp.add, sums, contribution), None
 
         grads = jax.tree.map(jnp.zeros_like, state.trained)
         sums = jnp.float32(0), jnp.int32(0), jax.lax.with_sharding_constraint(grads, shardings.trained)
-        return jax.lax.scan(add, sums, (jax.tree.map(parts, batch), parts(randomness.keys)))[0]
+        return jax.lax.scan(add, sums, (jax.tree.map(split, batch), split(randomness.keys)))[0]
 
     def step_fn(state: TrainState, batch: Batch):
         answers = jnp.maximum(batch.loss_mask.sum(dtype=jnp.float32), 1)
         with on_mesh(mesh):
-            whole = loss_and_gradient if stage.microbatches == 1 else accumulate
-            # One key per row of the global batch: a row draws the same in any microbatch and on any mesh.
+            # One key per row of the global batch: a row draws the same in any microbatch and on any mesh
             step_key, rows = jax.random.fold_in(key, state.step), len(batch.index)
             randomness = row_randomness(step_key, rows, state.step < stage.random_steps)
-            loss, visual, grads = whole(state, batch, answers, randomness)
+            compute = loss_and_gradient if stage.microbatches == 1 else accumulate
+            loss, num_visual, grads = compute(state, batch, answers, randomness)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
+        trained: Any = optax.apply_updates(state.trained, updates)
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": learning_rate(state.step),
             "frames": batch.frame_mask.sum(dtype=jnp.float32),
-            "tokens": (visual + batch.length.sum()).astype(jnp.float32),
+            "tokens": (num_visual + batch.length.sum()).astype(jnp.float32),
         }
         return TrainState(state.step + 1, trained, state.frozen, opt_state), metrics
 

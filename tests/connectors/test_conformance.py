@@ -10,7 +10,7 @@ from dynfocus_jax.batch import Batch
 from dynfocus_jax.config import connector
 from dynfocus_jax.connectors.registry import connector_kinds, find_connector
 from dynfocus_jax.parameters import init_params, sharded_shapes, trained_paths
-from dynfocus_jax.training.optimizer import make_optimizer, schedule
+from dynfocus_jax.training.optimizer import make_optimizer, make_schedule
 from dynfocus_jax.training.state import TrainState, abstract_state, state_shardings
 from dynfocus_jax.training.step import make_train_step
 from dynfocus_jax.validation import validate
@@ -115,7 +115,7 @@ def train_step(config, params, batch: Batch, microbatches: int, **axes: int):
     state = TrainState(np.int32(0), trained, frozen, optimizer.init(trained))
     state = jax.tree.map(jax.device_put, jax.device_get(state), shardings)
     model, key = build_model(config), jax.random.key(2)
-    step = make_train_step(model, optimizer, schedule(stage), stage, key, shardings)
+    step = make_train_step(model, optimizer, make_schedule(stage), stage, key, shardings)
     state, metrics = step(state, batch)
     return jax.device_get((metrics, trees.flatten(state.trained)))
 

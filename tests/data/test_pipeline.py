@@ -21,7 +21,8 @@ from dynfocus_jax.data.samples import SampleLoader
 from dynfocus_jax.data.skipped import Skipped
 from dynfocus_jax.data.synthetic import write_video
 from dynfocus_jax.errors import MediaError, UserError
-from dynfocus_jax.records.records import Record, read_records
+from dynfocus_jax.records.records import Record
+from dynfocus_jax.records.sources import read_records
 from dynfocus_jax.text.conversation import TEMPLATES
 from dynfocus_jax.text.tokenizers import WordTokenizer
 

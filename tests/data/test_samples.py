@@ -13,7 +13,7 @@ from dynfocus_jax.data.samples import SampleLoader
 from dynfocus_jax.data.skipped import Shortened, Skipped
 from dynfocus_jax.data.synthetic import write_video
 from dynfocus_jax.errors import SampleError, UserError
-from dynfocus_jax.records.records import Record, Refused
+from dynfocus_jax.records.records import Record, RefusedEntry
 from dynfocus_jax.text.conversation import TEMPLATES
 from dynfocus_jax.text.tokenizers import WordTokenizer
 
@@ -281,7 +281,7 @@ def test_shortened_samples_are_counted_and_listed_once(tmp_path):
 
 
 def test_refused_records_are_listed_and_may_be_too_many(tmp_path):
-    refused = [("s", Refused(number, "same", f"reason {number}")) for number in (3, 8)]
+    refused = [("s", RefusedEntry(number, "same", f"reason {number}")) for number in (3, 8)]
     skipped = Skipped(tmp_path / "skipped.jsonl", max_share=0.01)
     with pytest.raises(
         UserError, match=r"2 of 199 records .* share of 0.01; the last: record same of s: reason 8"

@@ -314,7 +314,7 @@ def test_csv_without_a_column_and_files_that_do_not_fit(tmp_path):
     assert "contains no questions" in one_sentence(lambda: read_benchmark("nextqa", annotations, media))
     row = ["1", 9, 9, 9, "why", 0, "0", "CW", "a", "b", "c", "d", "e"]
     write_csv(tmp_path / "test.csv", NEXTQA, [row])
-    assert "gsub_test.json cannot be read" in one_sentence(
+    assert "gsub_test.json: cannot be read" in one_sentence(
         lambda: read_benchmark("nextgqa", annotations, media)
     )
     write_json(tmp_path / "gsub_test.json", {"1": {"location": {"5": [[0, 1]]}}})

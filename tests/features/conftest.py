@@ -1,4 +1,4 @@
-"""A few videos and images, a configuration of two stages that reads them, and a tower to start from."""
+"""Videos and images, a configuration of two stages that reads them, and a checkpoint with a vision tower."""
 
 import json
 import pickle
@@ -15,21 +15,21 @@ from dynfocus_jax.parameters import init_params, param_shapes
 from dynfocus_jax.training.checkpoints import save_params
 from dynfocus_jax.video_language_model import build_model
 from dynfocus_jax.weights.conversion import belongs_to_connector
-from tests.features.small import CALL, FRAMES, make_config
+from tests.features.extract_config import BATCH_SIZE, FRAMES, make_config
 from tests.tiny import SIZE, mesh_of, shaken, tiny_config
 
 
 def entry(name, media, *, question="what is red ?", answer="square", **fields):
-    """A record of a LLaVA file."""
-    kind = {} if media is None else {"image" if media.endswith(".png") else "video": media}
-    said = question if media is None else f"<image>\n{question}"
-    talk = [{"from": "human", "value": said}, {"from": "gpt", "value": answer}]
-    return {"id": name, "conversations": talk} | kind | fields
+    """Return an entry of a LLaVA file."""
+    media_field = {} if media is None else {"image" if media.endswith(".png") else "video": media}
+    prompt = question if media is None else f"<image>\n{question}"
+    conversation = [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
+    return {"id": name, "conversations": conversation} | media_field | fields
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """The data's root."""
+    """The data root, with media and annotations."""
     root = tmp_path_factory.mktemp("media")
     rng = np.random.default_rng(0)
     for name, count in FRAMES.items():
@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def initial(tmp_path_factory):
-    """A checkpoint with a whole model whose parameters all matter."""
+    """A checkpoint of a whole model without its connector, all of whose parameters affect the output."""
     config = tiny_config()
     config.model.dtype = "float32"
     index = len(config.stages) - 1
@@ -75,28 +75,28 @@ def initial(tmp_path_factory):
 
 @pytest.fixture
 def config(folder, initial):
-    """Two stages that leave the tower as it is, the first with two buckets."""
+    """Two stages with a frozen vision tower, the first with two buckets."""
     return make_config(folder, initial)
 
 
 @pytest.fixture(scope="session")
 def extracted(folder, initial, tmp_path_factory):
-    """Features of all of it: {dtype: folder}."""
-    found = {}
+    """Folders with the features of all media, by dtype."""
+    folders = {}
     for dtype in ("float32", "bfloat16"):
-        found[dtype] = tmp_path_factory.mktemp(f"features_{dtype}")
-        extract_features(make_config(folder, initial, dtype), found[dtype], batch_size=CALL)
-    return found
+        folders[dtype] = tmp_path_factory.mktemp(f"features_{dtype}")
+        extract_features(make_config(folder, initial, dtype), folders[dtype], batch_size=BATCH_SIZE)
+    return folders
 
 
 @pytest.fixture
 def movie():
-    """`movie(path, frames, seed=0)` writes movie features as LLaMA-VID's would be for the tiny tower."""
+    """`movie(path, frames, seed=0)` writes and returns movie features for the tiny vision tower."""
 
-    def write(path, frames, seed=0, tokens=(SIZE // 4) ** 2, width=16, said=None):
+    def write(path, frames, seed=0, tokens=(SIZE // 4) ** 2, width=16, text=None):
         values = np.random.default_rng(seed).standard_normal((frames, tokens, width)).astype(np.float16)
-        said = said or "".join(f"<image>word {i}" if i % 2 else "<image>..." for i in range(frames))
-        path.write_bytes(pickle.dumps({"feats": values, "inputs": said}))
+        text = text or "".join(f"<image>word {i}" if i % 2 else "<image>..." for i in range(frames))
+        path.write_bytes(pickle.dumps({"feats": values, "inputs": text}))
         return values
 
     return write

@@ -1,4 +1,4 @@
-"""Movie features: what the published files hold is read as it is, and nothing in a file is ever executed."""
+"""Movie features: published files are read exactly, and nothing in a file is ever executed."""
 
 import copyreg
 import io
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dynfocus_jax.errors import MediaError
 from dynfocus_jax.features import movie_features
-from dynfocus_jax.features.movie_features import read_movie
+from dynfocus_jax.features.movie_features import read_movie_features
 from dynfocus_jax.media.subtitles import Subtitle
 
 SHAPE = (3, 5, 4)
@@ -28,20 +28,20 @@ def movie(shape=SHAPE, dtype=np.float16, text=TEXT, seed=0):
 def read(tmp_path, content: bytes):
     path = tmp_path / "movie.pkl"
     path.write_bytes(content)
-    return read_movie(path)
+    return read_movie_features(path)
 
 
-def refused(tmp_path, content: bytes, why: str = ""):
-    with pytest.raises(MediaError, match=r"movie\.pkl: not a movie-features file \(.*" + why):
+def expect_error(tmp_path, content: bytes, reason: str = ""):
+    with pytest.raises(MediaError, match=r"movie\.pkl: not a movie-features file \(.*" + reason):
         read(tmp_path, content)
 
 
-# --- What is read -------------------------------------------------------------------------------------------
+# --- Valid files --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-@pytest.mark.parametrize("shape", [SHAPE, (3, 257, 64)])  # below and above what pickle writes into a frame
+@pytest.mark.parametrize("shape", [SHAPE, (3, 257, 64)])  # pickle writes large arrays outside of its frames
 def test_round_trip(tmp_path, protocol, dtype, shape):
     content = movie(shape, dtype)
     found = read(tmp_path, pickle.dumps(content, protocol))
@@ -52,13 +52,13 @@ def test_round_trip(tmp_path, protocol, dtype, shape):
     assert found.subtitles == [Subtitle(0.0, 1.0, "Hello there"), Subtitle(2.0, 3.0, "well <b>yes</b>")]
 
 
-def test_names_of_older_and_newer_numpy(tmp_path):
+def test_module_names_of_numpy_1_and_2(tmp_path):
     content = pickle.dumps(movie(), 4)
     new, old = b"\x8c\x16numpy._core.multiarray", b"\x8c\x15numpy.core.multiarray"
     assert content.count(new) + content.count(old) == 1
     for name in (new, old):
         changed = content.replace(new, name).replace(old, name)
-        # The first frame holds all but the text; its length changes with the name.
+        # The first frame holds everything but the text; its length changes with the name.
         frame = 8 * (changed[2:3] == b"\x95")
         assert frame
         body = changed[11:]
@@ -66,7 +66,7 @@ def test_names_of_older_and_newer_numpy(tmp_path):
         np.testing.assert_array_equal(read(tmp_path, changed).features, movie()["feats"])
 
 
-def test_fortran_order_and_views(tmp_path):
+def test_memory_layouts(tmp_path):
     content = movie()
     for feats in (np.asfortranarray(content["feats"]), content["feats"][:, ::-1], content["feats"][1:]):
         text = "<image>" * len(feats)
@@ -75,7 +75,7 @@ def test_fortran_order_and_views(tmp_path):
 
 
 def test_features_are_a_view_of_the_file(tmp_path):
-    """No matter how long a movie is, only what is looked at is read."""
+    """Only the frames that are used are read from the disk, however long the movie is."""
     found = read(tmp_path, pickle.dumps(movie((3, 257, 64)), 4))
     base = found.features
     while getattr(base, "base", None) is not None:
@@ -89,54 +89,54 @@ def test_text_before_the_first_frame_belongs_to_it(tmp_path):
     assert found.subtitles == [Subtitle(0.0, 1.0, "Once upon")]
 
 
-def test_other_entries_do_not_matter(tmp_path):
+def test_other_entries_are_ignored(tmp_path):
     content = movie() | {"fps": 1.0, "names": ["a", ("b", None)], "ok": True, "number": 2**40, "x": {}}
     np.testing.assert_array_equal(read(tmp_path, pickle.dumps(content, 4)).features, content["feats"])
 
 
 @pytest.mark.parametrize(
-    ("content", "why"),
+    ("content", "reason"),
     [
-        (movie(text="<image><image>"), "2 times <image>, but there are 3 frames"),
+        (movie(text="<image><image>"), "2 markers <image>, expected 3"),
         (movie(shape=(3, 4)), r"the shape \(3, 4\)"),
         (movie(shape=(0, 5, 4), text=""), r"the shape \(0, 5, 4\)"),
         (movie(dtype=np.float64), "of type 'f8'"),
         (movie(dtype=np.int32), "of type 'i4'"),
         (movie(dtype=">f2"), "little-endian"),
         (movie() | {"feats": [1.0]}, "expected an array"),
-        (movie() | {"inputs": b"bytes"}, "a text under"),
+        (movie() | {"inputs": b"bytes"}, "a string under"),
         ({"inputs": TEXT}, "expected an array"),
         ([movie()], "it holds a list"),
         (None, "it holds a NoneType"),
-        ({1: 2}, "no dict of texts"),
+        ({1: 2}, "a dict with string keys"),
     ],
 )
-def test_what_is_no_movie(tmp_path, content, why):
-    refused(tmp_path, pickle.dumps(content, 4), why)
+def test_invalid_content(tmp_path, content, reason):
+    expect_error(tmp_path, pickle.dumps(content, 4), reason)
 
 
-def test_missing_empty_and_other_files(tmp_path):
+def test_missing_empty_truncated_and_other_files(tmp_path):
     with pytest.raises(MediaError, match="no such file"):
-        read_movie(tmp_path / "movie.pkl")
-    refused(tmp_path, b"", "0 bytes")
-    refused(tmp_path, b"\x89PNG\r\n\x1a\n" + bytes(100))
-    refused(tmp_path, pickle.dumps(movie(), 0), "operation")
-    whole = pickle.dumps(movie(), 4)
-    for length in range(1, len(whole)):
-        refused(tmp_path, whole[:length])
+        read_movie_features(tmp_path / "movie.pkl")
+    expect_error(tmp_path, b"", "0 bytes")
+    expect_error(tmp_path, b"\x89PNG\r\n\x1a\n" + bytes(100))
+    expect_error(tmp_path, pickle.dumps(movie(), 0), "operation")
+    complete = pickle.dumps(movie(), 4)
+    for length in range(1, len(complete)):
+        expect_error(tmp_path, complete[:length])
 
 
-# --- What must not happen -----------------------------------------------------------------------------------
+# --- Hostile files ------------------------------------------------------------------------------------------
 
 
 def write_marker(path):
-    """What a payload wants to have called."""
+    """The function that payloads call."""
     with open(path, "w") as file:
         file.write("executed")
 
 
 class Calls:
-    """Pickles to a call."""
+    """Pickled as a call of a function."""
 
     def __init__(self, function, *arguments, state=None):
         self.call = function, arguments
@@ -151,18 +151,18 @@ def text(value: str) -> bytes:
 
 
 def payloads(marker: str) -> dict[str, bytes]:
-    """Pickles that write the marker when they are loaded by Python's unpickler."""
+    """Return pickles that write the marker file when Python's unpickler loads them, by name."""
     shell, code = f"echo executed > {marker}", f"open({marker!r}, 'w').write('executed')"
     inside = movie() | {"extra": Calls(os.system, shell)}
     found = {
         "os.system": pickle.dumps(Calls(os.system, shell), 4),
-        "of protocol 2": pickle.dumps(Calls(os.system, shell), 2),
+        "protocol 2": pickle.dumps(Calls(os.system, shell), 2),
         "eval": pickle.dumps(Calls(eval, code), 4),
         "exec": pickle.dumps(Calls(exec, code), 3),
         "this module": pickle.dumps(Calls(write_marker, marker), 4),
-        "within good features": pickle.dumps(inside, 4),
-        "instead of the text": pickle.dumps(movie() | {"inputs": Calls(eval, code)}, 4),
-        "instead of the array": pickle.dumps(movie() | {"feats": Calls(eval, code)}, 5),
+        "beside valid features": pickle.dumps(inside, 4),
+        "in place of the text": pickle.dumps(movie() | {"inputs": Calls(eval, code)}, 4),
+        "in place of the array": pickle.dumps(movie() | {"feats": Calls(eval, code)}, 5),
         "in a list": pickle.dumps([Calls(eval, code)], 4),
         "protocol 0": b"cos\nsystem\n(S" + repr(shell).encode() + b"\ntR.",
         "INST": b"(S" + repr(shell).encode() + b"\nios\nsystem\n.",
@@ -170,7 +170,7 @@ def payloads(marker: str) -> dict[str, bytes]:
         "NEWOBJ": b"\x80\x03cbuiltins\nmap\ncbuiltins\neval\n("
         + text(code)
         + b"t\x86\x81cbuiltins\nlist\n"
-        # map(eval, [code]) is made first, then list(map) runs it
+        # first map(eval, [code]), then list() of it, which runs the code
         + b"q\x000h\x000cbuiltins\nlist\ncbuiltins\nmap\ncbuiltins\neval\n]("
         + text(code)
         + b"e\x86\x81\x85R.",
@@ -194,38 +194,40 @@ copyreg.remove_extension(__name__, "write_marker", 77)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_hostile_pickles_do_nothing(tmp_path, name):
+def test_hostile_pickles_are_not_executed(tmp_path, name):
     marker = tmp_path / "marker"
     content = payloads(str(marker))[name]
     try:
-        refused(tmp_path, content)
+        expect_error(tmp_path, content)
         assert not marker.exists()
-        pickle.loads(content)  # the payload is a real one
+        pickle.loads(content)  # check that the payload works
         assert marker.exists()
     finally:
         copyreg.remove_extension(__name__, "write_marker", 77)
 
 
-def test_persistent_ids_and_changed_functions_are_refused(tmp_path):
-    refused(tmp_path, b"\x80\x03Pname\n.", "PERSID")
-    refused(tmp_path, b"\x80\x03X\x01\x00\x00\x00aQ.", "BINPERSID")
-    # BUILD on a function would change its attributes, on a dict add to it without looking.
-    refused(tmp_path, b"\x80\x03cnumpy\ndtype\n}X\x01\x00\x00\x00aK\x01sb.", "changes something")
-    refused(tmp_path, b"\x80\x03}}X\x01\x00\x00\x00aK\x01sb.", "changes something")
-    refused(tmp_path, b"\x80\x03cnumpy\nndarray\n)R.", "calls something")
-    refused(tmp_path, b"\x80\x03cnumpy\ndtype\n)R.", "other arguments")
+def test_persistent_ids_and_state_of_other_objects(tmp_path):
+    expect_error(tmp_path, b"\x80\x03Pname\n.", "PERSID")
+    expect_error(tmp_path, b"\x80\x03X\x01\x00\x00\x00aQ.", "BINPERSID")
+    # BUILD would set attributes of a function, or add unchecked entries to a dict.
+    expect_error(
+        tmp_path, b"\x80\x03cnumpy\ndtype\n}X\x01\x00\x00\x00aK\x01sb.", "sets the state of something"
+    )
+    expect_error(tmp_path, b"\x80\x03}}X\x01\x00\x00\x00aK\x01sb.", "sets the state of something")
+    expect_error(tmp_path, b"\x80\x03cnumpy\nndarray\n)R.", "calls something")
+    expect_error(tmp_path, b"\x80\x03cnumpy\ndtype\n)R.", "0 arguments, expected 1 to 3")
 
 
-def test_object_arrays_are_refused(tmp_path):
+def test_object_arrays(tmp_path):
     feats = np.empty((1, 1, 1), object)
     feats[0, 0, 0] = Calls(os.system, "true")
-    refused(tmp_path, pickle.dumps({"feats": feats, "inputs": "<image>"}, 4))
+    expect_error(tmp_path, pickle.dumps({"feats": feats, "inputs": "<image>"}, 4))
     feats[0, 0, 0] = 1
-    refused(tmp_path, pickle.dumps({"feats": feats, "inputs": "<image>"}, 4), "'O8'")
+    expect_error(tmp_path, pickle.dumps({"feats": feats, "inputs": "<image>"}, 4), "'O8'")
 
 
-def array_of(shape, data=b"\0" * 120, dtype="f2", order=b"\x89"):
-    """A pickle of {"feats": an array that says all this of itself}."""
+def pickled_array(shape, data=b"\0" * 120, dtype="f2", order=b"\x89"):
+    """Return a pickle whose "feats" is an array that claims this shape, dtype and order for its data."""
     out = io.BytesIO()
     out.write(b"\x80\x03}X\x05\x00\x00\x00featscnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n")
     out.write(b"K\x00\x85C\x01b\x87R(K\x01")
@@ -237,16 +239,16 @@ def array_of(shape, data=b"\0" * 120, dtype="f2", order=b"\x89"):
     return out.getvalue()
 
 
-def test_arrays_that_lie_about_their_size(tmp_path):
-    assert read(tmp_path, array_of((3, 5, 4))).features.shape == (3, 5, 4)
+def test_arrays_with_wrong_sizes_and_types(tmp_path):
+    assert read(tmp_path, pickled_array((3, 5, 4))).features.shape == (3, 5, 4)
     for shape in ((3, 5, 5), (2**40, 2**40, 2**40), (-3, -5, 4), (3, 5, 4.0), (3, True, 20), (2**62, 4, 30)):
-        refused(tmp_path, array_of(shape))
+        expect_error(tmp_path, pickled_array(shape))
     for dtype in ("O8", "V2", "f2,f2", "S2", "M8[s]", "(2,)f2", "f16"):
-        refused(tmp_path, array_of((3, 5, 4), dtype=dtype), "of type")
+        expect_error(tmp_path, pickled_array((3, 5, 4), dtype=dtype), "of type")
 
 
-def test_sizes_that_would_fill_the_memory(tmp_path):
-    """What Python's unpickler would reserve memory for before it looks whether it is there."""
+def test_huge_sizes_allocate_no_memory(tmp_path):
+    """Claimed sizes for which an unpickler would allocate memory before it reads the data."""
     tracemalloc.start()
     huge = struct.pack("<Q", 2**60)
     for content in (
@@ -255,17 +257,17 @@ def test_sizes_that_would_fill_the_memory(tmp_path):
         b"\x80\x05\x96" + huge,
         b"\x80\x04\x95" + huge,
     ):
-        refused(tmp_path, content + b"abc.")
-    refused(tmp_path, b"\x80\x04Nr\xff\xff\xff\x7f0.")  # a memory of 2^31 places
-    refused(tmp_path, b"\x80\x04\x8b\xff\xff\xff\x7fabc.")  # a number of 2 GiB
-    refused(tmp_path, b"\x80\x04" + b"]" * 20_000 + b".", "more than 10000 operations")
+        expect_error(tmp_path, content + b"abc.")
+    expect_error(tmp_path, b"\x80\x04Nr\xff\xff\xff\x7f0.")  # a memo of 2^31 entries
+    expect_error(tmp_path, b"\x80\x04\x8b\xff\xff\xff\x7fabc.")  # a number of 2 GiB
+    expect_error(tmp_path, b"\x80\x04" + b"]" * 20_000 + b".", "more than 10000 operations")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**22
 
 
-def test_texts_without_end(tmp_path, monkeypatch):
-    """Tuples of tuples 40 deep: a text of them would have 2^40 parts."""
+def test_nested_tuples_and_long_strings(tmp_path, monkeypatch):
+    """Tuples nested 40 deep: their repr would have 2^40 parts."""
     deep = b"N" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(40))
     for content in (
         b"\x80\x04" + deep + text("name") + b"\x93.",  # as a module's name
@@ -273,9 +275,9 @@ def test_texts_without_end(tmp_path, monkeypatch):
         b"\x80\x04" + deep + b".",
         b"\x80\x04}" + deep + b"Ns.",  # as a key
     ):
-        refused(tmp_path, content)
-    monkeypatch.setattr(movie_features, "_MOST_TEXT", 20)
-    refused(tmp_path, pickle.dumps(movie(), 4), "a text of")
+        expect_error(tmp_path, content)
+    monkeypatch.setattr(movie_features, "_MAX_TEXT", 20)
+    expect_error(tmp_path, pickle.dumps(movie(), 4), "a string of")
 
 
 @settings(
@@ -285,8 +287,8 @@ def test_texts_without_end(tmp_path, monkeypatch):
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
-def test_damaged_pickles_are_refused_or_read(tmp_path, data):
-    """Whatever becomes of the bytes, there is a movie of three frames or one sentence."""
+def test_damaged_pickles(tmp_path, data):
+    """Whatever bytes are changed, the result is a movie or an error of one sentence."""
     content = bytearray(pickle.dumps(movie((3, 2, 2)), data.draw(st.sampled_from([3, 4, 5]))))
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(content) - 1))
@@ -297,16 +299,16 @@ def test_damaged_pickles_are_refused_or_read(tmp_path, data):
                 st.sampled_from([b"", b".", b"R", b"b", b"(", b"t", b"cos\nsystem\n", b"0", b"\x93"])
             )
             content[place : place + data.draw(st.integers(0, 3))] = other
-    found, sentence = outcome(tmp_path, bytes(content))
+    found, message = read_or_error(tmp_path, bytes(content))
     if found is None:
-        assert "\n" not in sentence
-        assert len(sentence) < 400
+        assert "\n" not in message
+        assert len(message) < 400
     else:
         assert found.features.shape[0] == len(found.times)
 
 
-def outcome(tmp_path, content):
-    """The movie, or what is said instead."""
+def read_or_error(tmp_path, content):
+    """Return the movie and an empty message, or None and the error message."""
     try:
         return read(tmp_path, content), ""
     except MediaError as error:
@@ -319,4 +321,4 @@ def test_any_bytes(tmp_path_factory, content):
     folder = tmp_path_factory.getbasetemp()
     (folder / "movie.pkl").write_bytes(b"\x80\x04" + content)
     with pytest.raises(MediaError):
-        read_movie(folder / "movie.pkl")
+        read_movie_features(folder / "movie.pkl")

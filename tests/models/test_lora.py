@@ -13,7 +13,7 @@ from dynfocus_jax import trees
 from dynfocus_jax.models.llama import PROJECTIONS, Llama
 from dynfocus_jax.parallel.sharding import to_devices
 from dynfocus_jax.parameters import init_params, param_shapes
-from dynfocus_jax.training.optimizer import make_optimizer, schedule
+from dynfocus_jax.training.optimizer import make_optimizer, make_schedule
 from dynfocus_jax.training.state import TrainState, abstract_state, state_shardings
 from dynfocus_jax.training.step import make_train_step
 from dynfocus_jax.video_language_model import build_model
@@ -132,7 +132,7 @@ def test_only_the_updates_are_trained():
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     assert sum(leaf.size for leaf in moments) == 2 * sum(leaf.size for leaf in jax.tree.leaves(trained))
     step = make_train_step(
-        *(model, optimizer, schedule(stage), stage, jax.random.key(1), state_shardings(abstract))
+        *(model, optimizer, make_schedule(stage), stage, jax.random.key(1), state_shardings(abstract))
     )
     rng = np.random.default_rng(0)
     batch = stack([pad(make_sample(rng, 3, 9, 4), 3, 12), pad(make_sample(rng, 0, 12, 2), 3, 12)])

@@ -9,7 +9,7 @@ import pytest
 
 from dynfocus_jax.config import default_config
 from dynfocus_jax.errors import UserError
-from dynfocus_jax.parallel.start import start as start_processes
+from dynfocus_jax.parallel.processes import connect_processes
 from tests.multihost.processes import LAUNCHER, TRAIN, arguments, begin, end, explicit, free_port
 
 EXPLICIT = {"mode": "explicit", "address": "localhost:1234", "num_processes": 2, "process_id": 1}
@@ -80,7 +80,7 @@ def test_fields_that_do_not_fit(fields, named):
     distributed = default_config().distributed
     distributed.update(fields)
     with pytest.raises(UserError, match=re.escape(named)):
-        start_processes(distributed)
+        connect_processes(distributed)
 
 
 # --- Mistakes that show when the processes have met -----------------------------------------------------

@@ -123,5 +123,5 @@ def test_two_processes_evaluate_what_one_has_trained(data_root, one, folder):
     workdir = shutil.copytree(one, folder / "again")
     (workdir / "predictions.jsonl").unlink()
     stdout, _ = train(2, *arguments(data_root, workdir, "--config.mesh.data=1", "--config.mesh.fsdp=2"))
-    assert "stage all: finished before" in stdout
+    assert "stage all: already finished" in stdout
     assert read_json_lines(workdir / "predictions.jsonl") == read_json_lines(one / "predictions.jsonl")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dynfocus_jax.parallel.digest import digest
+from dynfocus_jax.parallel.digest import params_digest
 from tests.tiny import mesh_of
 
 SHAPE = (4, 6, 8)
@@ -26,7 +26,7 @@ def of(arrays, spec=(), **axes):
         )
         for path, array in arrays.items()
     }
-    return digest(placed, mesh)
+    return params_digest(placed, mesh)
 
 
 def test_any_layout():

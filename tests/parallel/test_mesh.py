@@ -7,7 +7,7 @@ import pytest
 from dynfocus_jax.config import default_config
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.parallel.mesh import AXES, make_mesh, mesh_shape
-from dynfocus_jax.parallel.sharding import batch_sharding, local_rows, row_shares, to_devices
+from dynfocus_jax.parallel.sharding import batch_sharding, local_rows, num_row_shards, to_devices
 from tests.tiny import mesh_of
 
 
@@ -53,7 +53,7 @@ def test_mesh_of_all_devices():
     mesh = make_mesh(mesh_shape({"data": 2, "fsdp": -1}, 8))
     assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1, "context": 1}
     assert set(mesh.devices.flat) == set(jax.devices())
-    assert row_shares(mesh) == 8
+    assert num_row_shards(mesh) == 8
 
 
 def test_rows_of_a_batch():

@@ -15,14 +15,14 @@ from dynfocus_jax import trees
 from dynfocus_jax.connectors.registry import find_connector
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.parallel.sharding import (
-    LOGICAL,
+    LOGICAL_AXES,
     RULES,
+    num_shards,
     on_mesh,
     param_shardings,
-    place,
+    place_like,
     replicated,
     shard,
-    shares,
 )
 from dynfocus_jax.parameters import param_shapes
 from dynfocus_jax.training.state import abstract_state
@@ -160,11 +160,11 @@ def test_place_copies_casts_and_splits(kind):
     if kind == "one device":
         source = jnp.asarray(values)
     for dtype in (jnp.float32, jnp.bfloat16):
-        placed = place(source, like(mesh, dtype))
+        placed = place_like(source, like(mesh, dtype))
         assert placed.dtype == dtype
         assert {shard.data.shape for shard in placed.addressable_shards} == {(1, 8)}
         np.testing.assert_array_equal(placed, values.astype(dtype))
-    same = place(source, like(mesh_of(), jnp.float32))
+    same = place_like(source, like(mesh_of(), jnp.float32))
     same.delete()  # what is taken over can be donated without a loss to its source
     np.testing.assert_array_equal(source, values)
 
@@ -193,10 +193,11 @@ def test_names_of_activations():
     assert laid_out(mesh_of(fsdp=2, context=4), (1, 1, 8), "batch", "sequence", None) == (None,) * 3
 
 
-def test_shares():
-    assert shares("batch") == shares("sequence") == 1
+def test_number_of_shards():
+    assert num_shards("batch") == num_shards("sequence") == 1
     with on_mesh(mesh_of(data=2, fsdp=2, context=2)):
-        assert [shares(name) for name in ("batch", "frames", "sequence", "heads", None)] == [4, 4, 2, 1, 1]
+        names = ("batch", "frames", "sequence", "heads", None)
+        assert [num_shards(name) for name in names] == [4, 4, 2, 1, 1]
 
 
 def test_without_a_mesh_it_is_the_array_itself():
@@ -214,11 +215,11 @@ def test_unknown_names_raise_with_and_without_a_mesh(devices):
         with pytest.raises(ValueError, match=r"1 names .* shape \(2, 3\)"):
             shard(jnp.ones((2, 3)), "batch")
     with pytest.raises(ValueError, match="unknown"):
-        shares("length")
+        num_shards("length")
 
 
 def test_logical_axes_are_axes_of_the_mesh():
     axes = set(mesh_of().shape)
-    assert {axis for names in LOGICAL.values() for axis in names} == axes
+    assert {axis for names in LOGICAL_AXES.values() for axis in names} == axes
     assert {axis for _, spec in RULES for axis in spec if axis} == {"fsdp", "tensor"}
     assert all(isinstance(spec, PartitionSpec) for _, spec in RULES)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from dynfocus_jax import trees
-from dynfocus_jax.parallel.sharding import place, to_devices
+from dynfocus_jax.parallel.sharding import place_like, to_devices
 from dynfocus_jax.parameters import init_params, param_shapes
-from dynfocus_jax.training.optimizer import make_optimizer, schedule
+from dynfocus_jax.training.optimizer import make_optimizer, make_schedule
 from dynfocus_jax.training.state import TrainState, abstract_state, state_shardings
 from dynfocus_jax.training.step import make_train_step
 from dynfocus_jax.video_language_model import build_model
@@ -63,15 +63,15 @@ def train(config, mesh, params, batch, steps=2):
 
     def placed(tree):
         return trees.unflatten(
-            {path: place(params[path], like) for path, like in trees.flatten(tree).items()}
+            {path: place_like(params[path], like) for path, like in trees.flatten(tree).items()}
         )
 
     trained, shardings = placed(abstract.trained), state_shardings(abstract)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
-    step_number = place(np.zeros((), np.int32), abstract.step)
+    step_number = place_like(np.zeros((), np.int32), abstract.step)
     state = TrainState(step_number, trained, placed(abstract.frozen), opt_state)
     model = build_model(config)
-    step = make_train_step(model, optimizer, schedule(stage), stage, jax.random.key(KEY), shardings)
+    step = make_train_step(model, optimizer, make_schedule(stage), stage, jax.random.key(KEY), shardings)
     metrics = []
     for _ in range(steps):
         state, values = step(state, to_devices(batch, mesh))

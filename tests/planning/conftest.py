@@ -1,4 +1,4 @@
-"""What the tests of plans run under."""
+"""Fixtures of the planning tests."""
 
 import os
 import sys
@@ -7,8 +7,8 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-# What compiles for other machines may lie apart from the environment (launch/local.sh --test); JAX looks for
-# plugins when it is first asked for devices, which is after all tests are collected.
+# The compilers for other machines may be installed outside of the environment (launch/local.sh --test). JAX
+# searches for plugins at the first use of devices, after all tests have been collected.
 PLAN_SITE = os.environ.get("DYNFOCUS_PLAN_SITE")
 if PLAN_SITE:
     sys.path.append(PLAN_SITE)
@@ -16,9 +16,9 @@ if PLAN_SITE:
 
 @pytest.fixture(scope="module")
 def no_cache():
-    """Programs for other machines are written to the compilation cache, but cannot be read from it."""
+    """Disable the compilation cache, which stores programs for other machines but cannot load them."""
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # what the setting was is remembered from the first compilation on
+    compilation_cache.reset_cache()  # JAX reads the setting at the first compilation only
     yield
     jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()

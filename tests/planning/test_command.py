@@ -1,4 +1,4 @@
-"""`python -m dynfocus_jax.plan` as a user runs it."""
+"""The command `python -m dynfocus_jax.plan`."""
 
 import json
 import os
@@ -11,11 +11,11 @@ from tests.planning.conftest import PLAN_SITE
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
-    """(exit code, stdout, stderr) of the command for the tiny configuration."""
+    """A function that plans for the tiny configuration and returns exit code, stdout and stderr."""
     file = tmp_path_factory.mktemp("plan") / "tiny.py"
     file.write_text("from tests.tiny import tiny_config as get_config\n")
 
-    # What the tests say of platforms and caches is for them: a plan sees to its own.
+    # The command must set platform and cache itself, without the variables of the tests.
     environment = {name: None for name in os.environ if name.startswith(("JAX_", "XLA_"))}
     environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), PLAN_SITE or ""])
     return lambda *arguments: command("plan", f"--config={file}", *arguments, **environment)
@@ -36,17 +36,17 @@ def test_json(plan, tmp_path):
     assert decode["step"] == "decode"
     assert decode["fits"]
     assert decode["total"] == sum(decode["memory"].values())
-    # Parameters are gathered where they are used, one layer (the tiny model has one) at a time.
+    # Parameters are gathered where they are used, one layer at a time; the tiny model has one.
     assert decode["collectives"]["all-gather"]["bytes"] > 0
 
 
-def test_what_does_not_fit(plan):
+def test_a_step_that_does_not_fit(plan):
     code, stdout, stderr = plan(
         "--machine=v5e:1x1", "--steps=decode", f"--config.evaluation.max_new_tokens={10**9}"
     )
     assert code == 1
     assert "DOES NOT FIT" in stdout
-    assert stderr.startswith("error: ")  # and nothing of the plugins
+    assert stderr.startswith("error: ")  # no messages of the plugins before it
     assert "the largest part is key-value cache" in stderr
     assert "Change config.evaluation.batch_size" in stderr
     assert "Traceback" not in stderr
@@ -57,13 +57,13 @@ def test_what_does_not_fit(plan):
     [
         (["--machine=a100"], "unknown chip 'a100'"),
         ([], "--machine is missing"),
-        (["--machine=h100:1", "--steps=train,serve"], "--steps has 'serve'"),
+        (["--machine=h100:1", "--steps=train,serve"], "--steps: unknown step 'serve'"),
         (["--machine=h100:3", "--config.mesh.fsdp=2"], "which does not divide the 3 devices"),
-        (["--machine=v5e:3x5"], "is refused by its compiler"),
+        (["--machine=v5e:3x5"], "the compiler rejects the shape"),
         (["--machine=h100:7"], "batch_size is"),
         (
             ["--machine=h100:1", "--output=no/plan.json"],
-            "--output names 'no/plan.json' in a folder",
+            "--output: the folder of 'no/plan.json' does not exist",
         ),
     ],
 )

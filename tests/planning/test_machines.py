@@ -1,10 +1,10 @@
-"""Machines by name, and the bandwidth of their links."""
+"""Machines: their names, devices and link bandwidth."""
 
 import pytest
 
 from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.planning import machines
-from dynfocus_jax.planning.machines import CHIPS, devices, parse_machine
+from dynfocus_jax.planning.machines import CHIPS, compile_only_devices, parse_machine
 
 
 def test_gpus():
@@ -18,8 +18,8 @@ def test_gpus():
 @pytest.mark.parametrize(
     ("name", "devices", "links"),
     [
-        ("v4:2x2x2", 8, 3),  # no side closes to a ring: one link each
-        ("v5p:2x2x4", 16, 4),  # the side of 4 does
+        ("v4:2x2x2", 8, 3),  # no side forms a ring: one link each
+        ("v5p:2x2x4", 16, 4),  # the side of 4 forms a ring
         ("v5p:4x4x4", 64, 6),
         ("v5p:1x1x4", 4, 2),
         ("v5e:4x8", 32, 2),  # rings only at 16
@@ -36,25 +36,25 @@ def test_tpu_slices(name, devices, links):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("a100:8", "unknown chip 'a100'; there are a100-40gb"),
-        ("h100", "write the GPUs of one host, h100:8"),
-        ("h100:0", "write the GPUs of one host"),
-        ("h100:2x2x2", "or hosts x GPUs, h100:2x8"),
-        ("v5p:16", "a v5p slice has 3 sides; write for example v5p:2x2x4"),
-        ("v5e:2x2x4", "a v5e slice has 2 sides; write for example v5e:2x4"),
-        ("v5e:4x", "a v5e slice has 2 sides"),
+        ("a100:8", "unknown chip 'a100', expected one of a100-40gb"),
+        ("h100", "invalid shape '', expected a number of GPUs, such as h100:8"),
+        ("h100:0", "invalid shape '0', expected a number of GPUs"),
+        ("h100:2x2x2", "or hosts x GPUs, such as h100:2x8"),
+        ("v5p:16", "'16' of a v5p slice, expected 3 sides in chips, such as v5p:2x2x4"),
+        ("v5e:2x2x4", "'2x2x4' of a v5e slice, expected 2 sides in chips, such as v5e:2x4"),
+        ("v5e:4x", "'4x' of a v5e slice, expected 2 sides"),
     ],
 )
-def test_what_is_no_machine(name, sentence):
+def test_invalid_machines(name, sentence):
     with pytest.raises(UserError, match=sentence):
         parse_machine(name)
 
 
 @pytest.mark.parametrize("name", ["v4:2x2x2", "v5p:2x2x4", "v5e:1x1", "v6e:8x8", "h200:1", "a100-40gb:2x8"])
 def test_devices(name):
-    """One device a chip (v4's two cores are one), hosts of eight GPUs."""
+    """Each chip is one device, also v4 with its two cores; hosts have eight GPUs."""
     machine = parse_machine(name)
-    found = devices(machine)
+    found = compile_only_devices(machine)
     assert len(found) == machine.num_devices
     if not machine.is_tpu:
         assert {device.process_index for device in found} == set(range(machine.shape[0]))
@@ -67,12 +67,14 @@ def test_devices(name):
         ("h100:8", NotImplementedError("topology not implemented for cuda"), "jax-cuda12-plugin"),
     ],
 )
-def test_a_plugin_that_is_absent(monkeypatch, name, error, package):
-    """With JAX's own errors, as it raises them without the packages."""
+def test_a_missing_plugin(monkeypatch, name, error, package):
+    """The errors are those that JAX raises without the packages."""
 
     def absent(**_):
         raise error
 
     monkeypatch.setattr(machines.topologies, "get_topology_desc", absent)
-    with pytest.raises(RunError, match=f"needs the compiler of {package} .* -r requirements-plan.txt"):
-        devices(parse_machine(name))
+    with pytest.raises(
+        RunError, match=f"the compiler in {package}, .* is missing .* -r requirements-plan.txt"
+    ):
+        compile_only_devices(parse_machine(name))

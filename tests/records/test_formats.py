@@ -1,4 +1,4 @@
-"""Published annotation formats: small files as they are published, and the records that come of them."""
+"""Published annotation formats: small files as published, and their records."""
 
 import csv
 import json
@@ -8,8 +8,9 @@ import pytest
 from dynfocus_jax.config import source
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.records import prompts
-from dynfocus_jax.records.formats import FORMATS, read_source
-from dynfocus_jax.records.records import Record, Refused
+from dynfocus_jax.records.formats import FORMATS
+from dynfocus_jax.records.records import Record, RefusedEntry
+from dynfocus_jax.records.sources import read_source
 
 
 def write(root, name, content):
@@ -50,11 +51,11 @@ def test_every_format_is_tested_here():
     assert set(FORMATS) == {"llava", "videochat2", "videochatgpt", "webvid", "scienceqa", "nextqa", "clevrer"}
 
 
-# ---- What is put in for a missing question ---------------------------------------------------------------
+# ---- Questions for captions ------------------------------------------------------------------------------
 
 
 def test_caption_requests():
-    """Fixed by the id alone; all are used, each about equally often, also for each place of the video."""
+    """They depend only on the id; all are used about equally often, for each place of the video."""
     ids = [f"{1_000_000 + 37 * i}" for i in range(11_000)]
     requests = [prompts.caption_request("video", name) for name in ids]
     assert requests[:3] == [prompts.caption_request("video", name) for name in ids[:3]]
@@ -64,7 +65,7 @@ def test_caption_requests():
     assert all(800 < count < 1200 for count in counts)
     at_end = [prompts.visual_at_end(name) for name in ids]
     assert 0.47 < sum(at_end) / len(ids) < 0.53
-    for each in prompts.CAPTION_REQUESTS:  # independent of the request
+    for each in prompts.CAPTION_REQUESTS:  # the place is independent of the request
         places = [
             end for end, request in zip(at_end, requests, strict=True) if request == each.format("video")
         ]
@@ -140,7 +141,7 @@ def test_llava(tmp_path):
         Record("wgByO4Y_0", None, (("Write a poem", "Roses"),), source="s", modality="text"),
     ]
     assert refused == [
-        Refused(3, "late", "field \"conversations[0].from\" is 'gpt', expected 'human'", fault="turns")
+        RefusedEntry(3, "late", "field \"conversations[0].from\" is 'gpt', expected 'human'", fault="turns")
     ]
 
 
@@ -200,8 +201,8 @@ def test_videochat2(tmp_path):
     ]
     assert [(entry.number, entry.id, entry.reason) for entry in refused] == [
         (4, "number 4", 'has neither "image" nor "video"'),
-        (5, "w.mp4", 'field "QA" is missing or not a list of turns'),
-        (6, "w.mp4", 'field "QA[0].a" is missing or not a string'),
+        (5, "w.mp4", 'field "QA" is a list of 0, expected a list of 1 or more turns'),
+        (6, "w.mp4", 'field "QA[0].a" is missing, expected a string'),
         (7, "w.mp4", 'field "QA[0]" is a list, expected an object'),
         (8, "../w.mp4", 'field "video": path \'../w.mp4\' contains "..", which could leave the media folder'),
     ]
@@ -244,7 +245,7 @@ def test_videochatgpt(tmp_path):
     ]
 
 
-def test_the_place_of_the_video_differs_between_questions(tmp_path):
+def test_place_of_the_video_differs_between_questions(tmp_path):
     entries = [{"q": f"What {i}?", "a": "It.", "video_id": "v"} for i in range(400)]
     records, _ = read(tmp_path, "videochatgpt", entries)
     assert 150 < sum(record.visual_at_end for record in records) < 250
@@ -301,7 +302,7 @@ def test_webvid(tmp_path):
 
 
 def test_webvid_header(tmp_path):
-    with pytest.raises(UserError, match="has no column 'page_dir', only 'videoid, name': expected"):
+    with pytest.raises(UserError, match="the header 'videoid, name' has no column 'page_dir', expected"):
         read(tmp_path, "webvid", [["videoid", "name"], ["1", "x"]], suffix="csv")
 
 
@@ -446,12 +447,12 @@ def test_nextqa(tmp_path):
     ]
 
 
-def test_nextqa_without_a_map_or_with_a_bad_one(tmp_path):
+def test_nextqa_without_a_map_or_with_an_invalid_one(tmp_path):
     rows = [NEXTQA, nextqa("40", "0", "6")]
     records, _ = read(tmp_path, "nextqa", rows, suffix="csv")
     assert records[0].media == tmp_path / "media/40.mp4"
     write(tmp_path, "map_vid_vidorID.json", {"40": 5})
-    with pytest.raises(UserError, match=r"map_vid_vidorID.json is not NExT-QA"):
+    with pytest.raises(UserError, match=r"map_vid_vidorID.json: not NExT-QA"):
         read(tmp_path, "nextqa", rows, suffix="csv")
     write(tmp_path, "map_vid_vidorID.json", {"40": "../../etc/passwd"})
     _, refused = read(tmp_path, "nextqa", rows, suffix="csv")
@@ -494,7 +495,7 @@ def test_clevrer(tmp_path):
         {"question": "Which?", "choices": [choice(0, "a", "maybe")]},
         {"question": "Which?", "choices": []},
         {"question": "Which?", "choices": ["a"]},
-        {"question": "How many?"},  # the test set has no answers
+        {"question": "How many?"},  # as in the test set, which has no answers
         {"answer": "2"},
         "text",
     ]
@@ -527,14 +528,14 @@ def test_clevrer(tmp_path):
     assert refused[0].reason.startswith(
         "field \"questions[0].choices[0].answer\" is 'maybe', expected 'correct'"
     )
-    assert refused[3].reason == 'field "questions[0].answer" is missing or not a string'
+    assert refused[3].reason == 'field "questions[0].answer" is missing, expected a string'
 
 
-# ---- What all have in common -----------------------------------------------------------------------------
+# ---- Common to all formats -------------------------------------------------------------------------------
 
 
 def test_modality_of_a_source(tmp_path):
-    """It says what every record must be; "auto" takes each as it is."""
+    """Records of another modality are refused; "auto" allows all."""
     video = {"id": "v", "video": "v.mp4", "conversations": LLAVA_558K[0]["conversations"]}
     entries = [LLAVA_558K[0], LLAVA_665K[1], video]
     for modality, kept in (("auto", [0, 1, 2]), ("image", [0]), ("text", [1]), ("video", [2])):
@@ -543,11 +544,11 @@ def test_modality_of_a_source(tmp_path):
         assert {entry.fault for entry in refused} <= {"modality"}
         assert sorted([entry.number for entry in refused] + kept) == [0, 1, 2]
     _, refused = read(tmp_path, "llava", entries, modality="text")
-    assert refused[0].reason == "is about an image, but the modality of its source is 'text'"
+    assert refused[0].reason == "has modality 'image', but its source has modality 'text'"
 
 
 def test_paths_of_a_source(tmp_path, monkeypatch):
-    """Relative to the data's root, or absolute, or in the home folder."""
+    """Relative to the data root, absolute, or in the home folder."""
     elsewhere = tmp_path / "elsewhere"
     path = write(elsewhere, "b.json", LLAVA_558K)
     expected = elsewhere / "00453/004539375.jpg"
@@ -563,12 +564,12 @@ def test_paths_of_a_source(tmp_path, monkeypatch):
     assert records[0].media == expected
 
 
-def test_files_that_are_not_there(tmp_path):
-    with pytest.raises(UserError, match=r"annotation file .*none.json cannot be read \(No such file"):
+def test_missing_files(tmp_path):
+    with pytest.raises(UserError, match=r"annotation file .*none.json: cannot be read \(No such file"):
         read_source(source(name="s", annotations="none.json"), tmp_path)
     write(tmp_path, "a.json", LLAVA_558K)
-    with pytest.raises(UserError, match=r"source 's' has media 'none', but .* is not a folder"):
+    with pytest.raises(UserError, match=r"source 's': media is 'none', but .* is not a folder"):
         read_source(source(name="s", annotations="a.json", media="none"), tmp_path)
     write(tmp_path, "problems.json", [])
-    with pytest.raises(UserError, match=r"problems.json holds a list, expected an object of problems"):
+    with pytest.raises(UserError, match=r"problems.json is a list, expected an object of problems"):
         read_source(source(name="s", annotations="problems.json", format="scienceqa"), tmp_path)

@@ -1,4 +1,4 @@
-"""Annotation files made to do harm: every entry is a sound record or refused, and none leaves its folder."""
+"""Hostile annotation files: every entry is a valid record or refused, and no path leaves the media folder."""
 
 import copy
 import csv
@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from dynfocus_jax.config import source
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.records.entries import MAX_TEXT
-from dynfocus_jax.records.formats import read_source
+from dynfocus_jax.records.sources import read_source
 
 SETTINGS = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 
-# An entry of each format that is right, and the fields of it that name a file.
+# A valid entry of each format.
 TALK = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]
 ENTRIES = {
     "llava": {
@@ -55,7 +55,7 @@ FILES = {name: "a.csv" for name in ("webvid", "nextqa")} | {"scienceqa": "proble
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Media with links that leave the folder, and a secret outside."""
+    """A media folder with links that leave it, beside a secret folder."""
     root = tmp_path_factory.mktemp("hostile")
     (root / "secret").mkdir()
     media = root / "media"
@@ -86,7 +86,7 @@ def write(root, form, entries):
 
 
 def check(root, one, count):
-    """Reads a source and holds every promise against what comes of it; the numbers of refused entries."""
+    """Read a source, check all guarantees, and return the numbers of the refused entries."""
     records, refused = read_source(one, root)
     assert len(records) + len(refused) == count
     numbers = [entry.number for entry in refused]
@@ -116,7 +116,7 @@ def check(root, one, count):
     return numbers
 
 
-EVIL_PATHS = [
+HOSTILE_PATHS = [
     *("../../etc/passwd", "/etc/passwd", "//etc/passwd", "..", "a/../../secret/a.mp4", "./../secret/a.mp4"),
     *(
         "out",
@@ -138,7 +138,7 @@ EVIL_PATHS = [
     ),
     *("x" * 300, "x/" * 4000, "", " ", "\ud800", "folder_out", "..\\..\\etc\\passwd", "%2e%2e/secret/a.mp4"),
 ]
-EVIL_TEXTS = [
+HOSTILE_TEXTS = [
     "",
     " \n",
     "x" * 10**6,
@@ -152,7 +152,7 @@ EVIL_TEXTS = [
     "\u2019",
     "\r",
 ]
-EVIL_VALUES = [
+HOSTILE_VALUES = [
     None,
     True,
     -1,
@@ -169,7 +169,7 @@ EVIL_VALUES = [
     ["x"] * 9,
 ]
 VALUES = st.recursive(
-    st.sampled_from(EVIL_PATHS + EVIL_TEXTS + EVIL_VALUES)
+    st.sampled_from(HOSTILE_PATHS + HOSTILE_TEXTS + HOSTILE_VALUES)
     | st.text(max_size=5)
     | st.integers()
     | st.floats(),
@@ -179,7 +179,7 @@ VALUES = st.recursive(
 
 
 def places(value, path=()):
-    """Where something can be put in an entry."""
+    """Yield the path of every value within an entry."""
     yield path
     for key, inner in (
         value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -189,7 +189,7 @@ def places(value, path=()):
 
 @st.composite
 def mutants(draw, form):
-    """An entry with one to three of its parts replaced or left out."""
+    """An entry with one to three values replaced or removed."""
     entry = copy.deepcopy(ENTRIES[form])
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(sorted(places(entry), key=str)))
@@ -206,21 +206,21 @@ def mutants(draw, form):
 
 
 @pytest.mark.parametrize("form", [form for form in ENTRIES if FILES.get(form) != "a.csv"])
-def test_changed_entries(root, form):
+def test_mutated_entries(root, form):
     @SETTINGS
     @given(st.lists(mutants(form) | st.just(ENTRIES[form]), min_size=1, max_size=4))
     def run(entries):
         entries = [ENTRIES[form], *entries]
         numbers = check(root, write(root, form, entries), len(entries))
-        assert 0 not in numbers  # what is right is never lost to what is not
+        assert 0 not in numbers  # a valid entry is never lost because of the others
 
     run()
 
 
 @pytest.mark.parametrize("form", [form for form in ENTRIES if FILES.get(form) == "a.csv"])
-def test_changed_rows(root, form):
-    # Without what is too large for a cell, whose row would end in the middle of those with line breaks.
-    cells = [each for each in EVIL_PATHS + EVIL_TEXTS if "\ud83d" not in each and len(each) < 10**5]
+def test_mutated_rows(root, form):
+    # Without cells above the limit: a row with line breaks would end within such a cell.
+    cells = [each for each in HOSTILE_PATHS + HOSTILE_TEXTS if "\ud83d" not in each and len(each) < 10**5]
     fields = st.sampled_from(cells) | st.text(max_size=5)
     changes = st.dictionaries(st.sampled_from(sorted(ENTRIES[form])), fields, max_size=3)
 
@@ -234,14 +234,14 @@ def test_changed_rows(root, form):
 
 
 @pytest.mark.parametrize("form", [form for form in ENTRIES if FILES.get(form) == "a.csv"])
-def test_rows_with_a_cell_of_a_megabyte(root, form):
+def test_rows_with_a_huge_cell(root, form):
     for key in ENTRIES[form]:
         rows = [ENTRIES[form], ENTRIES[form] | {key: "x" * 2**20}]
         assert check(root, write(root, form, rows), 2) == [1]
 
 
 def with_path(form, path):
-    """A right entry of a format, but for the path that it names."""
+    """Return a valid entry of a format, except for its path."""
     entry = copy.deepcopy(ENTRIES[form])
     key = {"llava": "video", "videochat2": "video", "videochatgpt": "video_id", "webvid": "videoid"}.get(form)
     entry[key or {"scienceqa": "image", "nextqa": "video", "clevrer": "video_filename"}[form]] = path
@@ -261,10 +261,10 @@ def with_path(form, path):
     ],
 )
 def test_paths_that_leave_the_folder_are_refused(root, form, path):
-    """By every format, with a reason of the path; those formats that add a suffix or a folder as well."""
+    """By every format, including those that add a suffix or a folder; the reason names the path."""
     bare = path.removesuffix(".mp4") if form in ("videochatgpt", "webvid", "nextqa") else path
     if form == "scienceqa" and path in ("/etc/passwd", "folder_out/a.mp4", "out.mp4"):
-        bare = f"../{path}"  # its images are in folders of their own
+        bare = f"../{path}"  # each of its images is in a folder of its own
     _, refused = read_source(write(root, form, [ENTRIES[form], with_path(form, bare)]), root)
     assert [(entry.number, entry.fault) for entry in refused] == [(1, "path")]
     assert (
@@ -295,7 +295,7 @@ def test_paths_that_leave_the_folder_are_refused(root, form, path):
         ({}, "duplicate"),
     ],
 )
-def test_what_is_wrong_with_a_record(root, change, fault):
+def test_faults(root, change, fault):
     entries = [ENTRIES["llava"], ENTRIES["llava"] | change]
     one = write(root, "llava", entries)
     assert check(root, one, 2) == [1]
@@ -309,8 +309,8 @@ def test_what_is_wrong_with_a_record(root, change, fault):
         st.binary(max_size=40) | st.sampled_from([b"[" * 10**5, b"1" * 10**4, b'{"id":' * 50]), max_size=5
     )
 )
-def test_lines_of_anything(root, lines):
-    """A file of lines, each refused but the right one: nothing else can be meant by them."""
+def test_arbitrary_lines(root, lines):
+    """Every line except the valid one is refused."""
     lines = [line.replace(b"\n", b"").replace(b"\r", b"") for line in lines]
     good = json.dumps(ENTRIES["llava"]).encode()
     (root / "a.jsonl").write_bytes(b"\n".join([good, *lines]))
@@ -321,14 +321,14 @@ def test_lines_of_anything(root, lines):
 
 @SETTINGS
 @given(st.sampled_from(sorted(ENTRIES)), st.binary(max_size=60))
-def test_files_of_anything(root, form, content):
-    """A file is read or refused as a whole, in one sentence; nothing else is raised."""
+def test_arbitrary_files(root, form, content):
+    """Any file is read, or refused with a UserError of one line."""
     one = write(root, form, [])
     (root / one.annotations).write_bytes(content)
-    said = ""
+    message = ""
     try:
         read_source(one, root)
     except UserError as error:
-        said = str(error)
-    assert "\n" not in said
-    assert len(said) < 500
+        message = str(error)
+    assert "\n" not in message
+    assert len(message) < 500

@@ -1,4 +1,4 @@
-"""Mixtures: what is selected, and how often each record is used in an epoch."""
+"""Mixtures: selection of records, and how often each is used in an epoch."""
 
 import json
 from collections import Counter
@@ -19,7 +19,7 @@ def talk(question):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Sources a (10 records), b (4), c (1) and bad (2 of 5)."""
+    """Annotation files a (10 records), b (4), c (1) and bad (5 entries, 2 of them usable)."""
     root = tmp_path_factory.mktemp("mixture")
     for name, count in (("a", 10), ("b", 4), ("c", 1)):
         entries = [{"id": f"{name}{i}", "conversations": talk(f"{name} {i}")} for i in range(count)]
@@ -81,19 +81,19 @@ def test_several_sources(root):
     ("select", "count"),
     [("all", 10), ("first:3", 3), ("first:25%", 3), ("first:30%", 3), ("first:100%", 10), ("first:1%", 1)],
 )
-def test_the_first_records(root, select, count):
+def test_first_records(root, select, count):
     mix = mixture(root, one("a", select=select))
     assert ids(mix) == [f"a{i}" for i in range(count)]
     assert mix.counts["a"] == SourceCounts(10, 0, count, count)
 
 
-def test_the_first_usable_records(root):
+def test_first_usable_records(root):
     assert ids(mixture(root, one("bad", select="first:2"))) == ["x", "z"]
 
 
 @pytest.mark.parametrize(("select", "count"), [("random:4", 4), ("random:35%", 4), ("random:10", 10)])
 def test_random_records(root, select, count):
-    """Distinct, in order, the same whatever stands beside them, others for another seed or source."""
+    """Distinct, in order, independent of the other sources, different for another seed."""
     chosen = ids(mixture(root, one("a", select=select)))
     assert len(set(chosen)) == len(chosen) == count
     assert chosen == sorted(chosen)
@@ -104,8 +104,8 @@ def test_random_records(root, select, count):
     assert {name for each in seeds for name in each} == {f"a{i}" for i in range(10)}
 
 
-def test_sources_are_drawn_from_independently(root):
-    """Two of one file, under names of their own."""
+def test_sources_are_independent(root):
+    """Two sources with the same file have different selections and orders."""
     twice = [source(name=name, annotations="a.json", select="random:5") for name in ("x", "y")]
     drawn = [ids(mixture(root, *twice, seed=seed)) for seed in range(20)]
     assert sum(each[:5] != each[5:] for each in drawn) > 15
@@ -115,21 +115,25 @@ def test_sources_are_drawn_from_independently(root):
 
 
 @pytest.mark.parametrize("select", ["first:11", "random:11", "first:150%", "first:0", "random:0%"])
-def test_selections_that_are_not_there(root, select):
-    with pytest.raises(UserError, match=rf"source 'a' has 10 usable records, but select = '{select}' names"):
+def test_selections_larger_than_the_source(root, select):
+    with pytest.raises(UserError, match=rf"source 'a': select is '{select}', \d+ records, expected 1 to 10"):
         mixture(root, one("a", select=select))
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("none", "the first: record number 0: is 5"), ("empty", "none of the 0")]
+    ("name", "message"),
+    [
+        ("none", "no usable record among its 1 entries; the first is record number 0: is 5"),
+        ("empty", "no usable record among its 0 entries"),
+    ],
 )
 def test_sources_without_a_usable_record(root, name, message):
     with pytest.raises(UserError, match=message):
         mixture(root, one("a"), one(name))
 
 
-def test_weights_by_hand(root):
-    """15 samples an epoch, of them 1/5, 3/5 and 1/5."""
+def test_weighted_sources(root):
+    """15 samples per epoch, of which the sources have 1/5, 3/5 and 1/5."""
     mix = mixture(root, one("a", weight=1.0), one("b", weight=3.0), one("c", weight=1.0))
     assert [count.epoch for count in mix.counts.values()] == [3, 9, 3]
     epochs = [ids(mix, number) for number in range(10)]
@@ -137,24 +141,24 @@ def test_weights_by_hand(root):
         counts = Counter(name[0] for name in epoch)
         assert counts == {"a": 3, "b": 9, "c": 3}
         each = Counter(epoch)
-        assert max(each[f"a{i}"] for i in range(10)) == 1  # of a larger source none is used twice
+        assert max(each[f"a{i}"] for i in range(10)) == 1  # no record of a larger source is used twice
         assert sorted(each[f"b{i}"] for i in range(4)) == [2, 2, 2, 3]
     assert Counter(name for epoch in epochs for name in epoch if name[0] == "a") == {
         f"a{i}": 3 for i in range(10)
     }
     assert {name for epoch in epochs[:4] for name in epoch if name[0] == "a"} == {f"a{i}" for i in range(10)}
-    assert len({tuple(epoch) for epoch in epochs}) == 10  # other parts each time
+    assert len({tuple(epoch) for epoch in epochs}) == 10  # the epochs differ
     again = mixture(root, one("a", weight=1.0), one("b", weight=3.0), one("c", weight=1.0))
     assert [ids(again, number) for number in range(10)] == epochs
 
 
-def test_rounded_parts_of_an_epoch(root):
-    """4.2, 4.8 and 6 of 15: what rounding down loses most gets the sample that is left."""
+def test_rounding_of_epoch_sizes(root):
+    """4.2, 4.8 and 6 of 15: the remaining sample goes to the source that rounding down reduced most."""
     mix = mixture(root, one("a", weight=4.2), one("b", weight=4.8), one("c", weight=6.0))
     assert [count.epoch for count in mix.counts.values()] == [4, 5, 6]
 
 
-def test_repetitions_count_for_the_size_of_a_weighted_epoch(root):
+def test_repeat_increases_a_weighted_epoch(root):
     mix = mixture(root, one("b", weight=1.0, repeat=5), one("c", weight=1.0))
     assert [count.epoch for count in mix.counts.values()] == [11, 10]
 
@@ -176,7 +180,7 @@ def test_weighted_epochs(root, weights, seed, number):
     for name, share in zip(names, exact, strict=True):
         assert abs(portions[name] - share) < 1
         assert portions[name] == mix.counts[name].epoch
-    # Over as many epochs as a source has records, each of its records is used as often as its part is large.
+    # Over 20 epochs, a multiple of the numbers of records, all records of a source are used equally often.
     total = Counter(int(i) for n in range(number, number + 20) for i in mix.epoch(n))
     for i, record in enumerate(mix.records):
         size = {"a": 10, "b": 4, "c": 1}[record.source]

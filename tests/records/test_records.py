@@ -1,4 +1,4 @@
-"""LLaVA annotation files: what is read, and what each mistake says."""
+"""LLaVA annotation files: records, error messages for each mistake, unique ids."""
 
 import json
 import time
@@ -8,7 +8,9 @@ import pytest
 
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.records import Record, collect, llava_parser, read_records
+from dynfocus_jax.records.formats import SourceFiles, read_llava
+from dynfocus_jax.records.records import Record
+from dynfocus_jax.records.sources import read_records
 
 
 def talk(*texts):
@@ -19,6 +21,13 @@ def read(tmp_path, content):
     path = tmp_path / "a.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return read_records(path, tmp_path / "media")
+
+
+def parse(tmp_path, entries):
+    """Return (records, refused) of entries."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(entries))
+    return read_llava(SourceFiles(path, MediaFolder(tmp_path)))
 
 
 def test_records(tmp_path):
@@ -42,7 +51,8 @@ def test_records(tmp_path):
             "end": 2.5,
             "subtitles": "2.srt",
         },
-        {"id": "h", "conversations": talk("an <image> in <video> ?", "as <image>")},  # text only: mere words
+        # Without a file, markers are text.
+        {"id": "h", "conversations": talk("an <image> in <video> ?", "as <image>")},
     ]
     expected = [
         Record("a", media / "v/1.mp4", (("how ?", "so"), ("and ?", "thus")), modality="video"),
@@ -72,31 +82,31 @@ GOOD = {"id": "r1", "image": "1.png", "conversations": talk("<image>\nq", "a")}
     ("change", "message"),
     [
         ({"id": None}, '"id"'),
-        ({"conversations": None}, '"conversations" must be a list'),
-        ({"conversations": []}, '"conversations" must be a list'),
-        ({"conversations": talk("<image>\nq")}, "the last has no answer"),
-        ({"conversations": talk("<image>\nq", "a", "r")}, "the last has no answer"),
+        ({"conversations": None}, '"conversations" is missing, expected a list'),
+        ({"conversations": []}, '"conversations" is a list of 0, expected a list of 1 or more messages'),
+        ({"conversations": talk("<image>\nq")}, "is a list of 1, expected an answer to each question"),
+        ({"conversations": talk("<image>\nq", "a", "r")}, "is a list of 3, expected an answer"),
         ({"conversations": talk("<image>\nq", "a")[::-1]}, r'"conversations\[0\].from" is \'gpt\''),
         ({"conversations": talk("<image>\nq", "")}, r'"conversations\[1\].value" has no text'),
         ({"conversations": talk("<image>", "a")}, r'"conversations\[0\].value" has no text'),
         (
             {"conversations": talk("<image>\nq", "a", "<image> r", "b")},
-            r'"conversations\[2\].value" has a stray',
+            r'"conversations\[2\].value" contains <image>, expected only',
         ),
-        ({"conversations": talk("see <image> there", "a")}, "<image> inside"),
-        ({"conversations": talk("<image>\nq", 5)}, r'"conversations\[1\].value" is missing or not a string'),
+        ({"conversations": talk("see <image> there", "a")}, "contains <image> within the text"),
+        ({"conversations": talk("<image>\nq", 5)}, r'"conversations\[1\].value" is 5, expected a string'),
         ({"conversations": ["q", "a"]}, r"\"conversations\[0\]\" is 'q', expected an object"),
-        ({"conversations": talk("q", "a")}, "first human turn has no <image>"),
-        ({"image": 5}, '"image" is not a path'),
+        ({"conversations": talk("q", "a")}, "the first message has no <image>"),
+        ({"image": 5}, '"image" is 5, expected a path'),
         ({"video": "1.mp4"}, 'both "image" and "video"'),
-        ({"type": 3}, '"type" is missing or not a string'),
+        ({"type": 3}, '"type" is 3, expected a string'),
         ({"id": ""}, '"id" has no text'),
-        ({"id": True}, '"id" is missing or not a string'),
+        ({"id": True}, '"id" is True, expected a string or an integer'),
         ({"id": "a\nb"}, '"id" has unprintable characters'),
-        ({"id": "i" * 2000}, '"id" is too long'),
-        ({"image": "../1.png"}, r'"image": path \'../1.png\' has "\.\."'),
+        ({"id": "i" * 2000}, '"id" has 2000 characters, expected at most 1024'),
+        ({"image": "../1.png"}, r'"image": path \'../1.png\' contains "\.\."'),
         ({"image": "/1.png"}, '"image": path .* is absolute'),
-        ({"image": ["1.png", "2.png"]}, '"image" is not a path'),
+        ({"image": ["1.png", "2.png"]}, '"image" is a list, expected a path'),
         ({"subtitles": "/1.srt"}, '"subtitles": path .* is absolute'),
         ({"start": 2, "end": 1}, '"start" and "end" are 2 and 1, expected seconds'),
         ({"start": "0", "end": 1}, '"start" and "end" are \'0\' and 1'),
@@ -106,11 +116,11 @@ GOOD = {"id": "r1", "image": "1.png", "conversations": talk("<image>\nq", "a")}
         ({"conversations": talk("<image>\nq", "\ud800")}, r'"conversations\[1\].value" is not Unicode'),
         (
             {"conversations": talk("<image>\n" + "q" * 10**6, "a")},
-            r'"conversations\[0\].value" has more than',
+            r'"conversations\[0\].value" has \d+ characters, expected at most 524288',
         ),
         (
             {"conversations": talk("<image>\nq", *["a" * 10**5] * 7)},
-            "has more than 524288 characters of text",
+            "has 700009 characters of text, expected at most 524288",
         ),
         ({"needle_frames": [[1, "2"]]}, '"needle_frames" is'),
         ({"needle_frames": [[-1]]}, '"needle_frames" is'),
@@ -133,7 +143,7 @@ def test_marker_without_media(tmp_path):
         read(tmp_path, [entry])
 
 
-def test_what_refused_entries_are_called(tmp_path):
+def test_names_of_refused_entries(tmp_path):
     bad = [
         {"id": 5},
         {"id": "x" * 500},
@@ -141,7 +151,7 @@ def test_what_refused_entries_are_called(tmp_path):
         {"id": [1]},
         "text",
     ]
-    _, refused = collect(enumerate(bad), llava_parser(MediaFolder(tmp_path)))
+    _, refused = parse(tmp_path, bad)
     assert [entry.number for entry in refused] == [0, 1, 2, 3, 4]
     assert [entry.id for entry in refused][::2] == ["5", "v.mp4", "number 4"]
     assert refused[3].id == "number 3"
@@ -149,7 +159,7 @@ def test_what_refused_entries_are_called(tmp_path):
 
 
 def test_ids_become_unique(tmp_path):
-    """The same under the same id is refused, something else is renamed, around names that are taken."""
+    """Duplicates are refused; other entries of the same id are renamed, without using a name that exists."""
 
     def entry(name, answer="a", video=None):
         marker = "" if video is None else "<image>"
@@ -160,33 +170,35 @@ def test_ids_become_unique(tmp_path):
         entry("a"),
         entry("a#3"),
         entry("a", "b"),
-        entry("a"),  # the first again
+        entry("a"),  # repeats the first
         entry("a", "c"),
-        entry("a", "b"),  # the third again
+        entry("a", "b"),  # repeats the third
         entry("a", video="1.mp4"),
         entry("a", video="2.mp4"),
         entry("a#3", "d"),
         entry("a#2", "e"),
     ]
-    records, refused = collect(enumerate(entries), llava_parser(MediaFolder(tmp_path)))
+    records, refused = parse(tmp_path, entries)
     assert [record.id for record in records] == ["a", "a#3", "a#2", "a#4", "a#5", "a#6", "a#3#2", "a#2#2"]
     assert [record.turns[0][1] for record in records] == ["a", "a", "b", "c", "a", "a", "d", "e"]
     assert [(entry.number, entry.id, entry.fault) for entry in refused] == [
         (3, "a", "duplicate"),
         (5, "a", "duplicate"),
     ]
-    assert refused[0].reason == "duplicates an earlier record; to use it more often, set repeat of its source"
+    assert refused[0].reason == (
+        "duplicates an earlier record; to use a record several times, set `repeat` of its source"
+    )
 
 
-def test_many_records_under_one_id_take_no_time(tmp_path):
+def test_many_records_of_one_id_are_fast(tmp_path):
     entries = [{"id": "a", "conversations": talk("q", str(i))} for i in range(20_000)]
     started = time.process_time()
-    records, _ = collect(enumerate(entries), llava_parser(MediaFolder(tmp_path)))
+    records, _ = parse(tmp_path, entries)
     assert time.process_time() - started < 20
     assert len({record.id for record in records}) == 20_000
 
 
-def test_faults_are_told_apart(tmp_path):
+def test_faults(tmp_path):
     image = {"image": "1.png"}
     cases = {
         "turns": {"conversations": talk("q", "a")[::-1]},
@@ -196,21 +208,21 @@ def test_faults_are_told_apart(tmp_path):
         "form": {"conversations": 5},
     }
     entries = [{"id": name, **case} for name, case in cases.items()]
-    records, refused = collect(enumerate(entries), llava_parser(MediaFolder(tmp_path)))
+    records, refused = parse(tmp_path, entries)
     assert records == []
     assert {entry.id: entry.fault for entry in refused} == {name: name for name in cases}
 
 
-def test_modality_that_is_left_out():
+def test_default_modality():
     assert Record("a", None, ()).modality == "text"
     assert Record("a", Path("a.png"), ()).modality == "video"
     assert Record("a", Path("a.png"), (), modality="image").modality == "image"
 
 
-def test_files_that_are_no_annotations(tmp_path):
+def test_files_that_are_not_annotations(tmp_path):
     for content, message in [
         ("{", r"starts with '\{'"),
-        ({"a": 1}, r"starts with '\{': expected a JSON list"),
+        ({"a": 1}, r"starts with '\{', expected a JSON list"),
         ("null", "starts with 'n'"),
         (["x"], "record number 0: is 'x', expected an object"),
     ]:

@@ -1,4 +1,4 @@
-"""A mixture of 10,000 records with 3 % broken media: nothing lost or twice, nothing without a reason."""
+"""A mixture of 10,000 records, 3 % of them broken: no record is lost or repeated, every skip has a reason."""
 
 import itertools
 import json
@@ -24,12 +24,12 @@ from dynfocus_jax.text.tokenizers import WordTokenizer
 COUNT, BATCH, SEED = 10_000, 32, 9
 TOKENIZER = WordTokenizer(["what", "is", "this", "?", "a", "red", "disc", "why"])
 BUCKETS = ((1, 16), (1, 48), (4, 16), (4, 48))
-BROKEN = {  # kind -> what its reason says
+BROKEN = {  # file -> text in the reason
     "missing.png": "no such file",
     "empty.png": "not a readable image",
     "truncated.png": "not a readable image",
     "text.png": "not a readable image",
-    "folder.png": "is a folder, expected a file",  # no record, as its annotations are read
+    "folder.png": "is a folder, expected a file",  # refused when the annotations are read
     "missing.mp4": "no such file",
     "empty.mp4": "not a readable video",
     "truncated.mp4": "truncated",
@@ -39,7 +39,7 @@ BROKEN = {  # kind -> what its reason says
 
 
 def make_media(root):
-    """Few files for many records: good and broken images and videos."""
+    """Write a few valid and broken images and videos, which many records share."""
     rng = np.random.default_rng(0)
     for i in range(8):
         Image.fromarray(rng.integers(0, 255, (10 + i, 12, 3), dtype=np.uint8)).save(root / f"good{i}.png")
@@ -55,9 +55,9 @@ def make_media(root):
 
 
 def entries(rng):
-    """LLaVA records of texts, images and videos, of one to three turns; every 33rd or so is broken."""
+    """Return LLaVA entries of one to three turns, and {id of a broken one: text in its reason}."""
     bad = set(rng.choice(COUNT, COUNT * 3 // 100, replace=False).tolist())
-    kinds, made, broken = list(BROKEN), [], {}
+    kinds, result, broken = list(BROKEN), [], {}
     for number in range(COUNT):
         turns = [
             {"from": role, "value": text}
@@ -74,17 +74,17 @@ def entries(rng):
         if file:
             entry["video" if file.endswith("mp4") else "image"] = file
             turns[0]["value"] = "<image>\n" + turns[0]["value"]
-        made.append(entry)
-    return made, broken
+        result.append(entry)
+    return result, broken
 
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
-    """(the mixture, {id of a broken record: what its reason says}); three sources."""
+    """A mixture of three sources, and {id of a broken record: text in its reason}."""
     root = tmp_path_factory.mktemp("mixture")
     make_media(root)
-    made, broken = entries(np.random.default_rng(1))
-    parts = (made[:5000], made[5000:8000], made[8000:])
+    everything, broken = entries(np.random.default_rng(1))
+    parts = (everything[:5000], everything[5000:8000], everything[8000:])
     for number, part in enumerate(parts):
         (root / f"part{number}.json").write_text(json.dumps(part))
     sources = tuple(source(name=f"part{number}", annotations=f"part{number}.json") for number in range(3))
@@ -93,7 +93,7 @@ def mixture(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parts(mixture, tmp_path_factory):
-    """The samples' loader and bucket numbers."""
+    """The sample loader, and the bucket of each sample."""
     budget = Budget.of(BUCKETS, lambda frames: 2 * frames)
     media = MediaReader(8, cache_bytes=2**24)
     load = SampleLoader(mixture[0].records, TOKENIZER, TEMPLATES["plain"], media, budget, max_query=8)
@@ -101,7 +101,7 @@ def parts(mixture, tmp_path_factory):
 
 
 def read(mixture, parts, rows=None, start=0, skipped=None, count=None):
-    """(record numbers, shapes) of the batches of one epoch, as one process sees them."""
+    """Return (record numbers, frames, text length) of the batches of one epoch, as one process reads them."""
     load, bucket_of = parts
     order = Order(mixture[0].epoch, bucket_of, batch_size=BATCH, seed=SEED, epochs=1)
     batches = iter(
@@ -118,7 +118,7 @@ def read(mixture, parts, rows=None, start=0, skipped=None, count=None):
 
 
 def keep(mixture, path=None):
-    """Where a process notes what it skips; the entries that are no records are there already."""
+    """Return a list of skipped samples that already contains the refused entries."""
     skipped = Skipped(path, max_share=0.05)
     skipped.refuse(mixture[0].refused, COUNT)
     return skipped
@@ -126,14 +126,14 @@ def keep(mixture, path=None):
 
 @pytest.fixture(scope="module")
 def whole(mixture, parts, tmp_path_factory):
-    """The epoch as one process reads it, and what that lists as skipped."""
+    """One epoch read by one process: its batches, the skipped samples and their file."""
     path = tmp_path_factory.mktemp("whole") / "skipped.jsonl"
     skipped = keep(mixture, path)
     batches = read(mixture, parts, skipped=skipped)
     return batches, skipped, path
 
 
-def test_one_epoch_has_every_good_record_once(mixture, whole):
+def test_epoch_has_every_valid_record_once(mixture, whole):
     records, broken = mixture[0].records, mixture[1]
     assert (len(records), len(mixture[0].refused), len(broken)) == (COUNT - 30, 30, 300)
     seen = [number for batch, _, _ in whole[0] for number in batch if number >= 0]
@@ -141,7 +141,7 @@ def test_one_epoch_has_every_good_record_once(mixture, whole):
     assert sorted(seen) == good
 
 
-def test_broken_ones_are_listed_with_reasons(mixture, whole):
+def test_broken_records_are_listed_with_reasons(mixture, whole):
     _, skipped, path = whole
     listed = {entry["id"]: entry for entry in map(json.loads, path.read_text().splitlines())}
     assert listed.keys() == mixture[1].keys()
@@ -153,8 +153,8 @@ def test_broken_ones_are_listed_with_reasons(mixture, whole):
     assert (skipped.count, skipped.seen) == (270, COUNT - 30)
 
 
-def test_a_handful_of_shapes_and_mixed_batches(mixture, whole):
-    """Each batch of one bucket; images, videos and texts are mixed where they are as long."""
+def test_few_shapes_and_mixed_batches(mixture, whole):
+    """Each batch belongs to one bucket; images, videos and texts of the same length are mixed."""
     shapes = {tuple(shape) for _, *shape in whole[0]}
     assert shapes == set(BUCKETS)
     kinds = [
@@ -164,8 +164,8 @@ def test_a_handful_of_shapes_and_mixed_batches(mixture, whole):
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_share_the_epoch(mixture, parts, whole, count):
-    """Each with its rows of every batch; together they read what one process reads."""
+def test_processes_share_the_epoch(mixture, parts, whole, count):
+    """Each process reads its rows of every batch; together they read the same as one process."""
     shares = [range(rank, BATCH, count) for rank in range(count)]
     skipped = [keep(mixture) for _ in shares]
     read_by = [read(mixture, parts, rows, skipped=own) for rows, own in zip(shares, skipped, strict=True)]
@@ -177,8 +177,8 @@ def test_several_processes_share_the_epoch(mixture, parts, whole, count):
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_stop_and_resume_in_the_middle(mixture, parts, whole, count):
-    """At a step in the epoch, on as many processes or others, from a position that is a number."""
+def test_resume_within_an_epoch(mixture, parts, whole, count):
+    """A process resumes within an epoch from the number of a step."""
     middle = len(whole[0]) // 2
     rows = range(count - 1, BATCH, count)
     expected = [[batch[row] for row in rows] for batch, *_ in whole[0]]

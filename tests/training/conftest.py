@@ -1,4 +1,4 @@
-"""A toy run in small, stage by stage, for the tests of training."""
+"""A tiny run, stage by stage, for the tests of training."""
 
 import jax
 import pytest
@@ -11,7 +11,7 @@ from tests.tiny import mesh_of, tiny_config
 
 @pytest.fixture(scope="session")
 def run_stage(data_root):
-    """`run_stage(workdir, index, change=None)`: a StageRun of the (changed) tiny configuration."""
+    """A function (workdir, index, change=None) -> StageRun of the tiny configuration, changed."""
 
     def build(workdir, index, change=None, root=None):
         config = tiny_config()

@@ -1,8 +1,8 @@
-"""`python -m dynfocus_jax.train`, which also writes down what each step was given, and may kill itself.
+"""`python -m dynfocus_jax.train` that records the batch of every step, and can kill itself.
 
 Before every step it appends a line {"step", "records", "digest" of the whole batch} to the file RECORDED.
-KILL is a json object of moments, at the first of which it sends itself SIGKILL: "seconds" from the start,
-"steps" done and some "after" seconds, or a "save" in a folder of checkpoints that has begun and is not over.
+The JSON object KILL gives the moments at which it sends itself SIGKILL, whichever comes first: "seconds" from
+the start; "after" seconds after a number of "steps"; "save", the folder of checkpoints, while it saves there.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ def recorded(data, start, *arguments, _feed=StageData.feed):
     feed, steps = _feed(data, start, *arguments), itertools.count(start)
     take = feed.take
 
-    def taken(running):
+    def recording_take(running):
         batch, note = take(running)
         step = next(steps)
         if step - start == MOMENTS.get("steps"):
@@ -54,7 +54,7 @@ def recorded(data, start, *arguments, _feed=StageData.feed):
         append_json_line(Path(os.environ["RECORDED"]), entry)
         return batch, note
 
-    feed.take = taken
+    feed.take = recording_take
     return feed
 
 

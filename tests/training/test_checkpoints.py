@@ -1,4 +1,4 @@
-"""Checkpoints of a stage: which are kept, what they hold, which states are refused."""
+"""Checkpoints of a stage: contents, which are kept, states and settings that are refused."""
 
 import json
 import resource
@@ -78,8 +78,8 @@ LOSSES = {2: 5.0, 4: 1.0, 6: 3.0, 8: 9.0, 10: 2.0, 12: 4.0, 14: 6.0}
         ({"keep": 2, "keep_every": 6, "best": "loss"}, [4, 6, 12, 14]),
     ],
 )
-def test_which_are_kept(tmp_path, options, expected):
-    """Also when every checkpoint is written by another run, as after interruptions."""
+def test_kept_checkpoints(tmp_path, options, expected):
+    """The policies hold across interruptions, after which another manager writes."""
     checkpoints = open_checkpoints(tmp_path, **options)
     for step, loss in LOSSES.items():
         if step in (6, 12):
@@ -93,7 +93,7 @@ def test_which_are_kept(tmp_path, options, expected):
         assert open_checkpoints(tmp_path, **options).best_step() == min(set(expected) & {4, 8})
 
 
-def test_the_best_so_far_gives_way_to_a_better_one(tmp_path):
+def test_a_better_checkpoint_replaces_the_best(tmp_path):
     checkpoints = open_checkpoints(tmp_path, best="loss")
     seen = []
     for step, loss in enumerate((3.0, 2.0, 4.0, 1.0, 5.0), 1):
@@ -103,7 +103,7 @@ def test_the_best_so_far_gives_way_to_a_better_one(tmp_path):
     assert seen == [[1], [2], [2, 3], [4], [4, 5]]
 
 
-def test_what_is_kept_with_the_state(tmp_path):
+def test_information_kept_with_the_state(tmp_path):
     checkpoints = open_checkpoints(tmp_path)
     save(checkpoints, 4)
     checkpoints.wait()
@@ -115,7 +115,7 @@ def test_what_is_kept_with_the_state(tmp_path):
     assert meta["settings"]["stage"]["trainable"] == ["a.*"]
 
 
-def test_other_code_is_told(tmp_path, capsys):
+def test_another_version_of_the_code_is_reported(tmp_path, capsys):
     checkpoints = open_checkpoints(tmp_path)
     save(checkpoints, 1)
     checkpoints.wait()
@@ -124,7 +124,9 @@ def test_other_code_is_told(tmp_path, capsys):
     about = ABOUT | {"code": code_version() | {"source": "0" * 12}}
     open_checkpoints(tmp_path, about=about).restore(abstract(make_state()))
     out = capsys.readouterr().out
-    assert f"other code (source: then '{code_version()['source']}', now '000000000000')" in out
+    assert (
+        f"another version of the code (source: then '{code_version()['source']}', now '000000000000')" in out
+    )
 
 
 @pytest.mark.parametrize(
@@ -135,11 +137,11 @@ def test_other_code_is_told(tmp_path, capsys):
     ],
 )
 def test_another_state_is_refused(tmp_path, changes, sentence):
-    """Orbax by itself would cast, silently."""
+    """Orbax alone would cast silently."""
     checkpoints = open_checkpoints(tmp_path)
     save(checkpoints, 1)
     checkpoints.wait()
-    with pytest.raises(UserError, match=rf"stage/1 holds another state \(.*{sentence}.*--workdir"):
+    with pytest.raises(UserError, match=rf"the state in .*stage/1 differs .*\(.*{sentence}.*--workdir"):
         open_checkpoints(tmp_path).restore(abstract(make_state(**changes)))
     less = make_state()._replace(frozen={})
     with pytest.raises(UserError, match=r"frozen/tower/kernel: then '\(4,\) bfloat16', now None"):
@@ -157,14 +159,14 @@ def test_other_settings_are_refused(tmp_path):
         open_checkpoints(tmp_path, settings=other)
 
 
-def test_what_a_killed_save_left_is_no_checkpoint(tmp_path):
+def test_an_unfinished_save_is_not_a_checkpoint(tmp_path):
     checkpoints = open_checkpoints(tmp_path, keep=3)
     for step in (1, 2):
         save(checkpoints, step)
     checkpoints.wait()
     stage = tmp_path / "stage"
     names = {path.name for path in stage.iterdir()}
-    (stage / "2").rename(stage / "3.orbax-checkpoint-tmp")  # as Orbax calls it before it is whole
+    (stage / "2").rename(stage / "3.orbax-checkpoint-tmp")  # Orbax's name of an unfinished save
     again = open_checkpoints(tmp_path, keep=3)
     assert not (stage / "3.orbax-checkpoint-tmp").exists()  # at once: no thread outlives a refused run
     assert again.latest_step() == 1
@@ -176,8 +178,8 @@ def test_what_a_killed_save_left_is_no_checkpoint(tmp_path):
     assert {path.name for path in stage.iterdir()} == names | {"3"}
 
 
-def test_the_state_after_the_call_is_not_in_the_checkpoint(tmp_path):
-    """The state may be donated to the next step at once, while the files are being written."""
+def test_changes_of_the_state_after_the_call_are_not_saved(tmp_path):
+    """The state may be donated to the next step while the files are still being written."""
     checkpoints = open_checkpoints(tmp_path)
     step_on = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     state = make_state(1, value=1)
@@ -191,20 +193,22 @@ def test_the_state_after_the_call_is_not_in_the_checkpoint(tmp_path):
     assert_equal(jax.tree.map(np.array, restored), expected)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the writers given up
-def test_no_room_for_a_checkpoint(tmp_path):
-    """As on a full disk: files of this process may not grow beyond a limit."""
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of abandoned writers
+def test_a_full_disk(tmp_path):
+    """A limit on the size of files stands in for a full disk."""
     checkpoints = open_checkpoints(tmp_path, keep=2)
     save(checkpoints, 1)
     checkpoints.wait()
     large = make_state(2)
-    noise = jax.random.normal(jax.random.key(0), (1 << 18,))  # which compression makes no smaller
+    noise = jax.random.normal(jax.random.key(0), (1 << 18,))  # does not compress
     large.trained["part"]["kernel"] = noise
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, limits[1]))
     try:
         checkpoints.save(2, large, 20.0, {})
-        with pytest.raises(RunError, match=r"cannot be written to .*stage \(.*the last .* is of step 1"):
+        with pytest.raises(
+            RunError, match=r"cannot write a checkpoint to .*stage \(.*the last one is of step 1"
+        ):
             checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

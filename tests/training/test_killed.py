@@ -1,4 +1,4 @@
-"""Runs that are killed, told to stop, and started again: they end as if nothing had happened."""
+"""Runs that are killed or preempted and resumed end like runs that were not interrupted."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests.tiny import tiny_config, with_kind
 
 
 def get_config():
-    '''The last stage of the tiny configuration; it trains everything.'''
+    '''Return the last stage of the tiny configuration, training all parameters.'''
     config = tiny_config()
     config.stages = config.stages[-1:]
     config.stages[0].update(
@@ -37,8 +37,8 @@ def get_config():
 """
 
 
-def ended(process: subprocess.Popen) -> str:
-    """What a process printed that ends by itself, and well."""
+def output_of(process: subprocess.Popen) -> str:
+    """Return the output of a process that must exit with 0."""
     try:
         output, _ = process.communicate(timeout=600)
     finally:
@@ -48,7 +48,7 @@ def ended(process: subprocess.Popen) -> str:
 
 
 class Run:
-    """A workdir and the processes that train in it, one after the other."""
+    """A workdir, and the processes that train in it one after the other."""
 
     def __init__(self, folder: Path, data_root: Path, connector: str, steps: int):
         folder.mkdir()
@@ -59,7 +59,7 @@ class Run:
         self.checkpoints = self.workdir / "checkpoints" / "instruct"
 
     def another(self, folder: Path) -> "Run":
-        """The same run in a folder of its own, not yet started."""
+        """Return the same run in another folder, not started."""
         return Run(folder, *self._options)
 
     def start(self, *flags: str, devices: int = 1, kill: dict | None = None) -> subprocess.Popen:
@@ -80,8 +80,8 @@ class Run:
         )
 
     def finish(self, *flags: str, devices: int = 1) -> str:
-        """Train until the process ends by itself; returns what it printed."""
-        return ended(self.start(*flags, devices=devices))
+        """Train until the process exits; return its output."""
+        return output_of(self.start(*flags, devices=devices))
 
     def records(self) -> list[dict]:
         return read_json_lines(self.recorded)
@@ -93,7 +93,7 @@ class Run:
         return sorted(int(path.name) for path in self.checkpoints.iterdir() if path.name.isdigit())
 
     def state(self) -> dict[str, np.ndarray]:
-        """{path: array} of the last checkpoint, moments included."""
+        """Return {path: array} of the last checkpoint, including moments."""
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             folder = self.checkpoints / str(self.steps) / "state"
             saved = checkpointer.metadata(folder).item_metadata.tree
@@ -116,12 +116,12 @@ def uninterrupted(folder: Path, data_root: Path, connector: str, steps: int) -> 
 
 @pytest.fixture(scope="module")
 def whole(data_root, tmp_path_factory):
-    """An uninterrupted run, with the connector that is built fastest."""
+    """An uninterrupted run with the connector that compiles fastest."""
     return uninterrupted(tmp_path_factory.mktemp("whole") / "run", data_root, "pooled", 16)
 
 
 def assert_same_data(run: Run, whole: Run) -> None:
-    """Every step was given the same batch, however often it was done."""
+    """Check that every step got the same batch, however often it ran."""
     expected = {entry["step"]: entry for entry in whole.records()}
     assert sorted(expected) == list(range(whole.steps))
     assert {entry["step"] for entry in run.records()} == set(expected)
@@ -140,7 +140,7 @@ def assert_same_end(run: Run, whole: Run) -> None:
 
 
 def kill(run: Run, where: str, whole: Run, rng: random.Random) -> None:
-    """Starts the run, to be killed at random: "anywhere" in its time, at a "step", or inside a "save"."""
+    """Start the run and kill it at random: "anywhere" in its time, at a "step", or inside a "save"."""
     steps = {"steps": rng.randint(1, 4), "after": rng.uniform(0, 0.1)}
     moments = {
         "anywhere": steps | {"seconds": rng.uniform(0, whole.seconds)},
@@ -150,11 +150,11 @@ def kill(run: Run, where: str, whole: Run, rng: random.Random) -> None:
     process = run.start(kill=moments[where])
     output, _ = process.communicate(timeout=600)
     assert process.returncode == -signal.SIGKILL, output
-    assert where != "save" or run.unfinished_saves(), "the save was over before the kill"
+    assert where != "save" or run.unfinished_saves(), "the save ended before the kill"
 
 
-def test_what_is_kept(whole):
-    """The last two, those of a multiple of eight steps, and the one of the smallest mean loss."""
+def test_kept_checkpoints(whole):
+    """The last two, the multiples of eight, and the one with the smallest mean loss."""
     losses = {step: loss for step, loss, _ in whole.losses()}
     best = min(range(2, 17, 2), key=lambda step: losses[step - 1] + losses[step])
     assert whole.kept() == sorted({8, best, 14, 16})
@@ -185,14 +185,14 @@ def test_killed_ten_times_at_random_moments(data_root, tmp_path, connector, seed
     assert_same_end(run, whole)
 
 
-def test_told_to_stop_and_continued_on_other_devices(whole, tmp_path):
-    """SIGTERM saves where it is and ends with 0; the data goes on exactly on another mesh, and back."""
+def test_preempted_and_resumed_on_other_devices(whole, tmp_path):
+    """SIGTERM saves and exits with 0; the data continues exactly on another mesh, and back."""
     run = whole.another(tmp_path / "moved")
     process = run.start()
     while process.poll() is None and len(run.records()) < 3:
         time.sleep(0.001)
     process.terminate()
-    output = ended(process)
+    output = output_of(process)
     stopped = int(re.search(r"stopped at step (\d+) of stage instruct; run the same command", output)[1])
     assert stopped < whole.steps - 2
     assert run.kept()[-1] == stopped
@@ -201,9 +201,9 @@ def test_told_to_stop_and_continued_on_other_devices(whole, tmp_path):
     assert f"resumed at step {stopped}\n" in moved
     assert f"resumed at step {stopped + 1}\n" in run.finish()
     assert_same_data(run, whole)
-    assert [entry["step"] for entry in run.records()] == list(range(whole.steps)), "a step was done twice"
+    assert [entry["step"] for entry in run.records()] == list(range(whole.steps)), "a step ran twice"
     state = run.state()
     for path, expected in whole.state().items():
-        # A key's bias shifts all logits of a query: its gradient is rounding, of which Adam makes steps.
+        # A key's bias shifts all logits of a query, so its gradient is rounding, which Adam turns into steps
         atol = 1e-4 if "['key']['bias']" in path else 1e-5
         np.testing.assert_allclose(state[path], expected, rtol=1e-4, atol=atol, err_msg=path)

@@ -1,4 +1,4 @@
-"""The log of a stage: what it reports, and that it notices what is not a number."""
+"""The log of a stage: its entries, and losses and gradients that are not finite."""
 
 import json
 
@@ -67,7 +67,7 @@ def test_means_over_the_steps_since_the_last_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
-def test_means_look_at_steps_that_are_not_yet_reported(tmp_path, name):
+def test_means_include_steps_that_are_not_reported_yet(tmp_path, name):
     log = make_log(tmp_path)
     log.step(1, metrics(), 0, 0.0)
     log.means()
@@ -77,13 +77,13 @@ def test_means_look_at_steps_that_are_not_yet_reported(tmp_path, name):
         log.means()
 
 
-def test_what_was_logged_after_the_checkpoint_is_taken_out(tmp_path):
+def test_entries_after_the_checkpoint_are_removed(tmp_path):
     for stage in ("images", "align"):
         log = StageLog(tmp_path / "metrics.jsonl", stage, 6, 0, 1)
         for step in range(1, 5):
             log.step(step, metrics(), 0, 0.0)
     path = tmp_path / "metrics.jsonl"
-    path.write_text(path.read_text() + '{"stage": "al')  # killed while it wrote
+    path.write_text(path.read_text() + '{"stage": "al')  # killed while writing
     log = make_log(tmp_path, every=1, start=2)
     log.step(3, metrics(loss=9), 0, 0.0)
     entries = [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Training on a mixture of images, videos and texts: buckets, epochs, what is too long, exact resume."""
+"""Training on a mixture of images, videos and texts: buckets, epochs, long samples, exact resume."""
 
 import json
 import re
@@ -12,13 +12,13 @@ from dynfocus_jax.config import source
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.training import loop
 
-STAGE = 1  # one that is compiled fast
+STAGE = 1  # compiles fast
 BUCKETS = ((1, 16), (1, 96), (16, 144))
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """Five short records without a file, and one that is no record."""
+    """Five short records without media, and an invalid one."""
     path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
     entries = [
         {
@@ -36,7 +36,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture
 def mixed(run_stage, texts):
-    """`mixed(workdir, **fields)`: the second stage on images, videos and texts."""
+    """A function (workdir, **fields) -> the second stage, on images, videos and texts."""
 
     def build(workdir, data=None, **fields):
         def change(config):
@@ -65,20 +65,20 @@ def mixed(run_stage, texts):
 
 @pytest.fixture
 def consumed(monkeypatch):
-    """(record numbers, frames, text tokens) of every batch that is put on the devices."""
-    batches, to_devices = [], loop.sharding_lib.to_devices
+    """Return a list that receives (record numbers, frames, text tokens) of every batch put on the devices."""
+    batches, to_devices = [], loop.to_devices
 
     def record(batch, mesh):
         batches.append((batch.index.tolist(), batch.frames.shape[1], batch.tokens.shape[1]))
         return to_devices(batch, mesh)
 
-    monkeypatch.setattr(loop.sharding_lib, "to_devices", record)
+    monkeypatch.setattr(loop, "to_devices", record)
     return batches
 
 
 @pytest.fixture
 def steps(monkeypatch):
-    """The compiled train steps."""
+    """Return a list that receives the train steps."""
     made, make = [], loop.make_train_step
     monkeypatch.setattr(loop, "make_train_step", lambda *a, **k: made.append(make(*a, **k)) or made[-1])
     return made
@@ -105,9 +105,9 @@ def test_two_epochs_in_three_shapes(mixed, consumed, steps, tmp_path, capsys):
     output = capsys.readouterr().out
     expected = f"stage pretrain_sequences: 23 records (1 refused), {2 * per_epoch} steps of 4 (2.00 epochs)"
     assert expected in output
-    told = re.findall(r"step for (\d+) frames and (\d+) text tokens compiled in [\d.]+ s", output)
-    assert {tuple(map(int, shape)) for shape in told} == set(BUCKETS)
-    assert len(told) == 3
+    printed = re.findall(r"step for (\d+) frames and (\d+) text tokens compiled in [\d.]+ s", output)
+    assert {tuple(map(int, shape)) for shape in printed} == set(BUCKETS)
+    assert len(printed) == 3
     assert "stage pretrain_sequences: the step was compiled for 3 of 3 buckets" in output
     assert re.search(r"pretrain_sequences 1/\d+ .* wait \d+ %", output)
     (skipped,) = entries(tmp_path / "skipped.jsonl")
@@ -117,7 +117,7 @@ def test_two_epochs_in_three_shapes(mixed, consumed, steps, tmp_path, capsys):
 
 
 def test_resume_in_the_middle_of_an_epoch(mixed, consumed, tmp_path):
-    """Also when other processes read the samples from there on."""
+    """The rest is read by worker processes, and is still the same."""
     mixed(tmp_path / "whole").run(None)
     whole, consumed[:] = list(consumed), []
     expected = jax.device_get(mixed(tmp_path / "whole").checkpoints.restore_params())
@@ -128,8 +128,8 @@ def test_resume_in_the_middle_of_an_epoch(mixed, consumed, tmp_path):
         np.testing.assert_array_equal(leaf, trees.flatten(expected)[path], err_msg=path)
 
 
-def test_other_lengths_are_another_order(mixed, tmp_path):
-    """A position in the data means nothing when samples are in other buckets."""
+def test_other_lengths_are_refused(mixed, tmp_path):
+    """A position in the data is valid only for the same buckets."""
     mixed(tmp_path).run(None, stop_at=1)
     path = tmp_path / "lengths.jsonl"
     lines = [entry | ({"ends": [17]} if "text" in entry else {}) for entry in entries(path)]
@@ -138,7 +138,7 @@ def test_other_lengths_are_another_order(mixed, tmp_path):
         mixed(tmp_path)
 
 
-def test_what_is_too_long_is_told(mixed, consumed, tmp_path, capsys):
+def test_samples_that_are_too_long_are_listed(mixed, consumed, tmp_path, capsys):
     budget = mixed(tmp_path / "a").data.loader.budget
     limit = 24 + budget.visual[16]
     stage = mixed(tmp_path / "b", max_length=limit, on_overflow="drop_turns", epochs=1.0)
@@ -146,7 +146,7 @@ def test_what_is_too_long_is_told(mixed, consumed, tmp_path, capsys):
     count = stage.data.shortened.counts["turns"]
     assert count == 6  # the videos
     output = capsys.readouterr().out
-    assert f"6 samples were too long and lost turns; {tmp_path}/b/overflow.jsonl lists them" in output
+    assert f"6 samples were too long and lost turns; see {tmp_path}/b/overflow.jsonl" in output
     listed = entries(tmp_path / "b" / "overflow.jsonl")
     assert {entry["source"] for entry in listed} == {"videos"}
     assert all(re.fullmatch(r"dropped \d+ of \d+ turns", entry["action"]) for entry in listed)

@@ -1,4 +1,4 @@
-"""Schedules, learning rates by part, and the loss."""
+"""Schedules, learning rate factors, and the loss."""
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,13 @@ from dynfocus_jax.batch import padding_sample
 from dynfocus_jax.config import stage
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.training.losses import answer_loss, chunked_answer_loss
-from dynfocus_jax.training.optimizer import make_optimizer, schedule
+from dynfocus_jax.training.optimizer import make_optimizer, make_schedule
 
 BASE = {"name": "s", "annotations": "a.json", "steps": 100, "trainable": (".*",), "learning_rate": 0.4}
 
 
 def test_cosine_schedule():
-    rate = schedule(stage(**BASE, warmup=0.2))
+    rate = make_schedule(stage(**BASE, warmup=0.2))
     expected = {
         0: 0.0,
         5: 0.1,
@@ -29,7 +29,7 @@ def test_cosine_schedule():
 
 
 def test_linear_tail_schedule():
-    rate = schedule(stage(**BASE, warmup=0.1, schedule="linear_tail"))
+    rate = make_schedule(stage(**BASE, warmup=0.1, schedule="linear_tail"))
     expected = {0: 0.0, 5: 0.2, 10: 0.4, 74: 0.4, 75: 0.4, 80: 0.32, 99: 0.016, 100: 0.0}
     np.testing.assert_allclose([rate(step) for step in expected], list(expected.values()), atol=1e-6)
 
@@ -37,7 +37,7 @@ def test_linear_tail_schedule():
 @pytest.mark.parametrize("kind", ["cosine", "linear_tail"])
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0.0), (1, 0.9), (2, 0.03), (10, 0.95)])
 def test_short_schedules(kind, steps, warmup):
-    rate = schedule(stage(**BASE | {"steps": steps}, warmup=warmup, schedule=kind))
+    rate = make_schedule(stage(**BASE | {"steps": steps}, warmup=warmup, schedule=kind))
     values = np.array([rate(step) for step in range(steps + 1)])
     assert np.isfinite(values).all()
     assert values.min() >= 0
@@ -53,7 +53,7 @@ def one_update(**fields):
 
 
 def test_adamw_first_step():
-    """The first step of Adam is the sign of the gradient; weight decay adds its share of the parameter."""
+    """The first step of Adam is the sign of the gradient; weight decay adds a fraction of the parameter."""
     updates = one_update(weight_decay=0.1)
     np.testing.assert_allclose(
         updates["a"]["w"], -0.4 * (np.sign([3, -1]) + 0.1 * np.array([1, -2])), rtol=1e-4
@@ -100,7 +100,7 @@ ROWS, TEXT, WIDTH, WORDS = 3, 7, 4, 11
 
 @pytest.fixture(scope="module")
 def chunked():
-    """A function of (hidden, head, chunk): the sum of the losses, of a batch with and without answers."""
+    """The loss as a function (hidden, head, chunk), a batch with and without answers, hidden, and head."""
     rng = np.random.default_rng(1)
     rows = [padding_sample(1, 4, TEXT, 2) for _ in range(ROWS)]
     for row in rows[:2]:
@@ -116,7 +116,7 @@ def chunked():
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 2, 3, 7, 9])
-def test_chunks_change_nothing(chunked, chunk):
+def test_chunks_do_not_change_the_loss(chunked, chunk):
     losses, batch, hidden, head = chunked
     found, expected = losses(hidden, head, chunk), answer_loss(hidden @ head, batch)
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
@@ -132,7 +132,7 @@ def test_chunks_change_nothing(chunked, chunk):
 
 
 def logits_held(jaxpr) -> int:
-    """Numbers in the largest array over the words, the head's aside, in a program and those within it."""
+    """Return the size of the largest array of logits in a program and in those within it."""
     shapes = [var.aval.shape for equation in jaxpr.eqns for var in equation.outvars]
     held = [int(np.prod(shape)) for shape in shapes if WORDS in shape and WIDTH not in shape]
     parts = [part for equation in jaxpr.eqns for part in jax.tree.leaves(list(equation.params.values()))]
@@ -143,8 +143,8 @@ def logits_held(jaxpr) -> int:
 
 
 @pytest.mark.parametrize(("chunk", "held"), [(0, TEXT), (1, 1), (2, 2), (3, 3)])
-def test_no_more_logits_than_those_of_a_chunk(chunked, chunk, held):
-    """Forwards and backwards."""
+def test_only_the_logits_of_a_chunk_are_in_memory(chunked, chunk, held):
+    """In the forward and the backward pass."""
     losses, _, hidden, head = chunked
     gradient = jax.grad(lambda hidden, head: losses(hidden, head, chunk)[0].sum(), (0, 1))
     assert logits_held(jax.make_jaxpr(gradient)(hidden, head).jaxpr) == ROWS * held * WORDS

@@ -1,4 +1,4 @@
-"""SIGTERM is noted while a `Preemption` is entered, and is what it was before afterwards."""
+"""`Preemption` catches SIGTERM inside its context, and restores the handler afterwards."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import signal
 from dynfocus_jax.training.preemption import Preemption
 
 
-def test_sigterm_is_noted():
+def test_sigterm_is_caught():
     before = []
     outer = signal.signal(signal.SIGTERM, lambda *_: before.append(True))
     try:

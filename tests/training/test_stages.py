@@ -1,4 +1,4 @@
-"""Stages of a run: what changes in each, stopping and resuming, and runs that cannot go on."""
+"""Stages of a run: the parameters that each changes, stopping and resuming, runs that must stop."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ def changed_paths(before, after):
     return {path for path in before if not np.array_equal(before[path], after[path])}
 
 
-# --- What changes -------------------------------------------------------------------------------------
+# --- Changed parameters -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("index", range(4))
@@ -40,7 +40,7 @@ def test_only_the_declared_parts_change(stages, index):
     }
     changed = changed_paths(before, after)
     assert changed <= declared
-    # Weight decay and Adam move every declared leaf, but those that start at zero and have no gradient.
+    # Weight decay and Adam change every declared leaf, except those that start at zero and have no gradient
     still = {path for path in declared - changed if trees.flatten(before)[path].any()}
     assert not still
     assert len(changed) > len(declared) // 2
@@ -69,8 +69,8 @@ def test_instruct_reaches_the_score_net(stages):
     assert not any(path.startswith("vision/") for path in changed)
 
 
-def test_what_a_stage_takes_over(stages):
-    """What the stage before has, bit for bit; W_v starts as a copy of f's linear map."""
+def test_a_stage_starts_from_the_stage_before(stages):
+    """All parameters bit for bit, except W_v, which starts as a copy of f's linear map."""
     names = list(stages)
     for earlier, later in itertools.pairwise(names):
         old, new = trees.flatten(stages[earlier][1]), trees.flatten(stages[later][0])
@@ -90,14 +90,14 @@ def test_what_a_stage_takes_over(stages):
 
 @pytest.fixture
 def consumed(monkeypatch):
-    """The record numbers of every batch that is trained on."""
-    batches, to_devices = [], loop.sharding_lib.to_devices
+    """Return a list that receives the record numbers of every training batch."""
+    batches, to_devices = [], loop.to_devices
 
     def record(batch, mesh):
         batches.append(batch.index.tolist())
         return to_devices(batch, mesh)
 
-    monkeypatch.setattr(loop.sharding_lib, "to_devices", record)
+    monkeypatch.setattr(loop, "to_devices", record)
     return batches
 
 
@@ -123,7 +123,7 @@ def test_resumed_training_is_bit_identical(stages, run_stage, consumed, tmp_path
     assert lines[-1]["step"] == 4
 
 
-def test_the_checkpoint_of_a_finished_stage_is_what_run_returned(stages, run_stage, tmp_path):
+def test_the_last_checkpoint_equals_the_result_of_run(stages, run_stage, tmp_path):
     run_stage(tmp_path, INSTRUCT).run(stages["align"][1])
     finished = run_stage(tmp_path, INSTRUCT)
     assert finished.finished
@@ -147,8 +147,8 @@ def test_changed_settings_are_refused(stages, run_stage, tmp_path, field, change
     assert "\n" not in str(error.value)
 
 
-def test_speed_is_not_a_setting(stages, run_stage, tmp_path):
-    """What other devices may need: the run goes on with it."""
+def test_settings_of_speed_may_change_on_resume(stages, run_stage, tmp_path):
+    """Other devices may need others."""
 
     def change(config):
         config.data.threads = 1
@@ -160,27 +160,27 @@ def test_speed_is_not_a_setting(stages, run_stage, tmp_path):
 
 
 def test_other_records_are_refused(stages, run_stage, broken_data, tmp_path):
-    """A position in them would mean nothing."""
+    """A position in the data is valid only for the same records."""
     run_stage(tmp_path, INSTRUCT).run(stages["align"][1], stop_at=1)
     with pytest.raises(UserError, match=r"other settings \(records: then '\w+', now '\w+'\)"):
         run_stage(tmp_path, INSTRUCT, root=broken_data[0])
 
 
-def test_the_best_checkpoint_is_named(stages, run_stage, tmp_path, capsys):
+def test_the_best_checkpoint_is_printed(stages, run_stage, tmp_path, capsys):
     def change(config):
         config.checkpoint.update({"every": 1, "best": "loss"})
         config.log_every = 1
 
     stage = run_stage(tmp_path, INSTRUCT, change)
     stage.run(stages["align"][1])
-    named = re.search(r"best loss at step (\d) of stage instruct, kept in (\S+)", capsys.readouterr().out)
+    named = re.search(r"stage instruct: best loss at step (\d), kept in (\S+)", capsys.readouterr().out)
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert int(named[1]) == min(entries, key=lambda entry: entry["loss"])["step"]
     assert named[2].endswith(f"checkpoints/instruct/{named[1]}")
     assert Path(named[2]).is_dir()
 
 
-# --- Runs that cannot go on ---------------------------------------------------------------------------
+# --- Runs that must stop ---------------------------------------------------------------------------
 
 
 def explode(config, log_every):
@@ -194,13 +194,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(stages, run_stage, tmp_path, lo
     stage = run_stage(tmp_path, INSTRUCT, lambda config: explode(config, log_every))
     with pytest.raises(RunError, match=r"not finite") as error:
         stage.run(stages["align"][1])
-    named = re.search(r"last good checkpoint, step (\d+) in (\S+?/checkpoints/instruct)", str(error.value))
+    named = re.search(r"the last checkpoint is step (\d+) in (\S+?/checkpoints/instruct)", str(error.value))
     assert named, str(error.value)
     assert Path(named[2]).name == "instruct"
     assert (Path(named[2]) / named[1]).is_dir()
     good = trees.flatten(restore_params(Path(named[2]), int(named[1])))
     assert all(np.isfinite(leaf).all() for leaf in good.values()), f"checkpoint {named[1]} is not good"
-    with pytest.raises(RunError, match="not finite"):  # and does not resume from a broken state
+    with pytest.raises(RunError, match="not finite"):  # it does not resume from a broken state
         run_stage(tmp_path, INSTRUCT, lambda config: explode(config, log_every)).run(stages["align"][1])
 
 
@@ -222,8 +222,8 @@ def test_a_loss_that_is_not_finite_before_the_first_checkpoint(stages, run_stage
         ({"copy": ("connector/projector/up <- connector/projector/upp",)}, r"copy .* does not"),
     ],
 )
-def test_mistaken_paths(run_stage, tmp_path, change, sentence):
-    """Before anything is trained: when the stage is set up."""
+def test_wrong_paths(run_stage, tmp_path, change, sentence):
+    """Wrong parameter paths are refused before training, when the stage is set up."""
     with pytest.raises(UserError, match=sentence) as error:
         run_stage(tmp_path, INSTRUCT, lambda config: config.stages[INSTRUCT].update(change))
     assert "instruct" in str(error.value)
@@ -232,7 +232,7 @@ def test_mistaken_paths(run_stage, tmp_path, change, sentence):
 
 @pytest.fixture(scope="module")
 def broken_data(data_root, tmp_path_factory):
-    """A copy of the data whose train.json has records of three videos, of which the second is broken."""
+    """A copy of the data; its train.json has records of three videos, the second of which is broken."""
     config = tiny_config()
     config.data.root = str(data_root)
     root = tmp_path_factory.mktemp("broken") / "data"
@@ -274,5 +274,5 @@ def test_too_many_broken_videos_stop_the_run(stages, run_stage, broken_data, tmp
 
 
 def test_missing_annotations(run_stage, tmp_path):
-    with pytest.raises(UserError, match=r"nothing\.json cannot be read"):
+    with pytest.raises(UserError, match=r"nothing\.json: cannot be read"):
         run_stage(tmp_path, 0, lambda config: config.stages[0].update({"annotations": "nothing.json"}))

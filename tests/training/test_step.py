@@ -1,4 +1,4 @@
-"""The train step: one program for every kind of batch, padding rows without weight."""
+"""The train step: one program for every kind of batch; padding rows have no weight."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def step_and_state():
     trained, frozen = trees.split(params, lambda path: not path.startswith("vision/"))
     optimizer = optimizer_lib.make_optimizer(stage, trained)
 
-    def state():  # a fresh one each time: the step takes it over
+    def state():  # a new one each time, as the step donates it
         new = TrainState(jnp.int32(0), trained, frozen, optimizer.init(trained))
         return jax.device_put(jax.tree.map(jnp.array, new), replicated(mesh))
 
@@ -62,8 +62,8 @@ def test_one_program_serves_every_kind_of_batch(step_and_state):
     assert step._cache_size() == 1
 
 
-def test_padding_rows_weigh_nothing(step_and_state):
-    """Two frames at most, both kept: nothing is left to chance, so that the loss can be checked by hand."""
+def test_padding_rows_have_no_weight(step_and_state):
+    """At most two frames, both kept: nothing is random, so the loss can be computed by hand."""
     _, run, model, params = step_and_state
     rng = np.random.default_rng(2)
     one, two = make_sample(rng, 2, 9, 4), make_sample(rng, 1, 5, 2)

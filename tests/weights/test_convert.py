@@ -18,7 +18,8 @@ from dynfocus_jax.data.prepare import make_tokenizer, prepare
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.models.llama import Llama
 from dynfocus_jax.training.checkpoints import read_params, save_params
-from dynfocus_jax.training.loop import StageRun, check_initial
+from dynfocus_jax.training.initial_params import check_initial
+from dynfocus_jax.training.loop import StageRun
 from dynfocus_jax.validation import validate
 from dynfocus_jax.weights.conversion import abstract_params, export_model, read_model
 from dynfocus_jax.weights.export import atomic_folder
@@ -175,9 +176,9 @@ def test_a_failed_command_leaves_no_files(converted, tmp_path, change, message):
 
 def test_missing_arguments(converted):
     for arguments, message in (
-        ([], "Give either --output"),
-        (["--output=x", "--export=y"], "Give either --output"),
-        (["--export=y"], "Give --export (the folder to write) and --checkpoint (what to export) together"),
+        ([], "give either --output"),
+        (["--output=x", "--export=y"], "give either --output"),
+        (["--export=y"], "give --export (the folder to write) and --checkpoint (what to export) together"),
     ):
         code, _, stderr = convert(converted[2][0], *arguments)
         assert (code, message in stderr) == (2, True), stderr
@@ -481,7 +482,7 @@ def test_parts_that_an_earlier_stage_does_not_use_are_kept(params, start, tmp_pa
 
 
 def test_no_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="contains no checkpoint"):
+    with pytest.raises(UserError, match="has no checkpoint; expected"):
         read_params(tmp_path)
     config = small_config()
     config.data.root = config.initial = str(tmp_path)

@@ -49,8 +49,8 @@ def check_cce(settings: ConfigDict, mode: str, patches: int, where: str) -> None
     for index, level in enumerate(settings.levels):
         require(
             isinstance(level, tuple | list) and len(level) == 2 and 1 <= level[0] <= finer and level[1] >= 1,
-            f"{where}.levels[{index}] is {level}, expected (M, k) with 1 <= M <= {finer} "
-            "(the tokens of the level before) and k >= 1.",
+            f"{where}.levels[{index}] is {level}, expected (M, k) with 1 <= M <= {finer} (the tokens of the "
+            "level before) and k >= 1.",
         )
         finer = level[0]
     require(
@@ -60,9 +60,8 @@ def check_cce(settings: ConfigDict, mode: str, patches: int, where: str) -> None
     for name, parts in (("single_grained", (settings.cones,)), ("coarse", settings.rods)):
         require(
             mode == "paper" or name not in parts,
-            f"{where} has {name!r}, but mode 'released' merges the levels into one; leave it out, or "
-            f"set mode to "
-            "'paper'.",
+            f"{where} has {name!r}, but mode 'released' merges the levels into one; leave it out, or set "
+            "mode to 'paper'.",
         )
     require(
         settings.cones != "none" or len(settings.rods) > 0,

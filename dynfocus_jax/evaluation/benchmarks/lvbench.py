@@ -2,20 +2,18 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 from dynfocus_jax.evaluation.measures import accuracy_by
 from dynfocus_jax.evaluation.questions import (
     Question,
-    find_media,
     letter_of,
     read_questions,
     table_entries,
     video_paths,
 )
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.entries import Invalid
-from dynfocus_jax.records.fields import ensure, id_of, kind_of, text_of
+from dynfocus_jax.records.entries import JsonValue
+from dynfocus_jax.records.fields import ensure, first_existing, id_of, list_of, object_of, text_of
 from dynfocus_jax.records.prompts import LETTERS
 
 _OPTION = re.compile(r"^\s*\(?([A-Z])[).]\s*", re.MULTILINE)
@@ -35,23 +33,20 @@ measure_lvbench = accuracy_by("question_type", "video_type")
 def read_lvbench(annotations: Path, media: MediaFolder) -> list[Question]:
     """Read `video_info.meta.jsonl`, with a video per line; videos at KEY.mp4 or all_videos/KEY.mp4."""
 
-    def parse(entry: dict[str, Any]) -> list[Question]:
+    def parse(entry: dict[str, JsonValue]) -> list[Question]:
         key = id_of(entry.get("key"))
-        file = find_media(media, "key", video_paths(key, "all_videos", "videos"))
-        rows = entry.get("qa")
-        if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-            raise Invalid(f'field "qa" is {kind_of(rows)}, expected a list of questions')
+        file = first_existing(video_paths(key, "all_videos", "videos"), "key", media)
+        rows = list_of(entry.get("qa"), "qa", "questions")
         kind = text_of(entry.get("type"), "type")
         return [_question(row, f"qa[{i}]", kind, file) for i, row in enumerate(rows)]
 
     return read_questions(annotations, table_entries(annotations), parse)
 
 
-def _question(row: dict[str, Any], where: str, kind: str, file: Path) -> Question:
+def _question(value: JsonValue, where: str, kind: str, file: Path) -> Question:
+    row = object_of(value, where)
     question, options = split_options(text_of(row.get("question"), f"{where}.question"), where)
-    types = row.get("question_type")
-    if not isinstance(types, list) or not types:
-        raise Invalid(f'field "{where}.question_type" is {kind_of(types)}, expected a list of types')
+    types = list_of(row.get("question_type"), f"{where}.question_type", "types")
     names = [text_of(each, f"{where}.question_type") for each in types]
     return Question(
         id_of(row.get("uid")),

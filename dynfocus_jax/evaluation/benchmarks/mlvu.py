@@ -2,22 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from dynfocus_jax.evaluation.grading import GradedAnswer
 from dynfocus_jax.evaluation.measures import Measurement, mean, mean_over, tabulate
 from dynfocus_jax.evaluation.questions import (
     Question,
     annotation_files,
-    find_media,
     letter_of_text,
     read_questions,
     texts_of,
     word_of,
 )
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.entries import list_entries
-from dynfocus_jax.records.fields import id_of, text_of
+from dynfocus_jax.records.entries import JsonValue, json_list_entries
+from dynfocus_jax.records.fields import first_existing, id_of, text_of
 
 _FILES = (
     "1_plotQA.json",
@@ -37,14 +35,14 @@ def read_dev(annotations: Path, media: MediaFolder) -> list[Question]:
     """Read a folder with the nine files, or one of them; videos at FILE/NAME, video/FILE/NAME or NAME."""
     questions = []
     for file in annotation_files(annotations, _FILES):
-        questions += read_questions(file, list_entries(file), _make_parser(file.stem, media))
+        questions += read_questions(file, json_list_entries(file), _make_parser(file.stem, media))
     return questions
 
 
-def _make_parser(name: str, media: MediaFolder) -> Callable[[dict[str, Any]], Question]:
-    def parse(entry: dict[str, Any]) -> Question:
+def _make_parser(name: str, media: MediaFolder) -> Callable[[dict[str, JsonValue]], Question]:
+    def parse(entry: dict[str, JsonValue]) -> Question:
         video = text_of(entry.get("video"), "video")
-        path = find_media(media, "video", [f"{name}/{video}", f"video/{name}/{video}", video])
+        path = first_existing([f"{name}/{video}", f"video/{name}/{video}", video], "video", media)
         question = text_of(entry.get("question"), "question")
         task = text_of(entry.get("question_type"), "question_type")
         groups = {"task": (task,)}
@@ -67,7 +65,7 @@ def _make_parser(name: str, media: MediaFolder) -> Callable[[dict[str, Any]], Qu
     return parse
 
 
-def _join_points(value: Any) -> str:
+def _join_points(value: JsonValue) -> str:
     """Return the scoring points of a sub-scene, a text or a list of texts, as one text."""
     if isinstance(value, list):
         return "\n".join(text_of(each, f"scoring_points[{i}]") for i, each in enumerate(value))
@@ -82,12 +80,12 @@ def measure_dev(graded: Sequence[GradedAnswer]) -> Measurement:
 def read_test(annotations: Path, media: MediaFolder) -> list[Question]:
     """Read the test set, whose answers are not published; videos at NAME or video/NAME."""
 
-    def parse(entry: dict[str, Any]) -> Question:
+    def parse(entry: dict[str, JsonValue]) -> Question:
         video = text_of(entry.get("video"), "video")
         options = texts_of(entry.get("candidates"), "candidates")
         return Question(
             id_of(entry.get("question_id")),
-            find_media(media, "video", [video, f"video/{video}"]),
+            first_existing([video, f"video/{video}"], "video", media),
             text_of(entry.get("question"), "question"),
             None,
             "choice",
@@ -96,7 +94,7 @@ def read_test(annotations: Path, media: MediaFolder) -> list[Question]:
             extra={"question_id": word_of(entry["question_id"], "question_id")},
         )
 
-    return read_questions(annotations, list_entries(annotations), parse)
+    return read_questions(annotations, json_list_entries(annotations), parse)
 
 
 def measure_test(graded: Sequence[GradedAnswer]) -> Measurement:

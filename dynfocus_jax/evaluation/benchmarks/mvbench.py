@@ -1,20 +1,19 @@
 """MVBench: twenty tasks of multiple choice, in a file each. Its measure is the mean of their accuracies."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dynfocus_jax.evaluation.measures import mean_over
 from dynfocus_jax.evaluation.questions import (
     Question,
     annotation_files,
-    find_media,
     letter_of_text,
     read_questions,
     texts_of,
 )
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.entries import list_entries
-from dynfocus_jax.records.fields import path_of, span_of, text_of
+from dynfocus_jax.records.entries import JsonValue, json_list_entries
+from dynfocus_jax.records.fields import first_existing, path_of, span_of, text_of
 
 
 class _Task(NamedTuple):
@@ -63,7 +62,7 @@ def _read_task(file: Path, media: MediaFolder) -> list[Question]:
     name = file.stem
     task = _TASKS.get(name, _Task(""))
 
-    def parse(entry: dict[str, Any]) -> Question:
+    def parse(entry: dict[str, JsonValue]) -> Question:
         options = texts_of(entry.get("candidates"), "candidates")
         video = text_of(entry.get("video"), "video")
         places = [f"{parent}{task.folder}/{video}" for parent in ("", "video/", "data0613/")] + [video]
@@ -71,7 +70,7 @@ def _read_task(file: Path, media: MediaFolder) -> list[Question]:
             place = next(filter(media.has, places), places[0])
             path = path_of(f"{place}/00001.jpg", "video", media).parent
         else:
-            path = find_media(media, "video", places)
+            path = first_existing(places, "video", media)
         return Question(
             f"{name}/{video}",
             path,
@@ -84,4 +83,4 @@ def _read_task(file: Path, media: MediaFolder) -> list[Question]:
             frames_per_second=3.0 if task.has_frames else None,
         )
 
-    return read_questions(file, list_entries(file), parse)
+    return read_questions(file, json_list_entries(file), parse)

@@ -3,21 +3,20 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.evaluation.grading import GradedAnswer
 from dynfocus_jax.evaluation.measures import Measurement, Statistic, accuracy, accuracy_by, mean, tabulate
 from dynfocus_jax.evaluation.questions import (
     Question,
-    find_media,
     letter_of_text,
     read_questions,
     video_paths,
 )
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.entries import Invalid, csv_entries, read_json
-from dynfocus_jax.records.fields import ensure, id_of, kind_of, text_of
+from dynfocus_jax.records.entries import InvalidEntry, JsonValue, csv_entries, read_json
+from dynfocus_jax.records.fields import first_existing, id_of, kind_of, list_of, object_of, text_of
 from dynfocus_jax.records.prompts import LETTERS
 
 _OPTIONS = ("a0", "a1", "a2", "a3", "a4")
@@ -39,16 +38,16 @@ def read_nextqa(annotations: Path, media: MediaFolder) -> list[Question]:
     has_numbers = all(row["answer"].strip() in tuple("01234") for row in entries)
     path_of_video = _read_paths(annotations.with_name("map_vid_vidorID.json"))
 
-    def parse(row: dict[str, Any]) -> Question:
+    def parse(row: dict[str, JsonValue]) -> Question:
         video = text_of(row.get("video", row.get("video_id")), "video")
         options = tuple(text_of(row[key], key) for key in _OPTIONS)
-        answer = row["answer"].strip()
+        answer = text_of(row["answer"], "answer")
         kind = text_of(row["type"], "type")
         qid = text_of(row["qid"], "qid")
         names = [path_of_video[video], video] if video in path_of_video else [video]
         return Question(
             id_of(f"{video}_{qid}"),
-            find_media(media, "video", [path for name in names for path in video_paths(name, "videos")]),
+            first_existing([path for name in names for path in video_paths(name, "videos")], "video", media),
             text_of(row["question"], "question"),
             LETTERS[int(answer)] if has_numbers else letter_of_text(answer, "answer", options),
             "choice",
@@ -61,10 +60,12 @@ def read_nextqa(annotations: Path, media: MediaFolder) -> list[Question]:
 
 def _read_paths(file: Path) -> dict[str, str]:
     """Return {video: its path without suffix, "1164/3238737531"}; empty if there is no file."""
-    paths = read_json(file) if file.is_file() else {}
-    if not isinstance(paths, dict) or not all(isinstance(path, str) for path in paths.values()):
-        raise UserError(f"{file} is not NExT-QA's map of video ids to paths; remove it.")
-    return paths
+    content = read_json(file) if file.is_file() else {}
+    if isinstance(content, dict):
+        paths = {video: path for video, path in content.items() if isinstance(path, str)}
+        if len(paths) == len(content):
+            return paths
+    raise UserError(f"{file} is not NExT-QA's map of video ids to paths; remove it.")
 
 
 # ---- NExT-GQA -------------------------------------------------------------------------------------------
@@ -117,34 +118,35 @@ def _read_spans(file: Path) -> dict[str, tuple[Span, ...]]:
     content = read_json(file)
     try:
         if not isinstance(content, dict) or not content:
-            raise Invalid("it has no videos")
+            raise InvalidEntry("it has no videos")
         return {
             f"{video}_{qid}": _parse_spans(spans, f"{video}.location.{qid}")
             for video, entry in content.items()
             for qid, spans in _locations(entry, video).items()
         }
-    except Invalid as error:
+    except InvalidEntry as error:
         raise UserError(f"annotation file {file}: {error}; use the published file.") from None
 
 
-def _locations(entry: Any, video: str) -> dict[str, Any]:
-    location = entry.get("location") if isinstance(entry, dict) else None
-    if not isinstance(location, dict):
-        raise Invalid(f'field "{video}.location" is {kind_of(location)}, expected spans')
-    return location
+def _locations(entry: JsonValue, video: str) -> dict[str, JsonValue]:
+    return object_of(object_of(entry, video).get("location"), f"{video}.location")
 
 
-def _parse_spans(value: Any, where: str) -> tuple[Span, ...]:
-    is_valid = isinstance(value, list) and len(value) > 0
-    is_valid = is_valid and all(
-        isinstance(each, list)
-        and len(each) == 2
-        and all(type(time) in (int, float) for time in each)
-        and each[0] <= each[1]
-        for each in value
-    )
-    ensure(is_valid, f'field "{where}" is {kind_of(value)}, expected a list of [start, end]')
-    return tuple((float(start), float(end)) for start, end in value)
+def _parse_spans(value: JsonValue, where: str) -> tuple[Span, ...]:
+    spans = list_of(value, where, "spans")
+    return tuple(_parse_span(span, f"{where}[{i}]") for i, span in enumerate(spans))
+
+
+def _parse_span(value: JsonValue, where: str) -> Span:
+    if isinstance(value, list) and len(value) == 2:
+        start, end = value
+        if _is_number(start) and _is_number(end) and start <= end:
+            return float(start), float(end)
+    raise InvalidEntry(f'field "{where}" is {kind_of(value)}, expected [start, end] in seconds')
+
+
+def _is_number(value: JsonValue) -> TypeGuard[int | float]:
+    return type(value) in (int, float)
 
 
 def overlap(span: Span, true_spans: Iterable[Span]) -> tuple[float, float]:

@@ -2,20 +2,18 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.evaluation.questions import (
     Question,
-    find_media,
     read_questions,
     table_entries,
     video_paths,
     word_of,
 )
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.entries import Invalid
-from dynfocus_jax.records.fields import id_of, text_of
+from dynfocus_jax.records.entries import InvalidEntry, JsonValue
+from dynfocus_jax.records.fields import first_existing, id_of, text_of
 
 _RUBRICS = {"judge": "video_chatgpt_qa"}
 
@@ -69,11 +67,11 @@ def _read_answers(path: Path) -> dict[str, str]:
     """Return {question_id: answer}."""
     answers: dict[str, str] = {}
 
-    def parse(entry: dict[str, Any]) -> list[Question]:
+    def parse(entry: dict[str, JsonValue]) -> list[Question]:
         name = id_of(entry.get("question_id"))
         answer = word_of(entry.get("answer"), "answer")
         if answers.setdefault(name, answer) != answer:
-            raise Invalid(f"question {name!r} has two answers, {answers[name]!r} and {answer!r}")
+            raise InvalidEntry(f"question {name!r} has two answers, {answers[name]!r} and {answer!r}")
         return [Question(name, path, "", answer, "open")]
 
     read_questions(path, table_entries(path), parse)
@@ -92,7 +90,7 @@ def _read(
     the file itself.
     """
 
-    def parse(entry: dict[str, Any]) -> Question:
+    def parse(entry: dict[str, JsonValue]) -> Question:
         name = id_of(entry.get("question_id", entry.get("id")))
         video = word_of(entry.get("video_name", entry.get("video_id")), "video_name")
         if answers is None:
@@ -100,10 +98,10 @@ def _read(
         elif name in answers:
             answer = answers[name]
         else:
-            raise Invalid(f"question {name!r} has no answer in the file of answers")
+            raise InvalidEntry(f"question {name!r} has no answer in the file of answers")
         return Question(
             name,
-            find_media(media, "video_name", places(video)),
+            first_existing(places(video), "video_name", media),
             text_of(entry.get("question"), "question"),
             answer,
             "open",

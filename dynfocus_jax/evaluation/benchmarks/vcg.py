@@ -3,18 +3,16 @@
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from dynfocus_jax.evaluation.questions import (
     Question,
     annotation_files,
-    find_media,
     read_questions,
     video_paths,
 )
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.entries import list_entries
-from dynfocus_jax.records.fields import text_of
+from dynfocus_jax.records.entries import JsonValue, json_list_entries
+from dynfocus_jax.records.fields import first_existing, text_of
 
 _FILES = ("generic_qa.json", "temporal_qa.json", "consistency_qa.json")
 # {dimension: rubric}, with the papers' abbreviations of the dimensions
@@ -32,17 +30,17 @@ def read_vcg(annotations: Path, media: MediaFolder) -> list[Question]:
     """
     questions = []
     for file in annotation_files(annotations, _FILES):
-        questions += read_questions(file, list_entries(file), _make_parser(file.stem, media))
+        questions += read_questions(file, json_list_entries(file), _make_parser(file.stem, media))
     return questions
 
 
-def _make_parser(name: str, media: MediaFolder) -> Callable[[dict[str, Any]], list[Question]]:
+def _make_parser(name: str, media: MediaFolder) -> Callable[[dict[str, JsonValue]], list[Question]]:
     numbers = itertools.count()
 
-    def parse(entry: dict[str, Any]) -> list[Question]:
+    def parse(entry: dict[str, JsonValue]) -> list[Question]:
         number = next(numbers)
         video = text_of(entry.get("video_name"), "video_name")
-        path = find_media(media, "video_name", video_paths(video, "Test_Videos", "videos"))
+        path = first_existing(video_paths(video, "Test_Videos", "videos"), "video_name", media)
         answer = text_of(entry.get("A"), "A")
         keys = ("Q1", "Q2") if name == "consistency_qa" else ("Q",)
         return [

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dynfocus_jax.evaluation.grading import GradedAnswer
 from dynfocus_jax.evaluation.measures import (
@@ -15,10 +14,10 @@ from dynfocus_jax.evaluation.measures import (
     name_mean,
     tabulate,
 )
-from dynfocus_jax.evaluation.questions import Question, annotation_files, find_media, read_questions
+from dynfocus_jax.evaluation.questions import Question, annotation_files, read_questions
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.entries import Invalid, list_entries
-from dynfocus_jax.records.fields import ensure, kind_of, text_of
+from dynfocus_jax.records.entries import JsonValue, json_list_entries
+from dynfocus_jax.records.fields import ensure, first_existing, kind_of, object_of, text_of
 
 SETS = ("object_relation", "temporal", "semantic_detail", "external_factual", "external_nonfactual")
 
@@ -35,23 +34,21 @@ def read_videohallucer(annotations: Path, media: MediaFolder) -> list[Question]:
 def _read_set(file: Path, media: MediaFolder) -> list[Question]:
     name, numbers = file.stem, itertools.count()
 
-    def parse(entry: dict[str, Any]) -> list[Question]:
+    def parse(entry: dict[str, JsonValue]) -> list[Question]:
         number = next(numbers)
         return [_question(entry, kind, name, number, media) for kind in ("basic", "hallucination")]
 
-    return read_questions(file, list_entries(file), parse)
+    return read_questions(file, json_list_entries(file), parse)
 
 
-def _question(entry: dict[str, Any], kind: str, name: str, number: int, media: MediaFolder) -> Question:
-    part = entry.get(kind)
-    if not isinstance(part, dict):
-        raise Invalid(f'field "{kind}" is {kind_of(part)}, expected a question')
+def _question(entry: dict[str, JsonValue], kind: str, name: str, number: int, media: MediaFolder) -> Question:
+    part = object_of(entry.get(kind), kind)
     video = text_of(part.get("video"), f"{kind}.video")
     answer = text_of(part.get("answer"), f"{kind}.answer").lower().strip(".")
     ensure(answer in ("yes", "no"), f'field "{kind}.answer" is {kind_of(answer)}, expected yes or no')
     return Question(
         f"{name}/{number}/{kind}",
-        find_media(media, f"{kind}.video", [f"{name}/videos/{video}", f"videos/{video}", video]),
+        first_existing([f"{name}/videos/{video}", f"videos/{video}", video], f"{kind}.video", media),
         text_of(part.get("question"), f"{kind}.question"),
         answer,
         "yes_no",

@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from dynfocus_jax.evaluation.measures import accuracy_by
 from dynfocus_jax.evaluation.questions import (
     Question,
-    find_media,
     letter_of,
     read_questions,
     table_entries,
@@ -17,8 +15,8 @@ from dynfocus_jax.evaluation.questions import (
     word_of,
 )
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.entries import Invalid
-from dynfocus_jax.records.fields import ensure, id_of, kind_of, text_of
+from dynfocus_jax.records.entries import InvalidEntry, JsonValue
+from dynfocus_jax.records.fields import ensure, first_existing, id_of, kind_of, list_of, object_of, text_of
 
 measure_videomme = accuracy_by("duration", "domain", "sub_category", "task_type")
 
@@ -30,18 +28,14 @@ def read_videomme(annotations: Path, media: MediaFolder) -> list[Question]:
     ("videoID", or the v of "url") or its "video_id".
     """
 
-    def parse(entry: dict[str, Any]) -> list[Question]:
-        rows = entry.get("questions", [entry])
-        ensure(
-            isinstance(rows, list) and all(isinstance(row, dict) for row in rows) and len(rows) > 0,
-            f'field "questions" is {kind_of(rows)}, expected a list of questions',
-        )
-        return [_question(entry, row, media) for row in rows]
+    def parse(entry: dict[str, JsonValue]) -> list[Question]:
+        rows = list_of(entry.get("questions", [entry]), "questions", "questions")
+        return [_question(entry, object_of(row, f"questions[{i}]"), media) for i, row in enumerate(rows)]
 
     return read_questions(annotations, table_entries(annotations), parse)
 
 
-def _question(video: dict[str, Any], row: dict[str, Any], media: MediaFolder) -> Question:
+def _question(video: dict[str, JsonValue], row: dict[str, JsonValue], media: MediaFolder) -> Question:
     options = tuple(_without_letter(option) for option in texts_of(row.get("options"), "options"))
     names = _names(video)
     subtitles = [f"{folder}/{name}.srt" for folder in ("subtitle", "subtitles") for name in names]
@@ -49,7 +43,7 @@ def _question(video: dict[str, Any], row: dict[str, Any], media: MediaFolder) ->
     groups = {key: (word_of(video.get(key), key),) for key in ("duration", "domain", "sub_category")}
     return Question(
         id_of(row.get("question_id")),
-        find_media(media, "video", [place for n in names for place in video_paths(n, "data", "videos")]),
+        first_existing([place for n in names for place in video_paths(n, "data", "videos")], "video", media),
         text_of(row.get("question"), "question"),
         letter_of(row.get("answer"), "answer", options),
         "choice",
@@ -59,13 +53,13 @@ def _question(video: dict[str, Any], row: dict[str, Any], media: MediaFolder) ->
     )
 
 
-def _names(video: dict[str, Any]) -> Sequence[str]:
+def _names(video: dict[str, JsonValue]) -> Sequence[str]:
     """Return the names that the files of a video may have."""
     url = video.get("url")
     try:
         watched = parse_qs(urlsplit(url).query).get("v", []) if isinstance(url, str) else []
     except ValueError:
-        raise Invalid(f'field "url" is {kind_of(url)}, expected an address') from None
+        raise InvalidEntry(f'field "url" is {kind_of(url)}, expected an address') from None
     ids = [video[key] for key in ("videoID", "video_id") if video.get(key) not in (None, "")]
     names = [word_of(name, "videoID") for name in [*ids[:-1], *watched, *ids[-1:]]]
     ensure(bool(names), 'has neither "videoID" nor "video_id"')

@@ -1,13 +1,11 @@
 """VNBench: needles in videos. Each is asked about four times, with its options in different orders."""
 
 from pathlib import Path
-from typing import Any
 
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.evaluation.measures import all_correct, mean_over
 from dynfocus_jax.evaluation.questions import (
     Question,
-    find_media,
     letter_of,
     letter_of_text,
     read_questions,
@@ -15,7 +13,8 @@ from dynfocus_jax.evaluation.questions import (
     texts_of,
 )
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.fields import ensure, text_of
+from dynfocus_jax.records.entries import JsonValue
+from dynfocus_jax.records.fields import ensure, first_existing, text_of
 
 NUM_TRIES = 4
 _TASKS = {"ret": "retrieval", "ord": "ordering", "cnt": "counting"}
@@ -31,7 +30,7 @@ def read_vnbench(annotations: Path, media: MediaFolder) -> list[Question]:
       UserError: a needle has fewer than four tries.
     """
 
-    def parse(entry: dict[str, Any]) -> Question:
+    def parse(entry: dict[str, JsonValue]) -> Question:
         options = texts_of(entry.get("options"), "options")
         video = text_of(entry.get("video"), "video").lstrip("/")
         kind = text_of(entry.get("type"), "type")
@@ -44,7 +43,7 @@ def read_vnbench(annotations: Path, media: MediaFolder) -> list[Question]:
         question = text_of(entry.get("question"), "question")
         return Question(
             f"{kind}/{Path(video).name}/{number}",
-            find_media(media, "video", [video, Path(video).name]),
+            first_existing([video, Path(video).name], "video", media),
             question,
             answer,
             "choice",

@@ -1,4 +1,4 @@
-"""Reading programs: hand-made HLO in the forms of both compilers, and what is compiled here."""
+"""Work of compiled programs: hand-written HLO in the forms of both compilers, and a program compiled here."""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from dynfocus_jax.planning.flops import count_flops
-from dynfocus_jax.planning.program import read_program, replica_groups
+from dynfocus_jax.planning.program_work import analyze_program, replica_groups
 
 LAYERS, ROWS, D, F = 5, 6, 16, 24
 
 
 def network(weights, x):
-    """LAYERS times two matrix products, recomputed for the backward pass."""
+    """Compute two matrix products per layer, which are recomputed in the backward pass."""
 
     def layer(x, weights):
         up, down = weights
@@ -30,16 +30,16 @@ def test_flops_of_a_trace(arguments):
     product = 2 * ROWS * D * F
     assert count_flops(jax.jit(network).trace(*arguments).jaxpr.jaxpr) == 2 * product * LAYERS
     gradient = jax.jit(jax.grad(network, argnums=(0, 1))).trace(*arguments).jaxpr.jaxpr
-    # Forward 2; the first again, whose result the second's gradient needs (the second is traced too, unused
-    # or not); two gradients of each.
+    # Two products forward, the first of them again for the second's gradient, and two gradients of each. The
+    # second product may also be traced again, without being used.
     assert count_flops(gradient) in ((2 + 1 + 4) * product * LAYERS, (2 + 2 + 4) * product * LAYERS)
 
 
 def test_flops_of_a_compiled_loop(arguments):
-    """The body of a loop counts as often as it turns, which XLA's own analysis leaves out."""
-    # The CPU's compiler may turn dots into calls of its own; these tiny ones stay.
+    """The body of a loop counts once per iteration, unlike in XLA's own cost analysis."""
+    # The CPU's compiler may replace large products by library calls; these small ones stay dots.
     text = jax.jit(network).lower(*arguments).compile().as_text()
-    assert read_program(text).flops == 2 * 2 * ROWS * D * F * LAYERS
+    assert analyze_program(text).flops == 2 * 2 * ROWS * D * F * LAYERS
 
 
 CUBLAS = (
@@ -86,15 +86,15 @@ ENTRY %main (a: (s32[], f32[5,16,24], bf16[6,16])) -> f32[] {
 
 @pytest.mark.parametrize("counter", ["s32", "u32"])
 def test_a_gpu_program(counter):
-    program = read_program(GPU.replace("CUBLAS", CUBLAS).replace("s32", counter))
+    program = analyze_program(GPU.replace("CUBLAS", CUBLAS).replace("s32", counter))
     assert program.flops == 5 * 2 * 6 * 16 * 24
     gather, reduce = sorted(program.collectives, key=lambda each: each.kind)
     assert (gather.kind, gather.count, gather.groups.tolist()) == ("all-gather", 5, [[0, 1], [2, 3]])
-    assert [array.dims for array in gather.gives] == [(32, 24)]
+    assert [array.dims for array in gather.outputs] == [(32, 24)]
     assert gather.sent == 5 * 32 * 24 * 4 / 2
     assert (reduce.kind, reduce.count, reduce.sent) == ("all-reduce", 1, 2 * 4 * 3 / 4)
     layer, index, x, y = 16 * 24 * 4, 4, 6 * 16 * 2, 6 * 24 * 4
-    slices = 2 * layer + index  # of the stack of five layers one is read
+    slices = 2 * layer + index  # one layer of the stack of five is read
     assert program.hbm_bytes == 5 * (slices + 3 * layer + (x + layer + y + 4096)) + 2 * 4
 
 
@@ -141,19 +141,19 @@ ENTRY %main (a: bf16[4,8,16], w: bf16[4,16,32], g: bf16[64,32]) -> bf16[16,32] {
 
 
 def test_a_tpu_program():
-    program = read_program(TPU.replace("WINDOW", "size=4 stride=3 lhs_dilate=4"))
+    program = analyze_program(TPU.replace("WINDOW", "size=4 stride=3 lhs_dilate=4"))
     # A product of 4 batches of [8, 16] and [16, 32], written as a convolution over the batches.
     assert program.flops == 4 * 2 * 8 * 16 * 32
-    gathered, reduced = program.collectives  # the gather stands there twice, started and awaited
+    gathered, reduced = program.collectives  # the gather appears twice in the text, at its start and its end
     assert (gathered.kind, gathered.sent) == ("all-gather", 64 * 32 * 2 * 3 / 4)
     assert (reduced.kind, reduced.groups.shape) == ("reduce-scatter", (2, 4))
     assert reduced.sent == 64 * 32 * 2 * 3 / 4
-    # What lies in vector memory, S(1), is no traffic.
+    # Arrays in vector memory, S(1), cause no traffic.
     assert program.hbm_bytes == 2 * (4 * 8 * 16 + 4 * 8 * 32) + 2 * (64 * 32 + 16 * 32)
 
 
-# A product whose weights arrive in eight pieces, two a turn, in the form that TPUs have for it; a gather that
-# is started before the loop goes on beside its turns, which pass its buffers on.
+# A TPU's product whose weights arrive in eight pieces, two per iteration. A gather that starts before the
+# loop continues during its iterations, which pass its buffers on.
 PIECES = """HloModule m, num_partitions=8
 
 %start (p.0: bf16[16,32]) -> (bf16[16,32], bf16[128,32]) {
@@ -228,20 +228,20 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize(("start", "turns"), [(0, 4), (2, 3), (1, 4)])
-def test_a_loop_that_counts_by_two(start, turns):
+@pytest.mark.parametrize(("start", "iterations"), [(0, 4), (2, 3), (1, 4)])
+def test_a_loop_that_counts_by_two(start, iterations):
     text = PIECES.replace("START", str(start))
     for word, meaning in WORDS.items():
         text = text.replace(word, meaning)
-    program = read_program(text)
-    assert program.flops == turns * 2 * (2 * 64 * 16 * 32)
+    program = analyze_program(text)
+    assert program.flops == iterations * 2 * (2 * 64 * 16 * 32)
     sent = dict.fromkeys(("collective-permute", "all-gather"), 0.0)
     for each in program.collectives:
         sent[each.kind] += each.sent
-    # The gather is one, in however many turns it stands; so it is read and written once.
+    # The gather runs once, although it appears in every iteration.
     piece, gathered, x, y = 16 * 32 * 2, 128 * 32 * 2, 64 * 16 * 2, 64 * 32 * 2
-    assert sent == {"collective-permute": turns * 2 * piece, "all-gather": gathered * 7 / 8}
-    assert program.hbm_bytes == turns * 2 * (2 * piece + x + piece + y) + (2 * piece + gathered)
+    assert sent == {"collective-permute": iterations * 2 * piece, "all-gather": gathered * 7 / 8}
+    assert program.hbm_bytes == iterations * 2 * (2 * piece + x + piece + y) + (2 * piece + gathered)
 
 
 PREFETCHED = """HloModule m
@@ -257,8 +257,8 @@ ENTRY %main (x: f32[8,16]) -> f32[2,16] {
 """
 
 
-def test_what_is_fetched_into_vector_memory():
-    assert read_program(PREFETCHED).hbm_bytes == (8 + 4 + 2) * 16 * 4
+def test_prefetch_into_vector_memory():
+    assert analyze_program(PREFETCHED).hbm_bytes == (8 + 4 + 2) * 16 * 4
 
 
 BRANCHES = """HloModule m
@@ -283,8 +283,8 @@ ENTRY %main (i: s32[], x: f32[4,8]) -> f32[4,4] {
 
 
 @pytest.mark.parametrize("order", ["%long, %short", "%short, %long"])
-def test_one_branch_counts(order):
-    assert read_program(BRANCHES.replace("ORDER", order)).flops == 2 * 4 * 4 * 8
+def test_the_longest_branch_counts(order):
+    assert analyze_program(BRANCHES.replace("ORDER", order)).flops == 2 * 4 * 4 * 8
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ DISTRIBUTED: Section = {
 }
 
 
-def start(distributed: ConfigDict) -> None:
+def connect_processes(distributed: ConfigDict) -> None:
     """Join this process to the others, as the section `config.distributed` says.
 
     Call it before anything asks JAX for devices. "explicit" takes address, number and id from the config;
@@ -120,7 +120,7 @@ def _deadline(seconds: float, what: str) -> Iterator[None]:
         timer.cancel()
 
 
-def leave(code: int) -> None:
+def exit_process(code: int) -> None:
     """End this process with an exit code, whatever the others do.
 
     At a normal exit JAX waits for the other processes, which may be waiting for this one.
@@ -132,28 +132,28 @@ def leave(code: int) -> None:
     sys.exit(code)
 
 
-def is_first() -> bool:
+def is_process_zero() -> bool:
     """Whether this is process 0, which reports and writes what is not written by all together."""
     return jax.process_index() == 0
 
 
-def say(text: str) -> None:
+def print_once(text: str) -> None:
     """Print a line, once for all processes."""
-    if is_first():
+    if is_process_zero():
         print(text, flush=True)
 
 
-def own_name(name: str) -> str:
+def process_file_name(name: str) -> str:
     """Name of a file that every process has of its own: process 0 `name.jsonl`, process 3 `name.3.jsonl`."""
     path = Path(name)
-    return name if is_first() else f"{path.stem}.{jax.process_index()}{path.suffix}"
+    return name if is_process_zero() else f"{path.stem}.{jax.process_index()}{path.suffix}"
 
 
 @contextlib.contextmanager
-def first_goes_ahead() -> Iterator[None]:
+def process_zero_first() -> Iterator[None]:
     """Process 0 runs the block first, the others only after it."""
-    if not is_first():
-        multihost_utils.sync_global_devices("first_goes_ahead")
+    if not is_process_zero():
+        multihost_utils.sync_global_devices("process_zero_first")
     yield
-    if is_first():
-        multihost_utils.sync_global_devices("first_goes_ahead")
+    if is_process_zero():
+        multihost_utils.sync_global_devices("process_zero_first")

@@ -1,10 +1,10 @@
-"""The programs that are planned: the train step, prefill and decode, with abstract arguments on the mesh.
+"""Programs to plan: the train step, prefill and decode step, with abstract arguments on the mesh.
 
-They are the functions that training and evaluation run; nothing is allocated.
+They are the functions that training and evaluation run. Nothing is allocated.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,40 +14,44 @@ from ml_collections import ConfigDict
 from dynfocus_jax import trees
 from dynfocus_jax.batch import Batch, padding_sample
 from dynfocus_jax.features.store import blank_frame
-from dynfocus_jax.parallel.sharding import batch_sharding, row_shares
+from dynfocus_jax.parallel.sharding import batch_sharding, num_row_shards
 from dynfocus_jax.serving.programs import make_programs, serving_layout
-from dynfocus_jax.training.optimizer import make_optimizer, schedule
+from dynfocus_jax.training.optimizer import make_optimizer, make_schedule
 from dynfocus_jax.training.stage_data import stage_budget, with_steps
 from dynfocus_jax.training.state import abstract_state, state_shardings
 from dynfocus_jax.training.step import make_train_step
 from dynfocus_jax.video_language_model import build_model, stage_connector
 
 
-class Step(NamedTuple):
-    """A program to be planned.
+class PlannedStep(NamedTuple):
+    """A program to plan.
 
     Attributes:
-      name: "train", "prefill" or "decode"; where: the config section that its size comes from.
-      function: jitted; arguments: abstract, with shardings.
-      held: what the arguments are, {"optimizer": tree, ...}.
-      rows, tokens: of the global batch; tokens count visual ones and padding.
-      plain: the same function without remat and chunks, whose arithmetic is the model's own.
+      name: "train", "prefill" or "decode".
+      where: the config section that sets its sizes.
+      function: the jitted function.
+      arguments: abstract arrays with shardings.
+      held: the arguments by what they hold: {"optimizer": tree, "batch": tree, ...}.
+      rows: rows of the global batch.
+      tokens: tokens of the global batch, including visual tokens and padding.
+      without_recomputation: the function without remat and loss chunks, to count the model's own FLOPs.
     """
 
     name: str
     where: str
     function: Callable
     arguments: tuple
-    held: dict[str, object]
+    held: dict[str, Any]
     rows: int
     tokens: int
-    plain: Callable
+    without_recomputation: Callable
 
 
-def train_step(config: ConfigDict, index: int, mesh: Mesh) -> Step:
-    """The train step of stage `index`, of its largest bucket."""
+def planned_train_step(config: ConfigDict, index: int, mesh: Mesh) -> PlannedStep:
+    """Return the train step of stage `index`, for its largest bucket."""
     if config.stages[index].steps is None:
-        config = with_steps(config, index, 1)  # how many is not known before the data; no size depends on it
+        # The number of steps of a pass depends on the data, which are not read; no size depends on it.
+        config = with_steps(config, index, 1)
     stage = config.stages[index]
     state = abstract_state(config, index, mesh)
     budget = stage_budget(config, index)
@@ -58,7 +62,7 @@ def train_step(config: ConfigDict, index: int, mesh: Mesh) -> Step:
         return make_train_step(
             build_model(config, index),
             make_optimizer(stage, state.trained),
-            schedule(stage),
+            make_schedule(stage),
             stage,
             jax.random.key(config.seed),
             state_shardings(state),
@@ -71,26 +75,26 @@ def train_step(config: ConfigDict, index: int, mesh: Mesh) -> Step:
         "batch": batch,
     }
     length = max_text + budget.visual[num_frames]
-    return Step(
-        "train",
-        f"config.stages[{index}]",
-        build(config, stage),
-        (state, batch),
-        held,
-        stage.batch_size,
-        stage.batch_size * length,
-        build(_without_remat(config), _without_chunks(stage)),
+    return PlannedStep(
+        name="train",
+        where=f"config.stages[{index}]",
+        function=build(config, stage),
+        arguments=(state, batch),
+        held=held,
+        rows=stage.batch_size,
+        tokens=stage.batch_size * length,
+        without_recomputation=build(_without_remat(config), _without_chunks(stage)),
     )
 
 
-def serving_steps(config: ConfigDict, mesh: Mesh) -> tuple[Step, Step]:
-    """Prefill of one batch of `config.evaluation`, and the decoding of one token for each of its rows.
+def planned_serving_steps(config: ConfigDict, mesh: Mesh) -> tuple[PlannedStep, PlannedStep]:
+    """Return the prefill of one batch of `config.evaluation`, and a decode step of its rows.
 
-    Rows are as many as the mesh can share: `config.evaluation.batch_size`, rounded up.
+    The number of rows is `config.evaluation.batch_size`, rounded up to a multiple that the mesh can split.
     """
     evaluation, index = config.evaluation, len(config.stages) - 1
-    shares = row_shares(mesh)
-    rows = -(-evaluation.batch_size // shares) * shares
+    shards = num_row_shards(mesh)
+    rows = -(-evaluation.batch_size // shards) * shards
     programs = make_programs(build_model(config, index), mesh, (0,), 0)
     params = trees.unflatten(serving_layout(config, mesh))
     frames, text = evaluation.media_frames, evaluation.max_text
@@ -102,14 +106,15 @@ def serving_steps(config: ConfigDict, mesh: Mesh) -> tuple[Step, Step]:
     answers = {"parameters": params, "batch": state._replace(cache=None), "key-value cache": state.cache}
     where, prefill, decode = "config.evaluation", programs.encode_and_prefill, programs.decode
     return (
-        Step("prefill", where, prefill, (params, batch), held, rows, rows * length, prefill),
-        Step("decode", where, decode, (params, state), answers, rows, rows, decode),
+        PlannedStep("prefill", where, prefill, (params, batch), held, rows, rows * length, prefill),
+        PlannedStep("decode", where, decode, (params, state), answers, rows, rows, decode),
     )
 
 
 def _abstract_batch(
     mesh: Mesh, config: ConfigDict, rows: int, frames: int, text: int, subtitle: int
 ) -> Batch:
+    """Return the shapes, dtypes and shardings of a global batch."""
     size, blank = config.model.vision.image_size, blank_frame(config)
     sample = padding_sample(*(frames, size, text, config.data.max_query), max_subtitle=subtitle, blank=blank)
     sharding = batch_sharding(mesh)
@@ -119,19 +124,19 @@ def _abstract_batch(
 
 
 def _visual_tokens(config: ConfigDict, index: int, frames: int) -> int:
-    """Visual tokens of a sample of a bucket of so many frames, padding included."""
+    """Return the number of visual tokens of a sample with `frames` frames, padding included."""
     return stage_connector(config, index).length(frames)
 
 
 def _without_remat(config: ConfigDict) -> ConfigDict:
-    config = config.copy_and_resolve_references()
+    plain = config.copy_and_resolve_references()
     for section in ("vision", "text_encoder", "language"):
-        config.model[section].remat = "none"
-    return config
+        plain.model[section].remat = "none"
+    return plain
 
 
 def _without_chunks(stage: ConfigDict) -> ConfigDict:
-    """The stage with its loss in one piece: chunks of the logits are computed again for the backward pass."""
-    stage = stage.copy_and_resolve_references()
-    stage.loss_chunk = 0
-    return stage
+    """Return the stage without loss chunks, whose logits are recomputed in the backward pass."""
+    whole = stage.copy_and_resolve_references()
+    whole.loss_chunk = 0
+    return whole

@@ -1,15 +1,19 @@
-"""A configuration of two stages; for commands, which read this file, the environment names data and tower."""
+"""A configuration of two stages for tests of extraction.
+
+Commands read this file with --config; the environment variables DATA and INITIAL name the data and the
+checkpoint.
+"""
 
 import os
 
 from dynfocus_jax.config import stage
 from tests.tiny import tiny_config
 
-FRAMES = {"short.mp4": 3, "long.mp4": 23, "middle.mp4": 11, "still.mp4": 6}  # of each video
-CALL = 16  # frames that go through the tower at once
+FRAMES = {"short.mp4": 3, "long.mp4": 23, "middle.mp4": 11, "still.mp4": 6}  # number of frames of each video
+BATCH_SIZE = 16  # frames in one call of the vision tower
 
 
-def get_config(arg=""):
+def get_config(_options=""):
     return make_config(os.environ["DATA"], os.environ["INITIAL"])
 
 
