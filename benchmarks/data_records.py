@@ -29,12 +29,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dynfocus_jax.data.budget import Budget
-from dynfocus_jax.data.lengths import Lengths
+from dynfocus_jax.data.lengths import SampleLengths
 from dynfocus_jax.data.media_reader import MediaReader
-from dynfocus_jax.data.order import Order
+from dynfocus_jax.data.order import BatchOrder
 from dynfocus_jax.data.pipeline import make_dataset
 from dynfocus_jax.data.samples import SampleLoader
-from dynfocus_jax.data.skipped import Skipped
+from dynfocus_jax.data.skipped import SkippedSamples
 from dynfocus_jax.data.synthetic import write_video
 from dynfocus_jax.records.records import Record
 from dynfocus_jax.text.conversation import TEMPLATES, encode_conversation
@@ -87,7 +87,9 @@ def measure_records(options: argparse.Namespace, folder: Path) -> dict:
     records = [Record(str(i), None, text_turns(rng, vocabulary, options.words)) for i in range(2000)]
     tokenizer = make_tokenizer(folder, [" ".join(sum(record.turns, ())) for record in records[:500]])
     template = TEMPLATES["chatml"]
-    load = SampleLoader(records, tokenizer, template, MediaReader(8), Budget.of([(1, 4096)]), max_query=256)
+    load = SampleLoader(
+        records, tokenizer, template, MediaReader(8), Budget.from_buckets([(1, 4096)]), max_query=256
+    )
 
     def tokenize() -> float:
         started = time.perf_counter()
@@ -96,7 +98,7 @@ def measure_records(options: argparse.Namespace, folder: Path) -> dict:
         return min(len(records), options.batches * BATCH) / (time.perf_counter() - started)
 
     def pipeline(threads: int, processes: int) -> float:
-        order = Order(functools.partial(epoch, len(records)), batch_size=BATCH)
+        order = BatchOrder(functools.partial(epoch, len(records)), batch_size=BATCH)
         batches = iter(make_dataset(load, order, num_threads=threads, num_processes=processes))
         for _ in range(4):  # start-up, and what was read ahead meanwhile
             next(batches)
@@ -162,11 +164,13 @@ def measure_memory(options: argparse.Namespace, folder: Path) -> dict:
     rng = np.random.default_rng(0)
     records = make_records(folder, rng)
     tokenizer = make_tokenizer(folder, [" ".join(sum(record.turns, ())) for record in records])
-    budget = Budget.of([(1, 512), (8, 512)], lambda frames: frames)
+    budget = Budget.from_buckets([(1, 512), (8, 512)], lambda frames: frames)
     media = MediaReader(48, cache_bytes=2**20)  # small enough to be full at once, and always changing
     load = SampleLoader(records, tokenizer, TEMPLATES["chatml"], media, budget, max_query=64)
-    order = Order(functools.partial(epoch, len(records)), Lengths().buckets(load), batch_size=BATCH)
-    skipped = Skipped(folder / "skipped.jsonl", max_share=0.5)
+    order = BatchOrder(
+        functools.partial(epoch, len(records)), SampleLengths().assign_buckets(load), batch_size=BATCH
+    )
+    skipped = SkippedSamples(folder / "skipped.jsonl", max_share=0.5)
     batches = iter(make_dataset(load, order, skipped=skipped, num_processes=options.processes))
     samples, sizes, every = 0, {}, max(1, options.samples // 25)
     while samples < options.samples:

@@ -17,7 +17,7 @@ from dynfocus_jax.connectors.registry import change_kind, connector_fields
 from dynfocus_jax.errors import RunError, UserError, suggest
 from dynfocus_jax.parallel.processes import exit_process
 from dynfocus_jax.records.sources import SOURCE
-from dynfocus_jax.sections import describe_section
+from dynfocus_jax.sections import Section, iterate_fields
 
 flags.DEFINE_string(
     "config",
@@ -213,16 +213,20 @@ def _change_connectors(config: ConfigDict, overrides: Sequence[tuple[str, str, s
             parent.connector = change_kind(old, kind, f"{where}.connector")
 
 
-def _print_fields(prefix: str) -> None:
-    """Print the declared fields whose names begin with a prefix, one per line."""
-    kind = CONFIG_FLAG.value.model.connector.kind if CONFIG_FLAG.value is not None else "dynfocus"
-    sections = {
+def configuration_sections(connector_kind: str) -> dict[str, Section]:
+    """Return the declared fields of a configuration by the full name of their section."""
+    return {
         "config": {name: field for name, field in CONFIG.items() if name != "stages"},
-        "config.model.connector": connector_fields(kind),
+        "config.model.connector": connector_fields(connector_kind),
         "config.stages[i]": STAGE,
         "config.stages[i].sources[j]": SOURCE,
     }
-    for where, fields in sections.items():
-        for line in describe_section(fields, where):
-            if line.startswith(prefix) or line.startswith(f"config.{prefix}"):
-                print(line)
+
+
+def _print_fields(prefix: str) -> None:
+    """Print the declared fields whose names begin with a prefix, one per line."""
+    kind = CONFIG_FLAG.value.model.connector.kind if CONFIG_FLAG.value is not None else "dynfocus"
+    for where, section in configuration_sections(kind).items():
+        for name, field in iterate_fields(section, where):
+            if name.startswith((prefix, f"config.{prefix}")):
+                print(f"{name} = {field.initial!r}: {field.about} ({field.accepted})")

@@ -95,8 +95,10 @@ LANGUAGE: Section = {
 }
 
 MODEL: Section = {
-    "dtype": Field("bfloat16", "of the computation, and of parameters that no stage trains", choices=_DTYPES),
-    "param_dtype": Field("float32", "of parameters that some stage trains", choices=_DTYPES),
+    "dtype": Field(
+        "bfloat16", "dtype of the computation and of parameters that no stage trains", choices=_DTYPES
+    ),
+    "param_dtype": Field("float32", "dtype of parameters that some stage trains", choices=_DTYPES),
     "vision": VISION,
     "text_encoder": TEXT_ENCODER,
     "connector": Field(
@@ -117,39 +119,35 @@ DATA: Section = {
     "max_query": Field(32, "text tokens that the text encoder reads", at_least=1),
     "text_guidance": Field(
         "joined",
-        'questions of a conversation that the text encoder reads: all "joined", the "first_turn"\'s, '
-        'or "each_turn"\'s '
-        "own, which makes a sample of every turn, with the turns before as its history",
+        'questions of a conversation that the text encoder reads: all "joined", the one of the "first_turn", '
+        'or with "each_turn" its own: each turn is then a sample, with the turns before as its history',
         choices=GUIDANCE,
     ),
     "sampling": {
         "kind": Field(
             "uniform",
-            'frames of a video: "uniform" as many as the bucket has, evenly spread; "segments" one '
-            "of each of so many "
-            'equal parts; "fps" at a rate',
+            'frames of a video: "uniform", evenly spaced to fill the bucket; "segments", one of each of as '
+            'many equal parts; "fps", at a constant rate',
             choices=("uniform", "fps", "segments"),
         ),
         "fps": Field(1.0, 'frames per second of "fps"', above=0),
-        "cap": Field(2000, 'frames of "fps" at most ...', at_least=1),
-        "above": Field(200, "... beyond which so many evenly spread ones are taken", at_least=1),
-        "pick": Field("middle", "frame of each segment", choices=("middle", "random")),
+        "cap": Field(2000, 'most frames of "fps" ...', at_least=1),
+        "above": Field(200, "... evenly spaced frames of a video that has more", at_least=1),
+        "pick": Field("middle", "frame taken of each segment", choices=("middle", "random")),
     },
     "image_layout": Field(
         "crop",
-        'how a picture becomes a square: "crop" its centre (CLIP), "pad" with the mean colour, "stretch"',
+        'how frames become square: "crop" to the centre (CLIP), "pad" with the mean colour, or "stretch"',
         choices=LAYOUTS,
     ),
-    "features": Field(str, "folder written by `extract`, whose features are read instead of pixels"),
+    "features": Field(str, "folder written by `extract`; its features are read instead of pixels"),
     "lengths": Field(str, "file of known sample lengths; None: WORKDIR/lengths.jsonl"),
     "cache_gib": Field(0.5, "decoded media kept in memory, GiB", at_least=0),
-    "threads": Field(2, "decoding threads of a process", at_least=1),
-    "processes": Field(0, "processes that read samples; 0 reads in threads of this one", at_least=0),
-    "timeout": Field(
-        60.0, "seconds after which reading a sample is given up and the sample skipped", above=0
-    ),
+    "threads": Field(2, "threads of each process that decode media", at_least=1),
+    "processes": Field(0, "worker processes that read samples; 0 reads them in threads", at_least=0),
+    "timeout": Field(60.0, "seconds to read a sample, after which it is skipped", above=0),
     "max_skip_share": Field(
-        0.05, "share of samples that may be unusable before the run stops", at_least=0, below=1
+        0.05, "fraction of samples that may be unusable before the run stops", at_least=0, below=1
     ),
     "workers": Field(2, "processes that generate data", at_least=1),
     "needles": {
@@ -167,14 +165,12 @@ WEIGHTS: Section = {
     "text_encoder": Field(str, "published file or folder of the text encoder"),
     "language": Field(str, "published file or folder of the language model"),
     "connector": Field(str, "published file or folder of the connector"),
-    "skip": Field((), "regular expressions of published names that are left out on purpose"),
+    "skip": Field((), "regular expressions of published names to ignore"),
 }
 
 MESH: Section = {
-    "data": Field(
-        -1, "replicas of the parameters, each with its part of the batch; -1: all remaining devices"
-    ),
-    "fsdp": Field(1, "shards of the parameters, each with its part of the batch"),
+    "data": Field(-1, "replicas of the parameters; splits the batch; -1: all remaining devices"),
+    "fsdp": Field(1, "shards of the parameters; splits the batch too"),
     "tensor": Field(1, "shards of the heads and hidden units"),
     "context": Field(1, "shards of the language model's sequence"),
 }
@@ -182,7 +178,7 @@ MESH: Section = {
 CHECKPOINT: Section = {
     "every": Field(500, "steps between checkpoints", at_least=1),
     "keep": Field(1, "newest checkpoints that are kept", at_least=1),
-    "keep_every": Field(int, "steps; checkpoints at multiples of this are kept for good", at_least=1),
+    "keep_every": Field(int, "steps; checkpoints at multiples of this are kept too", at_least=1),
     "best": Field(str, "metric whose best checkpoint is kept too", choices=("loss", "grad_norm")),
     "best_mode": Field("min", "whether the smallest or the largest value is best", choices=("min", "max")),
 }
@@ -193,14 +189,14 @@ EVALUATION: Section = {
     "max_text": Field(64, "text tokens of a prompt", at_least=1),
     "max_subtitle": Field(0, "text tokens of a video's subtitles", at_least=0),
     "batch_size": Field(64, "questions answered together", at_least=1),
-    "max_new_tokens": Field(8, "tokens of an answer at most", at_least=1),
+    "max_new_tokens": Field(8, "most tokens of an answer", at_least=1),
     "focus_videos": Field(2, "videos in focus.png; 0 draws no picture", at_least=0),
 }
 
 GENERATION: Section = {
     "num_frames": Field(int, "frames of a video; None: evaluation.media_frames", at_least=1),
-    "max_new_tokens": Field(256, "tokens of an answer at most", at_least=1),
-    "max_length": Field(int, "visual and text tokens with the answer, at most; None: no limit", at_least=1),
+    "max_new_tokens": Field(256, "most tokens of an answer", at_least=1),
+    "max_length": Field(int, "most visual and text tokens, including the answer; None: no limit", at_least=1),
     **SAMPLING,
     "end_tokens": Field((), "special tokens that end an answer, besides the tokenizer's eos_token"),
     # Sizes that programs are compiled for; inputs are padded to the next one
@@ -238,43 +234,40 @@ STAGE: Section = {
     "name": Field(str, "name of the stage and of its folder of checkpoints"),
     "annotations": Field(str, "LLaVA file, relative to data.root ..."),
     "sources": Field((), "... or a mixture of source(...)"),
-    "steps": Field(int, "steps, or instead of them ...", at_least=1),
-    "epochs": Field(float, "... passes over the records", above=0),
-    "batch_size": Field(32, "samples of a step, over all devices", at_least=1),
-    "microbatches": Field(
-        1, "parts of a batch that are computed in turn, their gradients added up", at_least=1
-    ),
-    "loss_chunk": Field(0, "text tokens whose logits are held at a time; 0 holds all", at_least=0),
-    "num_frames": Field(16, "frames of a sample, padded", at_least=1),
-    "max_text": Field(64, "text tokens of a sample, padded, without visual tokens", at_least=1),
-    "buckets": Field((), "(num_frames, max_text) pairs, instead of these two"),
-    "max_length": Field(int, "visual and text tokens of a sample at most", at_least=1),
+    "steps": Field(int, "steps, or ...", at_least=1),
+    "epochs": Field(float, "... epochs: passes over the records", above=0),
+    "batch_size": Field(32, "samples per step, over all devices", at_least=1),
+    "microbatches": Field(1, "microbatches per step, whose gradients are accumulated", at_least=1),
+    "loss_chunk": Field(0, "text tokens per sample whose logits are in memory at a time; 0: all", at_least=0),
+    "num_frames": Field(16, "frames of a sample, after padding", at_least=1),
+    "max_text": Field(64, "text tokens of a sample, after padding", at_least=1),
+    "buckets": Field((), "(num_frames, max_text) pairs of the batches, instead of these two"),
+    "max_length": Field(int, "most visual and text tokens of a sample", at_least=1),
     "on_overflow": Field(
         "error",
-        'a longer sample: "error" skips it, with that reason; "drop_turns" drops its last turns; '
-        '"fewer_frames" reads '
-        "fewer frames",
+        'what happens to a longer sample: "error" skips it; "drop_turns" drops its last turns; '
+        '"fewer_frames" samples fewer frames',
         choices=ON_OVERFLOW,
     ),
     "max_subtitle": Field(
-        0, "text tokens of a video's subtitles, between its frames; 0 leaves them out", at_least=0
+        0, "most text tokens of a video's subtitles, placed between its frames; 0: none", at_least=0
     ),
-    "max_turns": Field(int, "turns drawn from a record; None takes all", at_least=1),
+    "max_turns": Field(int, "turns that are drawn from a record; None: all", at_least=1),
     "connector": Field(ConfigDict, "connector of this stage, connector(...); None: config.model.connector"),
     "trainable": Field(
         tuple, 'regular expressions over parameter paths, "language/.*"; None: the connector\'s own'
     ),
     "copy": Field((), '"destination <- source" parameter paths, copied once when the stage starts'),
-    "random_steps": Field(0, "first steps in which the connector selects at random", at_least=0),
+    "random_steps": Field(0, "first steps, in which the connector selects frames at random", at_least=0),
     "learning_rate": Field(1e-3, "peak learning rate of AdamW", above=0),
     "lr_scale": Field((), "(regular expression, factor) pairs that scale the learning rate"),
     "schedule": Field(
         "cosine",
-        'learning rate after the warm-up: "cosine", or "linear_tail", constant and then linear to 0 '
-        "over the last quarter",
+        'learning rate after the warm-up: "cosine" to 0, or "linear_tail": constant, then linear to 0 over '
+        "the last quarter",
         choices=("cosine", "linear_tail"),
     ),
-    "warmup": Field(0.03, "share of the steps with a linear warm-up", at_least=0, below=1),
+    "warmup": Field(0.03, "fraction of the steps with a linear warm-up", at_least=0, below=1),
     "weight_decay": Field(0.0, "decoupled weight decay", at_least=0),
     "b2": Field(0.999, "decay of AdamW's second moment", above=0, below=1),
     "clip": Field(1.0, "largest global gradient norm", above=0),

@@ -34,8 +34,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from dynfocus_jax.command import CONFIG_FLAG, run_command
-from dynfocus_jax.data.prepare import check_weights, make_media_reader, prepare
-from dynfocus_jax.data.skipped import Skipped
+from dynfocus_jax.data.prepare import check_initial_checkpoint, make_media_reader, prepare_data_root
+from dynfocus_jax.data.skipped import SkippedSamples
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.features.compatibility import check_vision_frozen
 from dynfocus_jax.features.extraction import ExtractionCounts, run_extraction
@@ -123,11 +123,11 @@ def extract_features(
 
     # --- Media ----------------------------------------------------------------------------------------
     with process_zero_first():
-        data_root = prepare(config.data)
+        data_root = prepare_data_root(config.data)
     if movies is not None:
         requests = movie_requests(movies, config, data_root, stage)
     else:
-        check_weights(config)
+        check_initial_checkpoint(config)
         for index, each in enumerate(config.stages):
             paths = param_shapes(config, index)
             check_vision_frozen(each.name, paths, trained_paths(config, index, paths))
@@ -150,7 +150,9 @@ def extract_features(
     # --- Extraction -----------------------------------------------------------------------------------
     process, processes = jax.process_index(), jax.process_count()
     own_work = work[process::processes]
-    skipped = Skipped(output / process_file_name("skipped.jsonl"), max_share=config.data.max_skip_share)
+    skipped = SkippedSamples(
+        output / process_file_name("skipped.jsonl"), max_share=config.data.max_skip_share
+    )
     numbers = itertools.count(number + process, processes)
     shards = ShardWriter(output, numbers, max_bytes=_SHARD_BYTES, max_seconds=_SHARD_SECONDS)
     began = time.perf_counter()

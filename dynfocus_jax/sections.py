@@ -1,7 +1,7 @@
 """Sections of a configuration, declared field by field: default, type, allowed values and meaning.
 
 A section is a dict of `Field`s and of sections. From the declaration come the section itself
-(`new_section`), its checks (`check_section`) and its documentation (`describe_section`). A leaf: it imports
+(`new_section`), its checks (`check_section`) and its documentation (`iterate_fields`). A leaf: it imports
 nothing above errors.
 """
 
@@ -32,7 +32,39 @@ class Field(NamedTuple):
 
     @property
     def type(self) -> type:
+        """Return the type of its values."""
         return self.default if isinstance(self.default, type) else type(self.default)
+
+    @property
+    def initial(self) -> Any:
+        """Return the value that a new section has: the default, or None."""
+        return None if isinstance(self.default, type) else self.default
+
+    @property
+    def accepted(self) -> str:
+        """Return the accepted values in words, such as "an integer at least 1"."""
+        if self.choices is not None:
+            kind = "any of" if self.type is tuple else "one of"
+            return f"{kind} {', '.join(map(repr, self.choices))}"
+        limits = [
+            f"{words} {limit}"
+            for words, limit in (
+                ("greater than", self.above),
+                ("at least", self.at_least),
+                ("less than", self.below),
+                ("at most", self.at_most),
+            )
+            if limit is not None
+        ]
+        names = {
+            int: "an integer",
+            float: "a number",
+            str: "a string",
+            bool: "True or False",
+            ConfigDict: "a section",
+        }
+        kind = names.get(self.type, f"a {self.type.__name__}")
+        return " ".join([kind, " and ".join(limits)]).strip()
 
 
 Section = Mapping[str, Union[Field, "Section"]]
@@ -97,7 +129,7 @@ def check_section(section: ConfigDict, fields: Section, where: str) -> None:
 def check_value(value: Any, field: Field, where: str) -> None:
     """Check a single value; raise UserError if it is of another type, no choice or out of limits."""
     if value is None:
-        require(isinstance(field.default, type), f"{where} is not set, expected {_expected(field)}.")
+        require(isinstance(field.default, type), f"{where} is not set, expected {field.accepted}.")
         return
     if not _has_type(value, field.type):
         raise UserError(
@@ -116,7 +148,7 @@ def check_value(value: Any, field: Field, where: str) -> None:
             and (field.below is None or value < field.below)
             and (field.at_most is None or value <= field.at_most)
         )
-        require(good, f"{where} is {value}, expected {_expected(field)}.")
+        require(good, f"{where} is {value}, expected {field.accepted}.")
 
 
 def _has_type(value: Any, expected: type) -> bool:
@@ -129,33 +161,13 @@ def _has_type(value: Any, expected: type) -> bool:
     return isinstance(value, expected)
 
 
-def _expected(field: Field) -> str:
-    """Return what a field accepts, in words."""
-    if field.choices is not None:
-        kind = "any of" if field.type is tuple else "one of"
-        return f"{kind} {', '.join(map(repr, field.choices))}"
-    limits = [
-        f"{words} {limit}"
-        for words, limit in (
-            ("greater than", field.above),
-            ("at least", field.at_least),
-            ("less than", field.below),
-            ("at most", field.at_most),
-        )
-        if limit is not None
-    ]
-    names = {int: "an integer", float: "a number", str: "a string", bool: "True or False", tuple: "a tuple"}
-    return " ".join([names.get(field.type, field.type.__name__), " and ".join(limits)]).strip()
-
-
-def describe_section(fields: Section, where: str) -> Iterator[str]:
-    """Yield one line per field: its full name, default, accepted values and meaning."""
+def iterate_fields(fields: Section, where: str) -> Iterator[tuple[str, Field]]:
+    """Yield every field of a section and of the sections in it, with its full name, such as "config.seed"."""
     for name, field in fields.items():
         if isinstance(field, Field):
-            default = None if isinstance(field.default, type) else field.default
-            yield f"{where}.{name} = {default!r}: {field.about} ({_expected(field)})"
+            yield f"{where}.{name}", field
         else:
-            yield from describe_section(field, f"{where}.{name}")
+            yield from iterate_fields(field, f"{where}.{name}")
 
 
 def to_dict(section: ConfigDict) -> dict:

@@ -26,7 +26,7 @@ import jax
 from absl import flags
 
 from dynfocus_jax.command import CONFIG_FLAG, run_command
-from dynfocus_jax.data.prepare import check_weights, make_tokenizer, prepare
+from dynfocus_jax.data.prepare import check_initial_checkpoint, make_tokenizer, prepare_data_root
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.evaluation.held_out import check_held_out_features, evaluate_held_out, format_held_out
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
@@ -54,7 +54,7 @@ def main() -> None:
     connect_processes(config.distributed)
     mesh = make_mesh(mesh_shape(config.mesh, jax.device_count()))
     validate(config, num_row_shards(mesh))
-    check_weights(config)
+    check_initial_checkpoint(config)
     stop_at = _parse_stop(_STOP_AT.value, [stage.name for stage in config.stages])
     workdir.mkdir(parents=True, exist_ok=True)
     processes = "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
@@ -63,7 +63,7 @@ def main() -> None:
     # --- Data -----------------------------------------------------------------------------------------
     started = time.perf_counter()
     with process_zero_first():
-        data_root = prepare(config.data)
+        data_root = prepare_data_root(config.data)
     tokenizer = make_tokenizer(config, data_root / config.data.vocabulary)
     held_out = config.evaluation.annotations
     if held_out is not None and not (data_root / held_out).is_file():

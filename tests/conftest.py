@@ -69,13 +69,13 @@ def pytest_configure():
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory):
     """A folder in which the tiny needles benchmark has been generated."""
-    from dynfocus_jax.data.prepare import prepare
+    from dynfocus_jax.data.prepare import prepare_data_root
     from tests.tiny import tiny_config
 
     root = tmp_path_factory.mktemp("data")
     config = tiny_config()
     config.data.root = str(root)
-    prepare(config.data)
+    prepare_data_root(config.data)
     return root
 
 

@@ -7,7 +7,7 @@ from ml_collections.config_dict import ConfigDict
 
 from dynfocus_jax import command as command_lib
 from dynfocus_jax.config import default_config, from_dict, stage
-from dynfocus_jax.data.prepare import make_tokenizer, prepare
+from dynfocus_jax.data.prepare import make_tokenizer, prepare_data_root
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.sections import to_dict
 from dynfocus_jax.validation import validate
@@ -310,7 +310,7 @@ def test_missing_data(tmp_path):
     config = default_config()
     config.data.root = str(tmp_path / "absent")
     with pytest.raises(UserError, match=r"data\.root is .*absent.* not a folder"):
-        prepare(config.data)
+        prepare_data_root(config.data)
     with pytest.raises(UserError, match=r"vocabulary.*does not exist"):
         make_tokenizer(config, tmp_path / "vocabulary.json")
     (tmp_path / "vocabulary.json").write_text(json.dumps([f"w{i}" for i in range(70)]))

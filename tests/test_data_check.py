@@ -1,4 +1,4 @@
-"""`python -m dynfocus_jax.data_check`: what it prints, its json and its exit code."""
+"""`python -m dynfocus_jax.data_check`: its output, JSON file and exit code."""
 
 import json
 
@@ -32,8 +32,8 @@ def get_config(arg=""):
 
 
 def entry(name, image, answer="so"):
-    talk = [{"from": "human", "value": "<image>\nwhy ?"}, {"from": "gpt", "value": answer}]
-    return {"id": name, "image": image, "conversations": talk}
+    conversation = [{"from": "human", "value": "<image>\nwhy ?"}, {"from": "gpt", "value": answer}]
+    return {"id": name, "image": image, "conversations": conversation}
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +59,15 @@ def check(root, *arguments):
     return command("data_check", "--config", root / "config.py", *arguments)
 
 
-def test_all_that_is_said(root, tmp_path):
+def test_output(root, tmp_path):
     code, out, err = check(root, "--json", tmp_path / "check.json", "--samples", "3")
     assert code == 0, err
     lines = [" ".join(line.split()) for line in out.splitlines()]
-    start = lines.index("stage first: 98 samples an epoch")
+    start = lines.index("stage first: 98 samples per epoch")
     assert lines[start : start + 17] == [
-        "stage first: 98 samples an epoch",
+        "stage first: 98 samples per epoch",
         "",
-        "source entries refused records text image video samples an epoch",
+        "source entries refused records text image video samples per epoch",
         "good 95 0 95 0 95 0 95",
         "bad 5 2 3 0 3 0 3",
         "",
@@ -77,16 +77,16 @@ def test_all_that_is_said(root, tmp_path):
         "",
         "text tokens of a conversation median 99 % most to 8 to 16 to 32",
         "good 5 5 5 95 0 0",
-        "bad 5 24 24 2 0 1",  # the missing one's too
+        "bad 5 24 24 2 0 1",  # includes the record whose file is missing
         "",
         "frames of a decoded file median 99 % most to 1",
         "good 1 1 1 3",
         "bad 1 1 1 1",
     ]
-    assert f"bad: missing (1), as record gone: {root / 'gone.png'}: no such file" in lines
-    assert "bad: path (1), as record evil: field \"image\": path '../../etc/passwd' contains" in out
+    assert f"bad: missing (1), first record gone: {root / 'gone.png'}: no such file" in lines
+    assert "bad: path (1), first record evil: field \"image\": path '../../etc/passwd' contains" in out
     assert lines.index("cannot be used: 4.00% of the records") < lines.index(
-        "stage second: 95 samples an epoch"
+        "stage second: 95 samples per epoch"
     )
     assert "cannot be used: 0.00% of the records" in lines
 
@@ -105,7 +105,7 @@ def test_all_that_is_said(root, tmp_path):
     assert good["text_tokens"]["up_to"] == {"1": 0, "2": 0, "4": 0, "8": 95}
 
 
-def test_too_much_that_cannot_be_used(root):
+def test_too_many_unusable_records(root):
     code, out, err = check(root, "--config.data.max_skip_share=0.03", "--samples", "0")
     assert code == 1
     assert "cannot be used: 4.00% of the records" in out
@@ -115,11 +115,11 @@ def test_too_much_that_cannot_be_used(root):
     )
 
 
-def test_without_the_tokenizer(root):
+def test_without_a_tokenizer(root):
     code, out, _ = check(root, "--config.data.tokenizer=none")
     assert code == 0
     assert out.startswith(
-        "note: text tokens are not counted, as there is no tokenizer: none is not a tokenizer"
+        "note: text tokens are not counted, because the tokenizer cannot be used: none is not a tokenizer"
     )
     assert "text tokens of a conversation" not in out
     assert "frames of a decoded file" in out
@@ -137,7 +137,7 @@ def test_without_the_tokenizer(root):
         (["--samples=-1"], "samples"),
     ],
 )
-def test_mistakes(root, arguments, message):
+def test_user_errors(root, arguments, message):
     code, _, err = check(root, *arguments)
     assert code == 2
     assert message in err

@@ -1,4 +1,4 @@
-"""The configuration of data: mistakes in one sentence, mixtures kept by files, overrides of their fields."""
+"""The configuration of data: error messages, mixtures in files, and overrides of their fields."""
 
 import json
 
@@ -14,18 +14,21 @@ from dynfocus_jax.validation import validate
 from tests.commands import command
 from tests.tiny import tiny_config
 
-TWO = (source(name="a", annotations="a.json"), source(name="b", annotations="b.json", format="webvid"))
-MIX = {"annotations": None, "sources": TWO}
+TWO_SOURCES = (
+    source(name="a", annotations="a.json"),
+    source(name="b", annotations="b.json", format="webvid"),
+)
+MIXTURE = {"annotations": None, "sources": TWO_SOURCES}
 
 
-def refuse(config, *parts):
+def expect_error(config, *parts):
     with pytest.raises(UserError) as error:
         validate(config)
-    sentence = str(error.value)
-    assert "\n" not in sentence
-    assert sentence.endswith(".")
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.endswith(".")
     for part in parts:
-        assert part in sentence, sentence
+        assert part in message, message
 
 
 @pytest.mark.parametrize(
@@ -33,22 +36,25 @@ def refuse(config, *parts):
     [
         ({"epochs": 2.0}, ("stages[1] has both steps and epochs",)),
         ({"epochs": 0.0, "steps": None}, ("stages[1].epochs is 0.0",)),
-        ({"sources": TWO}, ("stages[1] has both annotations and sources",)),
+        ({"sources": TWO_SOURCES}, ("stages[1] has both annotations and sources",)),
         ({"buckets": ((4, 8), (4,))}, ("stages[1].buckets has (4,)", "(num_frames, max_text) pairs")),
         ({"buckets": ((4, 0),)}, ("stages[1].buckets has (4, 0)",)),
         ({"buckets": ((4, 8), (1, 8), (4, 8))}, ("stages[1].buckets has one shape twice",)),
         ({"max_subtitle": -1}, ("stages[1].max_subtitle is -1", "at least 0")),
         ({"max_length": 0}, ("stages[1].max_length is 0",)),
         ({"on_overflow": "cut"}, ("stages[1].on_overflow is 'cut'", "'drop_turns'")),
-        (MIX | {"sources": (*TWO, TWO[0])}, ("stages[1].sources has two sources of one name: a, b, a",)),
-        (MIX | {"sources": (source(name="a"),)}, ("sources[0].annotations is not set",)),
-        (MIX | {"sources": (source(annotations="a.json"),)}, ("sources[0].name is not set",)),
         (
-            MIX | {"sources": (TWO[0], source(name="b", annotations="b.json", weight=2.0))},
+            MIXTURE | {"sources": (*TWO_SOURCES, TWO_SOURCES[0])},
+            ("stages[1].sources has two sources of one name: a, b, a",),
+        ),
+        (MIXTURE | {"sources": (source(name="a"),)}, ("sources[0].annotations is not set",)),
+        (MIXTURE | {"sources": (source(annotations="a.json"),)}, ("sources[0].name is not set",)),
+        (
+            MIXTURE | {"sources": (TWO_SOURCES[0], source(name="b", annotations="b.json", weight=2.0))},
             ("stages[1].sources has weights for b only",),
         ),
         *(
-            (MIX | {"sources": (source(name="a", annotations="a.json", **{field: value}),)}, parts)
+            (MIXTURE | {"sources": (source(name="a", annotations="a.json", **{field: value}),)}, parts)
             for field, value, parts in (
                 ("format", "coco", ("sources[0].format is 'coco'", "'llava'")),
                 ("modality", "sound", ("sources[0].modality is 'sound'",)),
@@ -61,10 +67,10 @@ def refuse(config, *parts):
     ],
     ids=str,
 )
-def test_values_of_a_stage(fields, parts):
+def test_stage_fields(fields, parts):
     config = tiny_config()
     config.stages[1].update(fields)
-    refuse(config, *parts)
+    expect_error(config, *parts)
 
 
 @pytest.mark.parametrize(
@@ -81,30 +87,30 @@ def test_values_of_a_stage(fields, parts):
         ("sampling.above", 3000, ("sampling.above is 3000", "at most cap = 2000")),
     ],
 )
-def test_values_of_the_data(field, value, parts):
+def test_data_fields(field, value, parts):
     config = tiny_config()
     config.data.update_from_flattened_dict({field: value})
-    refuse(config, *(f"data.{part}" if part is parts[0] else part for part in parts))
+    expect_error(config, *(f"data.{part}" if part is parts[0] else part for part in parts))
 
 
-def test_drawn_turns_do_not_go_with_a_sample_a_turn():
+def test_max_turns_excludes_one_sample_per_turn():
     config = tiny_config()
     config.data.text_guidance = "each_turn"
     config.stages[0].max_turns = 2
-    refuse(config, "stages[0].max_turns is 2", "'each_turn'")
+    expect_error(config, "stages[0].max_turns is 2", "'each_turn'")
 
 
-def test_what_is_no_source():
+def test_invalid_sources():
     with pytest.raises(UserError, match=r"source\(\.\.\.\) has no field 'repeats'; did you mean 'repeat'"):
         source(name="a", repeats=2)
     config = tiny_config()
     config.stages[0].update({"annotations": None, "sources": ("a.json",)})
-    refuse(config, "stages[0].sources[0] is not a source")
+    expect_error(config, "stages[0].sources[0] is not a source")
 
 
-def test_mixtures_survive_a_file():
+def test_mixtures_round_trip_through_json():
     config = tiny_config()
-    config.stages[1].update(MIX | {"steps": None, "epochs": 1.5, "buckets": ((4, 8), (1, 20))})
+    config.stages[1].update(MIXTURE | {"steps": None, "epochs": 1.5, "buckets": ((4, 8), (1, 20))})
     validate(config)
     again = from_dict(json.loads(json.dumps(to_dict(config))))
     assert to_dict(again) == to_dict(config)
@@ -114,7 +120,7 @@ def test_mixtures_survive_a_file():
     assert stage_buckets(stage(num_frames=3, max_text=5)) == ((3, 5),)
 
 
-def test_steps_in_place_of_epochs():
+def test_with_steps():
     config = tiny_config()
     config.stages[1].update({"steps": None, "epochs": 1.5})
     changed = with_steps(config, 1, 12)
@@ -124,14 +130,14 @@ def test_steps_in_place_of_epochs():
     validate(changed)
 
 
-def test_fields_of_a_source_on_the_command_line(tmp_path):
+def test_source_fields_on_the_command_line(tmp_path):
     file = tmp_path / "mixed.py"
     file.write_text(
-        "from tests.test_data_config import MIX\n"
+        "from tests.test_data_config import MIXTURE\n"
         "from tests.tiny import tiny_config\n"
         "def get_config(arg=''):\n"
         "    config = tiny_config()\n"
-        "    config.stages[0].update(MIX)\n"
+        "    config.stages[0].update(MIXTURE)\n"
         "    return config\n"
     )
     arguments = ["train", f"--config={file}", "--config.stages[0].sources[1].repeat=2"]

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from dynfocus_jax.data.prepare import prepare
+from dynfocus_jax.data.prepare import prepare_data_root
 from tests.commands import command
 from tests.tiny import tiny_config
 
@@ -17,7 +17,7 @@ def heldout(data_root):
     """The folder of the generated data."""
     config = tiny_config()
     config.data.root = str(data_root)
-    return prepare(config.data)
+    return prepare_data_root(config.data)
 
 
 @pytest.fixture(scope="module")

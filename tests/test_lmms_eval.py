@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from dynfocus_jax.data.media_reader import MediaReader
-from dynfocus_jax.data.prepare import prepare
+from dynfocus_jax.data.prepare import prepare_data_root
 from dynfocus_jax.errors import SampleError, UserError
 from dynfocus_jax.evaluation.lmms_requests import (
     LmmsAnswerer,
@@ -66,7 +66,7 @@ def heldout(data_root):
     """The folder of the generated data."""
     config = tiny_config()
     config.data.root = str(data_root)
-    return prepare(config.data)
+    return prepare_data_root(config.data)
 
 
 def chat(*parts, role="user"):

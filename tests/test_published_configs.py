@@ -12,7 +12,7 @@ from configs import common
 from dynfocus_jax import trees
 from dynfocus_jax.batch import padding_sample
 from dynfocus_jax.config import default_config
-from dynfocus_jax.data.prepare import check_weights, make_tokenizer, prepare
+from dynfocus_jax.data.prepare import check_initial_checkpoint, make_tokenizer, prepare_data_root
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.sections import to_dict
 from dynfocus_jax.validation import validate
@@ -160,7 +160,7 @@ def test_siglip2_and_qwen3():
 def test_without_weights(name, arg):
     config = load_config(name, arg)
     with pytest.raises(UserError) as error:
-        check_weights(config)
+        check_initial_checkpoint(config)
     sentence = str(error.value)
     paths = [config.weights[part] for part in ("vision", "text_encoder", "language")]
     for part in ("config.initial is not set", "python -m dynfocus_jax.convert", "--config.initial=DIR"):
@@ -169,7 +169,7 @@ def test_without_weights(name, arg):
     assert sentence.endswith(".")
     assert "\n" not in sentence
     config.initial = "runs/align_7b/checkpoints/align/3085"
-    check_weights(config)
+    check_initial_checkpoint(config)
 
 
 @pytest.mark.parametrize("variant", ["", ",variant=question_conditioned", ",variant=uniform"])
@@ -177,7 +177,7 @@ def test_toy_with_a_published_language_model(variant):
     config = load_config("toy", f"language=smollm2{variant}")
     validate(config)
     with pytest.raises(UserError, match=r"SmolLM2-135M-Instruct\.Q4_1\.gguf .*convert"):
-        check_weights(config)
+        check_initial_checkpoint(config)
     shapes, _ = shapes_of(config)
     assert count(shapes, "language") == 134_515_008  # as published, head and embedding tied
     stage = config.stages[-1]
@@ -195,7 +195,7 @@ def test_toy_without_the_package(monkeypatch):
 
 
 def test_a_configuration_that_builds_on_nothing_needs_no_weights():
-    check_weights(load_config("toy"))
+    check_initial_checkpoint(load_config("toy"))
 
 
 @pytest.mark.parametrize(("name", "folder"), [("align_7b", llama_folder), ("siglip2_qwen3", qwen_folder)])
@@ -203,7 +203,7 @@ def test_without_data_or_tokenizers(name, folder, tmp_path):
     config = load_config(name)
     config.data.root = str(tmp_path / "absent")
     with pytest.raises(UserError, match=r"config.data.root is '.*absent', which is not a folder"):
-        prepare(config.data)
+        prepare_data_root(config.data)
     with pytest.raises(UserError, match=rf"{config.data.tokenizer} is not a tokenizer: expected a folder"):
         make_tokenizer(config, tmp_path / "vocabulary.json")
     config.data.tokenizer = str(folder(tmp_path / "published"))

@@ -1,39 +1,39 @@
-"""Order of samples: the sample of each row of each batch, as a function of the step alone."""
+"""Order of samples: the samples of each batch, as a function of the step alone."""
 
 import bisect
 import functools
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from grain.experimental import index_shuffle
 
 
 def permutation(size: int, seed: int) -> np.ndarray:
-    """A pseudorandom order of 0 ... size - 1, int64, the same on every machine."""
+    """Return a pseudorandom order of 0 ... size - 1, int64 [size], the same on every machine."""
     shuffled = (index_shuffle(i, max_index=size - 1, seed=seed % 2**32, rounds=4) for i in range(size))
     return np.fromiter(shuffled, np.int64, size)
 
 
-def _all(samples: int, _epoch: int) -> np.ndarray:
-    return np.arange(samples)
+def _all_samples(count: int, _epoch: int) -> np.ndarray:
+    return np.arange(count)
 
 
-class Order:
-    """The batches of all epochs, one behind the other.
+class BatchOrder:
+    """The batches of all epochs, one after the other. Safe to use from several threads.
 
-    Each epoch is shuffled anew; its samples are dealt, in that order, into batches of one bucket each, and of
-    several buckets the batches are shuffled too. So every sample of an epoch is in exactly one of its
-    batches; what does not fill a batch at the end of a bucket gets padding rows. Safe to use from threads.
+    Each epoch is shuffled anew. Its samples are put, in that order, into batches of one bucket each, and the
+    batches of several buckets are shuffled too. Every sample of an epoch is in exactly one of its batches;
+    the last batch of a bucket is filled up with padding rows.
 
-    epoch: number -> int64 samples of that epoch, not shuffled; a function, so that none is held for long.
-    bucket_of: int `[samples]`, the bucket of each sample; None: all are of bucket 0.
-    epochs: number of them; None is endless.
+    Attributes:
+      batch_size: number of rows of a batch.
     """
 
     def __init__(
         self,
-        epoch: Callable[[int], np.ndarray],
+        epoch_samples: Callable[[int], np.ndarray],
         bucket_of: np.ndarray | None = None,
         *,
         batch_size: int,
@@ -41,61 +41,74 @@ class Order:
         shuffle: bool = True,
         epochs: int | None = None,
     ):
+        """Create an order.
+
+        Args:
+          epoch_samples: returns the samples of an epoch by its number, int64, before shuffling. A function,
+            so that no epoch is kept in memory for long.
+          bucket_of: bucket of each sample, int [samples]; None puts all samples into bucket 0.
+          batch_size: number of rows of a batch.
+          seed: seed of the shuffling.
+          shuffle: whether to shuffle; otherwise the samples keep their order within each bucket.
+          epochs: number of epochs; None is endless.
+        """
         self.batch_size = batch_size
-        self._epoch, self._bucket_of = epoch, bucket_of
+        self._epoch_samples, self._bucket_of = epoch_samples, bucket_of
         self._seed, self._shuffle, self._epochs = seed, shuffle, epochs
-        self._starts = [0]  # the first step of each epoch that was looked at, and of the one after it
-        self._layout = functools.lru_cache(maxsize=2)(self._lay_out)
+        self._starts = [0]  # first step of each epoch that is known, and of the epoch after it
+        self._cached_batches = functools.lru_cache(maxsize=2)(self._epoch_batches)
         self._lock = threading.RLock()
 
     @classmethod
-    def once(cls, samples: int, batch_size: int) -> "Order":
-        """One epoch of so many samples in their own order (evaluation)."""
-        return cls(functools.partial(_all, samples), batch_size=batch_size, shuffle=False, epochs=1)
+    def single_epoch(cls, samples: int, batch_size: int) -> "BatchOrder":
+        """Return the order of one epoch of samples 0 ... samples - 1, not shuffled (evaluation)."""
+        epoch_samples = functools.partial(_all_samples, samples)
+        return cls(epoch_samples, batch_size=batch_size, shuffle=False, epochs=1)
 
-    def __reduce__(self):
-        keys = {"batch_size": self.batch_size, "seed": self._seed, "shuffle": self._shuffle}
-        make = functools.partial(Order, epochs=self._epochs, **keys)
-        return make, (self._epoch, self._bucket_of)
+    def __reduce__(self) -> tuple[Any, ...]:
+        options = {"batch_size": self.batch_size, "seed": self._seed, "shuffle": self._shuffle}
+        create = functools.partial(BatchOrder, epochs=self._epochs, **options)
+        return create, (self._epoch_samples, self._bucket_of)
 
     def steps_per_epoch(self, epoch: int) -> int:
-        """The number of batches of an epoch, which depends on what is drawn for it."""
-        counts = np.bincount(self._buckets(self._epoch(epoch))).tolist()
+        """Return the number of batches of an epoch, which depends on the samples drawn for it."""
+        counts = np.bincount(self._buckets(self._epoch_samples(epoch))).tolist()
         return sum(-(-count // self.batch_size) for count in counts)
 
-    def steps(self, epochs: float) -> int:
-        """The number of batches of so many epochs, rounded up."""
+    def num_steps(self, epochs: float) -> int:
+        """Return the number of batches of the first epochs, possibly a fraction, rounded up."""
         whole = int(epochs)
         rest = epochs - whole
-        return self.start(whole) + (int(np.ceil(rest * self.steps_per_epoch(whole) - 1e-9)) if rest else 0)
+        partial = int(np.ceil(rest * self.steps_per_epoch(whole) - 1e-9)) if rest else 0
+        return self.first_step(whole) + partial
 
-    def start(self, epoch: int) -> int:
-        """The first step of an epoch."""
+    def first_step(self, epoch: int) -> int:
+        """Return the number of the first step of an epoch."""
         with self._lock:
             while len(self._starts) <= epoch:
                 self._starts.append(self._starts[-1] + self.steps_per_epoch(len(self._starts) - 1))
             return self._starts[epoch]
 
     def __len__(self) -> int:
-        """The number of batches; endless: more than there will ever be."""
-        return 2**48 if self._epochs is None else self.start(self._epochs)
+        """Return the number of batches; for an endless order, a number that no run reaches."""
+        return 2**48 if self._epochs is None else self.first_step(self._epochs)
 
     def batch(self, step: int) -> tuple[int, np.ndarray]:
-        """The bucket of a batch and its samples, int64 `[batch_size]`, -1 for padding rows."""
+        """Return the bucket of a batch and its samples, int64 [batch_size], -1 for padding rows."""
         with self._lock:
             while self._starts[-1] <= step:
-                self.start(len(self._starts))
+                self.first_step(len(self._starts))
             epoch = bisect.bisect_right(self._starts, step) - 1
-            buckets, rows = self._layout(epoch)
+            buckets, rows = self._cached_batches(epoch)
         number = step - self._starts[epoch]
         return int(buckets[number]), rows[number]
 
     def _buckets(self, samples: np.ndarray) -> np.ndarray:
         return np.zeros(len(samples), np.int64) if self._bucket_of is None else self._bucket_of[samples]
 
-    def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Buckets `[steps]` and samples `[steps, batch_size]` of an epoch's batches."""
-        samples = self._epoch(epoch)
+    def _epoch_batches(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the buckets [steps] and samples [steps, batch_size] of the batches of an epoch."""
+        samples = self._epoch_samples(epoch)
         if self._shuffle:
             samples = samples[permutation(len(samples), self._seed + epoch)]
         bucket_of = self._buckets(samples)
@@ -105,8 +118,8 @@ class Order:
             members = np.pad(members, (0, -len(members) % self.batch_size), constant_values=-1)
             rows.append(members.reshape(-1, self.batch_size))
             buckets += [bucket] * len(rows[-1])
-        buckets, rows = np.array(buckets), np.concatenate(rows)
-        if self._shuffle and len(np.unique(buckets)) > 1:
-            order = permutation(len(buckets), self._seed + epoch)
-            buckets, rows = buckets[order], rows[order]
-        return buckets, rows
+        all_buckets, all_rows = np.array(buckets), np.concatenate(rows)
+        if self._shuffle and len(np.unique(all_buckets)) > 1:
+            order = permutation(len(all_buckets), self._seed + epoch)
+            all_buckets, all_rows = all_buckets[order], all_rows[order]
+        return all_buckets, all_rows

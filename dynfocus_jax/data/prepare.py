@@ -1,4 +1,4 @@
-"""Inputs of a configuration on disk: the data folder (which may be generated), tokenizers, media readers."""
+"""Inputs of a configuration: the data folder, which may be generated, tokenizers and media readers."""
 
 import sys
 from pathlib import Path
@@ -16,33 +16,38 @@ from dynfocus_jax.text.tokenizer_files import read_query_tokenizer, read_tokeniz
 from dynfocus_jax.text.tokenizers import TextAndQueryTokenizer, Tokenizer, WordTokenizer
 
 
-def prepare(data: ConfigDict) -> Path:
-    """The folder that holds annotations and media (`data` is the section `config.data`).
+def prepare_data_root(data: ConfigDict) -> Path:
+    """Return the folder of annotations and media, after generating it if the configuration asks for it.
+
+    Args:
+      data: the section `config.data`.
 
     Raises:
-      UserError: the folder is missing.
+      UserError: if the folder does not exist.
     """
     root = Path(data.root).expanduser()
     if data.generate == "needles":
-        root = _generate(root, data)
+        root = _generate_needles(root, data)
     if not root.is_dir():
-        raise UserError(f"config.data.root is {data.root!r}, which is not a folder; put the data there.")
+        raise UserError(
+            f"config.data.root is {data.root!r}, which is not a folder; set it to the folder of the data."
+        )
     return root
 
 
-def check_weights(config: ConfigDict) -> None:
-    """Check that a configuration that names published weights (`config.weights`) starts from a checkpoint.
+def check_initial_checkpoint(config: ConfigDict) -> None:
+    """Check that a configuration with published weights (`config.weights`) names an initial checkpoint.
 
     Raises:
-      UserError: `config.initial` is not set; the sentence says which files are needed, and what to do.
+      UserError: if `config.initial` is not set.
     """
     published = [path for part, path in config.weights.items() if part != "skip" and path]
     if published and config.initial is None:
         raise UserError(
-            f"config.initial is not set, but stage {config.stages[0].name!r} starts from published weights: "
-            f"make a checkpoint of {', '.join(published)} (the paths in config.weights) with `python -m "
-            "dynfocus_jax.convert --config=FILE --output=DIR`, FILE being this config, and add "
-            "--config.initial=DIR, or name a checkpoint of a stage that was trained from there."
+            f"config.initial is not set, but stage {config.stages[0].name!r} starts from published weights. "
+            f"Convert {', '.join(published)} (the paths in config.weights) with `python -m "
+            "dynfocus_jax.convert --config=FILE --output=DIR`, where FILE is this config, and add "
+            "--config.initial=DIR, or name the checkpoint of a stage that was trained from these weights."
         )
 
 
@@ -65,11 +70,11 @@ def make_tokenizer(config: ConfigDict, vocabulary: Path, *, strict: bool = True)
     else:
         tokenizer = read_tokenizer(data.tokenizer)
         found = f"{data.tokenizer} has {tokenizer.vocab_size} tokens"
-    _check_size(config, "language", tokenizer.vocab_size, f"{found}. {remedy}")
+    _check_vocab_size(config, "language", tokenizer.vocab_size, f"{found}. {remedy}")
     check_template(tokenizer, data.template)
     if data.query_tokenizer is None:
         remedy += ", or set config.data.query_tokenizer to the text encoder's own vocabulary"
-        _check_size(config, "text_encoder", tokenizer.vocab_size, f"{found}. {remedy}")
+        _check_vocab_size(config, "text_encoder", tokenizer.vocab_size, f"{found}. {remedy}")
         return tokenizer
     if data.max_query < 3:
         raise UserError(
@@ -78,18 +83,22 @@ def make_tokenizer(config: ConfigDict, vocabulary: Path, *, strict: bool = True)
         )
     query_tokenizer = read_query_tokenizer(data.query_tokenizer)
     found = f"{data.query_tokenizer} has {query_tokenizer.vocab_size} tokens"
-    _check_size(config, "text_encoder", query_tokenizer.vocab_size, f"{found}. {remedy}")
+    _check_vocab_size(config, "text_encoder", query_tokenizer.vocab_size, f"{found}. {remedy}")
     return TextAndQueryTokenizer(tokenizer, query_tokenizer)
 
 
 def make_media_reader(config: ConfigDict, data_root: Path | None = None) -> MediaReader:
-    """Return the reader of a configuration's media files; worker processes share its memory for frames.
+    """Return the reader of a configuration's media files.
 
-    data_root: folder of annotations and media; with it features are read where `config.data.features` names
-      them, without it pixels.
+    Worker processes divide the size of its cache, `config.data.cache_gib`, among themselves.
+
+    Args:
+      config: the configuration.
+      data_root: folder of annotations and media, needed for reading stored features if `config.data.features`
+        names them. None reads pixels.
 
     Raises:
-      UserError: the features are not those of this configuration, see `FeatureStore`.
+      UserError: if the stored features do not fit the configuration, see `FeatureStore`.
     """
     data, vision = config.data, config.model.vision
     features = None if data_root is None else open_features(config, data_root)
@@ -105,18 +114,18 @@ def make_media_reader(config: ConfigDict, data_root: Path | None = None) -> Medi
     )
 
 
-def _check_size(config: ConfigDict, section: str, tokens: int, clause: str) -> None:
+def _check_vocab_size(config: ConfigDict, section: str, tokens: int, clause: str) -> None:
     size = config.model[section].vocab_size
     if size < tokens:
         raise UserError(f"config.model.{section}.vocab_size is {size}, but {clause}.")
 
 
-def _generate(root: Path, data: ConfigDict) -> Path:
-    """Make the needles benchmark unless it is there, with a progress bar on a terminal."""
+def _generate_needles(root: Path, data: ConfigDict) -> Path:
+    """Generate the needles benchmark unless it exists, with a progress bar on a terminal."""
     with tqdm.tqdm(desc="generating needles", unit="file", disable=not sys.stderr.isatty()) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        return synthetic.generate(root, workers=data.workers, progress=progress, **data.needles)
+        return synthetic.generate_needles(root, workers=data.workers, progress=progress, **data.needles)

@@ -1,4 +1,4 @@
-"""Survey of a stage's sources before training: all records, and a random sample of files."""
+"""Survey of a stage's sources before training: all records, and a random sample of media files."""
 
 import sys
 from collections import Counter
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import tqdm
@@ -18,49 +18,52 @@ from dynfocus_jax.errors import MediaError, SampleError, UserError
 from dynfocus_jax.records.mixture import Mixture
 from dynfocus_jax.records.records import Record
 
-_CHUNK = 1000  # tasks that are handed to the threads together
+_CHUNK = 1000  # tasks that the threads get at a time
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 class Problem(NamedTuple):
-    """An entry or record that cannot be used, with the reason."""
+    """An entry or record that cannot be used."""
 
     id: str
-    # of `RefusedEntry`, or "missing" | "words" | "conversation" | "too long" | "unreadable" | "subtitles"
+    # "missing" | "words" | "conversation" | "too long" | "unreadable" | "subtitles", or one of `RefusedEntry`
     fault: str
     reason: str
     media: str | None = None
 
 
 class SourceSurvey(NamedTuple):
-    """One source of a mixture."""
+    """Results for one source of a mixture."""
 
     name: str
     entries: int  # in its annotation file
-    refused: int  # of them
-    records: int  # usable by their annotation, and selected
-    epoch: int  # samples of an epoch
-    modalities: Counter[str]  # of the records
+    refused: int  # entries that are not usable records
+    records: int  # usable records that are selected
+    epoch: int  # samples in an epoch
+    modalities: Counter[str]  # number of records by modality
     problems: list[Problem]
-    shortened: int  # records that lose turns or frames, if videos have the most frames
-    tokens: list[int]  # text of each conversation that can be measured
-    frames: list[int]  # of each file that was decoded
-    unreadable: float  # share of the files that were to be decoded
+    shortened: int  # records that lose turns or frames, assuming that videos have the most frames
+    tokens: list[int]  # text tokens of each conversation that could be measured
+    frames: list[int]  # frames of each decoded file
+    unreadable: float  # share of unreadable files among those decoded
 
     @property
     def faults(self) -> Counter[str]:
-        """Return the number of entries by fault."""
+        """Number of problems by fault."""
         return Counter(problem.fault for problem in self.problems)
 
     @property
     def unusable(self) -> float:
-        """Estimate the number of unusable entries, with unreadable files at the decoded sample's rate."""
+        """Estimated number of unusable entries: unreadable files are as frequent as among those decoded."""
         faults = self.faults
         del faults["unreadable"]
         files = self.records - self.modalities["text"] - faults["missing"]
         return faults.total() + self.unreadable * files
 
 
-class _Found(NamedTuple):
+class _Findings(NamedTuple):
     """Results of a pass over records."""
 
     values: list[int]
@@ -70,11 +73,14 @@ class _Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Surveyor:
-    """Looks through the sources of a mixture with what training uses.
+    """Surveys the sources of a mixture, with the readers and limits that training uses.
 
-    budget, media, loader: of the stage; without `loader` no texts are measured.
-    samples: files of each source that are decoded, chosen by `seed`.
-    threads: that look for files, measure texts and decode.
+    Attributes:
+      mixture: the sources.
+      budget, media, loader: those of the stage; without a loader no texts are measured.
+      samples: number of files of each source to decode.
+      seed: seed of the choice of these files.
+      threads: number of threads that look for files, measure texts and decode.
     """
 
     mixture: Mixture
@@ -85,28 +91,31 @@ class Surveyor:
     seed: int = 0
     threads: int = 2
 
-    def sources(self) -> Iterator[SourceSurvey]:
-        """Each source; a record has one problem at most, the first that is found."""
+    def survey_sources(self) -> Iterator[SourceSurvey]:
+        """Yield the survey of each source. A record has at most one problem, the first one found."""
         begin = 0
         with ThreadPoolExecutor(self.threads) as pool:
             for name, counts in self.mixture.counts.items():
-                yield self._source(name, range(begin, begin + counts.records), pool)
+                yield self._survey_source(name, range(begin, begin + counts.records), pool)
                 begin += counts.records
 
-    def _source(self, name: str, numbers: range, pool: ThreadPoolExecutor) -> SourceSurvey:
+    def _survey_source(self, name: str, numbers: range, pool: ThreadPoolExecutor) -> SourceSurvey:
         records, counts = self.mixture.records, self.mixture.counts[name]
         refused = [
             Problem(entry.id, entry.fault, entry.reason)
             for source, entry in self.mixture.refused
             if source == name
         ]
-        missing = self._find_files(numbers, pool)
-        gone = {i for i, _ in missing.problems}
-        texts = self._measure_texts(numbers, gone, pool) if self.loader else _Found([], [])
-        bad = gone | {i for i, _ in texts.problems}
-        some = self._some_files([i for i in numbers if i not in bad])
-        read = self._decode(some, pool)
-        problems = sorted([*missing.problems, *texts.problems, *read.problems])
+        missing = self._find_missing_files(numbers, pool)
+        lacks_file = {i for i, _ in missing.problems}
+        texts = _Findings([], [])
+        if self.loader is not None:
+            texts = self._measure_texts(self.loader, numbers, lacks_file, pool)
+        unusable = lacks_file | {i for i, _ in texts.problems}
+        chosen = self._choose_files([i for i in numbers if i not in unusable])
+        decoded = self._decode_files(chosen, pool)
+        problems = sorted([*missing.problems, *texts.problems, *decoded.problems])
+        num_unreadable = sum(problem.fault == "unreadable" for _, problem in decoded.problems)
         return SourceSurvey(
             name,
             counts.entries,
@@ -117,69 +126,73 @@ class Surveyor:
             [*refused, *(problem for _, problem in problems)],
             texts.shortened,
             texts.values,
-            read.values,
-            sum(problem.fault == "unreadable" for _, problem in read.problems) / len(some) if some else 0.0,
+            decoded.values,
+            num_unreadable / len(chosen) if chosen else 0.0,
         )
 
-    def _find_files(self, numbers: Sequence[int], pool: ThreadPoolExecutor) -> _Found:
+    def _find_missing_files(self, numbers: Sequence[int], pool: ThreadPoolExecutor) -> _Findings:
         records = self.mixture.records
         files = list(dict.fromkeys(path for i in numbers for path in self._files_of(records[i])))
-        present = _work(pool, lambda path: path.is_file(), files, "looking for files")
-        gone = {path for path, there in zip(files, present, strict=True) if not there}
+        exist = _map_with_progress(pool, lambda path: path.is_file(), files, "looking for files")
+        absent = {path for path, exists in zip(files, exist, strict=True) if not exists}
         problems = []
         for i in numbers:
-            missing = [path for path in self._files_of(records[i]) if path in gone]
+            missing = [path for path in self._files_of(records[i]) if path in absent]
             if missing:
                 problems.append((i, _problem(records[i], "missing", f"{missing[0]}: no such file")))
-        return _Found([], problems)
+        return _Findings([], problems)
 
     def _files_of(self, record: Record) -> list[Path]:
-        """Return the files that are read for a record: with features, not the file of its frames."""
-        frames = record.media if self.media.features is None else None
-        read = (frames, record.subtitles if self.budget.max_subtitle else None)
-        return [path for path in read if path is not None]
+        """Return the files that training reads for a record; with stored features, not its media file."""
+        media = record.media if self.media.features is None else None
+        files = (media, record.subtitles if self.budget.max_subtitle else None)
+        return [path for path in files if path is not None]
 
-    def _measure_texts(self, numbers: Sequence[int], missing: set[int], pool: ThreadPoolExecutor) -> _Found:
-        """Text tokens, and what is too long if a video has the most frames that a sample may have.
+    def _measure_texts(
+        self, loader: SampleLoader, numbers: Sequence[int], lacks_file: set[int], pool: ThreadPoolExecutor
+    ) -> _Findings:
+        """Count text tokens, and find samples that are too long, assuming that videos have the most frames.
 
-        Of records whose files are missing, the tokens alone.
+        Texts of the records in `lacks_file` are counted, but have no other problem.
         """
 
-        def measure(number: int) -> tuple[int, ...] | tuple[str, str]:
+        def measure(number: int) -> tuple[tuple[int, ...], tuple[str, str] | None]:
             try:
-                return self.loader.text_ends(number)
+                return loader.text_ends(number), None
             except SampleError as error:
-                return "conversation", str(error)
+                return (), ("conversation", str(error))
             except UserError as error:
-                return "words", str(error)
+                return (), ("words", str(error))
 
-        values, problems, shortened = [], [], 0
-        for i, ends in zip(numbers, _work(pool, measure, numbers, "measuring texts"), strict=True):
+        values, problems, num_shortened = [], [], 0
+        measured = _map_with_progress(pool, measure, numbers, "measuring texts")
+        for i, (ends, problem) in zip(numbers, measured, strict=True):
             record = self.mixture.records[i]
-            if isinstance(ends[0], str):
-                problems += [(i, _problem(record, *ends))] if i not in missing else []
+            if problem is None:
+                values.append(ends[-1])
+            if i in lacks_file:
                 continue
-            values.append(ends[-1])
-            if i in missing:
+            if problem is not None:
+                problems.append((i, _problem(record, *problem)))
                 continue
             frames = {"text": 0, "image": 1, "video": self.budget.max_frames}[record.modality]
-            samples = [(end,) for end in ends] if self.loader.each_turn else [ends]
-            fates = {_fate(sample, frames, self.budget) for sample in samples} - {""}
-            shortened += fates == {"shortened"}
-            if fates - {"shortened"}:
-                problems.append((i, _problem(record, "too long", max(fates - {"shortened"}))))
-        return _Found(values, problems, shortened)
+            samples = [(end,) for end in ends] if loader.each_turn else [ends]
+            outcomes = {_outcome(sample, frames, self.budget) for sample in samples} - {""}
+            num_shortened += outcomes == {"shortened"}
+            if reasons := outcomes - {"shortened"}:
+                problems.append((i, _problem(record, "too long", max(reasons))))
+        return _Findings(values, problems, num_shortened)
 
-    def _some_files(self, numbers: Sequence[int]) -> list[int]:
-        """Records of different files, at most as many as are to be decoded."""
+    def _choose_files(self, numbers: Sequence[int]) -> list[int]:
+        """Return the numbers of records with different files, chosen at random, at most `samples`."""
         records = self.mixture.records
-        files = {records[i].media: i for i in numbers if records[i].media}
-        order = np.random.default_rng(self.seed).permutation(len(files))[: self.samples]
-        candidates = list(files.values())
+        record_of_file = {records[i].media: i for i in numbers if records[i].media}
+        order = np.random.default_rng(self.seed).permutation(len(record_of_file))[: self.samples]
+        candidates = list(record_of_file.values())
         return sorted(candidates[i] for i in order)
 
-    def _decode(self, numbers: Sequence[int], pool: ThreadPoolExecutor) -> _Found:
-        """Numbers of frames, and what keeps a file or its subtitles from being used."""
+    def _decode_files(self, numbers: Sequence[int], pool: ThreadPoolExecutor) -> _Findings:
+        """Count the frames of files, and find files and subtitles that cannot be used."""
 
         def read(number: int) -> tuple[int | None, tuple[str, str] | None]:
             record, rng = self.mixture.records[number], np.random.default_rng(self.seed)
@@ -195,16 +208,20 @@ class Surveyor:
             return len(clip.frames), None
 
         values, problems = [], []
-        for i, (frames, problem) in zip(numbers, _work(pool, read, numbers, "reading files"), strict=True):
+        results = _map_with_progress(pool, read, numbers, "reading files")
+        for i, (frames, problem) in zip(numbers, results, strict=True):
             if frames is not None:
                 values.append(frames)
             if problem is not None:
                 problems.append((i, _problem(self.mixture.records[i], *problem)))
-        return _Found(values, problems)
+        return _Findings(values, problems)
 
 
-def distribution(values: Sequence[int]) -> dict | None:
-    """Quantiles, and how many values are at most 1, 2, 4, ... but above the next smaller of these."""
+def distribution(values: Sequence[int]) -> dict[str, Any] | None:
+    """Return quantiles and a histogram of positive lengths, for JSON; None if there are no values.
+
+    "up_to" is the number of values by the smallest power of two that is not below them.
+    """
     if not values:
         return None
     median, most = np.quantile(values, (0.5, 0.99), method="higher").tolist()
@@ -213,9 +230,9 @@ def distribution(values: Sequence[int]) -> dict | None:
     return {"median": median, "99%": most, "most": max(values), "up_to": up_to}
 
 
-def _fate(ends: Sequence[int], frames: int, budget: Budget) -> str:
+def _outcome(ends: Sequence[int], frames: int, budget: Budget) -> str:
     """Return "" for a sample that is used unchanged, "shortened", or the reason why it is skipped."""
-    bucket = budget.choose(ends, frames)
+    bucket = budget.choose_bucket(ends, frames)
     room = budget.text_room(frames, bucket)
     if ends[-1] <= room:
         return ""
@@ -223,15 +240,17 @@ def _fate(ends: Sequence[int], frames: int, budget: Budget) -> str:
         return "shortened"
     if budget.on_overflow == "fewer_frames" and budget.frame_room(ends[-1], bucket):
         return "shortened"
-    return str(budget.overflow(ends[-1], frames, bucket))
+    return str(budget.overflow_error(ends[-1], frames, bucket))
 
 
 def _problem(record: Record, fault: str, reason: str) -> Problem:
     return Problem(record.id, fault, reason, str(record.media) if record.media else None)
 
 
-def _work(pool: ThreadPoolExecutor, function: Callable, items: Sequence, title: str) -> Iterator[Any]:
-    """`function` of each item, in threads and in order, with a progress bar on a terminal."""
+def _map_with_progress(
+    pool: ThreadPoolExecutor, function: Callable[[_Item], _Result], items: Sequence[_Item], title: str
+) -> Iterator[_Result]:
+    """Yield the function's result for each item, in order, with a progress bar on a terminal."""
     with tqdm.tqdm(total=len(items), desc=title, disable=not sys.stderr.isatty()) as bar:
         for begin in range(0, len(items), _CHUNK):
             for result in pool.map(function, items[begin : begin + _CHUNK]):

@@ -1,9 +1,9 @@
-"""The synthetic benchmark "needles": short H.264 videos in which three single frames hold the answers.
+"""The synthetic benchmark "needles": short H.264 videos in which three frames hold the answers.
 
-A video has T frames of drifting texture in one to three scenes, spans of grey clutter, and three needles:
-frames with two coloured objects each. Every shape and every colour appears exactly once a video, so that each
-question has one answer and the other needles distract. Images and short sequences of the same kind stand
-in for the pictures from which published vision and language models have learned.
+A video has T frames of drifting texture in one to three scenes, spans of grey clutter, and three needles,
+which are frames with two coloured objects each. Every shape and every colour occurs exactly once per video,
+so each question has one answer, and the other needles are distractors. Images and short sequences with such
+objects take the place of the pictures that published vision and language models are pre-trained on.
 """
 
 import functools
@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any, TypedDict
 
 import av
 import numpy as np
@@ -43,7 +44,7 @@ OBJECT_SIZE = (19, 23)  # pixels, both ends included
 NOISE = 9  # grey levels
 ORDER_QUESTIONS = 4
 FRAMES_PER_SECOND = 4
-# Without the encoder's look-ahead, which on frames this small reads beyond its buffers: the bytes would vary.
+# Without look-ahead: on frames this small the encoder reads beyond its buffers, and the bytes would vary.
 X264 = {
     "crf": "14",
     "preset": "veryfast",
@@ -51,15 +52,33 @@ X264 = {
 }
 
 VIDEO_SPLITS = ("train", "validation", "heldout")
-QUESTION_SPLITS = ("validation", "heldout")  # a record a question; all turns of a file in the others
-SPLITS = (*VIDEO_SPLITS, "images", "sequences")
-_CHUNK = 50  # items a task of the worker pool
-
-# An object: {"shape", "color", "frame", "quadrant"}; quadrants are numbered in reading order.
-Scene = dict
+QUESTION_SPLITS = ("validation", "heldout")  # one record per question; elsewhere one per file, with all turns
+SPLITS: tuple[str, ...] = (*VIDEO_SPLITS, "images", "sequences")
+_CHUNK = 50  # items per task of the worker pool
 
 
-def generate(
+class SceneObject(TypedDict):
+    """An object of a needle frame, image or sequence."""
+
+    shape: str
+    color: str
+    frame: int
+    quadrant: int  # in reading order, from 0
+
+
+class _Turn(TypedDict):
+    """A question with its answer."""
+
+    type: str
+    question: str
+    answer: str
+    frames: list[int]  # that show the answer
+
+
+_Entry = dict[str, Any]  # of a LLaVA file
+
+
+def generate_needles(
     root: str | Path,
     *,
     seed: int = 0,
@@ -71,14 +90,18 @@ def generate(
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write the benchmark under `root` and returns its folder, at once when it is already there.
+    """Write the benchmark, unless it exists, and return its folder.
 
-    The folder's name carries a hash of everything that decides its content. It holds a LLaVA json file a
-    split (`validation`, `heldout`: one record a question; `train`, `images`, `sequences`: all questions of a
-    file as the turns of one record), `truth.json` (the objects of every file), `vocabulary.json` and
-    `media/`. The content depends on the arguments only, not on `workers`; it appears under its name only
-    when complete.
-    `progress(done, total)` is called as items are written.
+    The folder holds a LLaVA JSON file per split (`validation`, `heldout`: one record per question; `train`,
+    `images`, `sequences`: one record per file, with all questions as turns), `truth.json` (the objects of
+    each file), `vocabulary.json` and `media/`. It gets its name once it is complete.
+
+    Args:
+      root: parent of the folder. The folder's name contains a hash of everything that determines its content.
+      seed: seed of the content.
+      num_train, num_validation, num_heldout, num_images, num_sequences: numbers of files.
+      workers: number of processes; does not affect the content.
+      progress: called as `progress(done, total)` while files are written.
     """
     counts = dict(
         zip(SPLITS, (num_train, num_validation, num_heldout, num_images, num_sequences), strict=True)
@@ -89,12 +112,12 @@ def generate(
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".needles-", dir=folder.parent))
     try:
-        _write(partial, seed, counts, workers, progress or (lambda done, total: None))
+        _write_benchmark(partial, seed, counts, workers, progress or (lambda done, total: None))
         partial.chmod(0o755)
         try:
             os.rename(partial, folder)
         except OSError:
-            if not folder.exists():  # otherwise another process has finished first, with the same content
+            if not folder.exists():  # if it does, another process was faster and wrote the same content
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -122,7 +145,9 @@ def _spec_hash(seed: int, counts: dict[str, int]) -> str:
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _write(folder: Path, seed: int, counts: dict[str, int], workers: int, progress: Callable) -> None:
+def _write_benchmark(
+    folder: Path, seed: int, counts: dict[str, int], workers: int, progress: Callable[[int, int], None]
+) -> None:
     tasks = [
         (split, range(start, min(start + _CHUNK, count)))
         for split, count in counts.items()
@@ -142,20 +167,20 @@ def _write(folder: Path, seed: int, counts: dict[str, int], workers: int, progre
     truth = {}
     for split in SPLITS:
         items = [item for task in tasks if task[0] == split for item in results[split, task[1].start]]
-        _dump(folder / f"{split}.json", [record for _, _, records in items for record in records])
+        _write_json(folder / f"{split}.json", [record for _, _, records in items for record in records])
         truth.update({media: scene for media, scene, _ in items})
-    _dump(folder / "truth.json", truth)
-    _dump(folder / "vocabulary.json", VOCABULARY)
+    _write_json(folder / "truth.json", truth)
+    _write_json(folder / "vocabulary.json", VOCABULARY)
 
 
-def _dump(path: Path, content: object) -> None:
+def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def _write_items(
     folder: Path, seed: int, split: str, indices: range
-) -> list[tuple[str, list[Scene], list[dict]]]:
-    """Write the media of some items of a split; (media path, objects, records) of each."""
+) -> list[tuple[str, list[SceneObject], list[_Entry]]]:
+    """Write the media files of some items of a split; return (media path, objects, records) of each."""
     items = []
     for index in indices:
         rng = np.random.default_rng((seed, SPLITS.index(split), index))
@@ -182,11 +207,11 @@ def _write_items(
     return items
 
 
-# ---- what is where ---------------------------------------------------------------------------------------
+# ---- Objects --------------------------------------------------------------------------------------------
 
 
-def _objects(rng: np.random.Generator, frames: list[int]) -> list[Scene]:
-    """One object an entry of `frames`: distinct shapes, distinct colours, distinct quadrants in a frame."""
+def _objects(rng: np.random.Generator, frames: list[int]) -> list[SceneObject]:
+    """Return an object per entry of `frames`: no shape, colour or quadrant of a frame occurs twice."""
     shapes, colors = rng.permutation(SHAPES), rng.permutation(list(COLORS))
     free = {frame: rng.permutation(4).tolist() for frame in frames}
     return [
@@ -195,22 +220,22 @@ def _objects(rng: np.random.Generator, frames: list[int]) -> list[Scene]:
     ]
 
 
-def _place_needles(rng: np.random.Generator) -> list[Scene]:
+def _place_needles(rng: np.random.Generator) -> list[SceneObject]:
     needles = np.sort(rng.choice(NUM_FRAMES, NUM_NEEDLES, replace=False)).tolist()
     return _objects(rng, [frame for frame in needles for _ in range(2)])
 
 
-def _place_image(rng: np.random.Generator) -> list[Scene]:
+def _place_image(rng: np.random.Generator) -> list[SceneObject]:
     return _objects(rng, [0] * int(rng.integers(0, 5)))
 
 
-def _place_sequence(rng: np.random.Generator) -> list[Scene]:
+def _place_sequence(rng: np.random.Generator) -> list[SceneObject]:
     counts = rng.integers(0, 3, SEQUENCE_FRAMES)
     return _objects(rng, np.repeat(np.arange(SEQUENCE_FRAMES), counts).tolist())
 
 
 def _clutter_spans(rng: np.random.Generator, needles: set[int]) -> list[list[int]]:
-    """Two spans of two to four frames, without the needles."""
+    """Return two spans of two to four frames, without the needles."""
     starts, lengths = rng.integers(0, NUM_FRAMES - 3, 2), rng.integers(2, 5, 2)
     return [
         [frame for frame in range(start, start + length) if frame not in needles]
@@ -218,16 +243,16 @@ def _clutter_spans(rng: np.random.Generator, needles: set[int]) -> list[list[int
     ]
 
 
-# ---- questions -------------------------------------------------------------------------------------------
+# ---- Questions ------------------------------------------------------------------------------------------
 
 
-def _shape_turns(objects: list[Scene]) -> list[dict]:
+def _shape_turns(objects: list[SceneObject]) -> list[_Turn]:
     return [
         _turn("shape", f"what shape is {item['color']} ?", item["shape"], [item["frame"]]) for item in objects
     ]
 
 
-def _with_turns(objects: list[Scene]) -> list[dict]:
+def _with_turns(objects: list[SceneObject]) -> list[_Turn]:
     turns = []
     for item in objects:
         others = [other for other in objects if other["frame"] == item["frame"] and other is not item]
@@ -237,8 +262,8 @@ def _with_turns(objects: list[Scene]) -> list[dict]:
     return turns
 
 
-def _order_turns(rng: np.random.Generator, objects: list[Scene]) -> list[dict]:
-    """Pairs of colours in different frames; the earlier one is named first in every other question."""
+def _order_turns(rng: np.random.Generator, objects: list[SceneObject]) -> list[_Turn]:
+    """Ask for the order of colours in different frames; every other question names the earlier one first."""
     pairs = [(a, b) for a in objects for b in objects if a["frame"] < b["frame"]]
     chosen = [pairs[i] for i in rng.permutation(len(pairs))[:ORDER_QUESTIONS]]
     flip = int(rng.integers(2))
@@ -250,18 +275,18 @@ def _order_turns(rng: np.random.Generator, objects: list[Scene]) -> list[dict]:
     return turns
 
 
-def _caption_turn(objects: list[Scene]) -> dict:
-    """All objects, in time and reading order."""
+def _caption_turn(objects: list[SceneObject]) -> _Turn:
+    """Ask for a caption, which names all objects in order of time and position."""
     ordered = sorted(objects, key=lambda item: (item["frame"], item["quadrant"]))
     caption = " ".join(f"{item['color']} {item['shape']}" for item in ordered)
     return _turn("caption", "describe", caption or "nothing", sorted({item["frame"] for item in objects}))
 
 
-def _turn(kind: str, question: str, answer: str, frames: list[int]) -> dict:
+def _turn(kind: str, question: str, answer: str, frames: list[int]) -> _Turn:
     return {"type": kind, "question": question, "answer": answer, "frames": frames}
 
 
-def _conversation(turns: list[dict]) -> list[dict]:
+def _conversation(turns: list[_Turn]) -> list[dict[str, str]]:
     messages = []
     for i, turn in enumerate(turns):
         marker = "<image>\n" if i == 0 else ""
@@ -270,16 +295,16 @@ def _conversation(turns: list[dict]) -> list[dict]:
     return messages
 
 
-def _single_turn_records(name: str, media: str, turns: list[dict]) -> list[dict]:
-    """A record a question, of one type each."""
+def _single_turn_records(name: str, media: str, turns: list[_Turn]) -> list[_Entry]:
+    """Return one record per question, with its type."""
     return [
         {"type": turn["type"], **_multi_turn_record(f"{name}-{i:02d}", media, [turn])[0]}
         for i, turn in enumerate(turns)
     ]
 
 
-def _multi_turn_record(name: str, media: str, turns: list[dict]) -> list[dict]:
-    """One record of all questions."""
+def _multi_turn_record(name: str, media: str, turns: list[_Turn]) -> list[_Entry]:
+    """Return one record with all questions."""
     return [
         {
             "id": name,
@@ -290,12 +315,12 @@ def _multi_turn_record(name: str, media: str, turns: list[dict]) -> list[dict]:
     ]
 
 
-# ---- pixels ----------------------------------------------------------------------------------------------
+# ---- Pixels ---------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def shape_mask(shape: str, size: int, oversampling: int = 3) -> np.ndarray:
-    """Coverage of a shape on a grid of size x size pixels: float32 [size, size] in [0, 1]."""
+    """Return the coverage of the pixels of a square by a shape, float32 [size, size] in [0, 1]."""
     n = size * oversampling
     axis = (np.arange(n, dtype=np.float32) + 0.5) * (2 / n) - 1
     u, v = axis[None, :], axis[:, None]  # right, down; both in (-1, 1)
@@ -319,7 +344,7 @@ def shape_mask(shape: str, size: int, oversampling: int = 3) -> np.ndarray:
 
 
 def _star(u: np.ndarray, v: np.ndarray, radius: np.ndarray, inner: float = 0.4) -> np.ndarray:
-    """Five-pointed star: by symmetry one edge, from the tip (radius 1) to the notch (radius `inner`)."""
+    """Return a five-pointed star: by symmetry, one edge from a tip (radius 1) to a notch (radius `inner`)."""
     sector = np.pi / 5
     angle = np.abs((np.arctan2(u, -v) + sector) % (2 * sector) - sector)  # 0 at a tip, `sector` at a notch
     x, y = radius * np.cos(angle), radius * np.sin(angle)
@@ -328,9 +353,13 @@ def _star(u: np.ndarray, v: np.ndarray, radius: np.ndarray, inner: float = 0.4) 
 
 
 def _draw_frames(
-    rng: np.random.Generator, num_frames: int, objects: list[Scene], clutter: list[list[int]], scenes: int
+    rng: np.random.Generator,
+    num_frames: int,
+    objects: list[SceneObject],
+    clutter: list[list[int]],
+    scenes: int,
 ) -> np.ndarray:
-    """Frames uint8 [num_frames, IMAGE_SIZE, IMAGE_SIZE, 3]: background, clutter (spans), objects."""
+    """Draw background, clutter (spans of frames) and objects: uint8 [T, IMAGE_SIZE, IMAGE_SIZE, 3]."""
     frames = _background(rng, num_frames, scenes)
     for span in clutter:
         taken = {item["quadrant"] for item in objects if item["frame"] in span}
@@ -344,11 +373,11 @@ def _draw_frames(
 
 
 def _background(rng: np.random.Generator, num_frames: int, scenes: int) -> np.ndarray:
-    """Scenes of a muted base colour under a drifting sinusoid: float32 [num_frames, size, size, 3]."""
+    """Draw scenes of a muted colour with a drifting sinusoid: float32 [num_frames, size, size, 3]."""
     cuts = np.sort(rng.choice(np.arange(1, num_frames), scenes - 1, replace=False)) if scenes > 1 else []
     scene = np.searchsorted(cuts, np.arange(num_frames), side="right")  # [num_frames]
     base = (rng.uniform(70, 170, (scenes, 1)) + rng.uniform(-22, 22, (scenes, 3)))[scene]
-    wave = rng.uniform(-0.5, 0.5, (scenes, 2))[scene]  # radians a pixel, along x and y
+    wave = rng.uniform(-0.5, 0.5, (scenes, 2))[scene]  # radians per pixel, along x and y
     speed, phase = rng.uniform(-0.8, 0.8, scenes)[scene], rng.uniform(0, 2 * np.pi, scenes)[scene]
     strength = rng.uniform(6, 20, (scenes, 3))[scene]
     x, y = np.meshgrid(np.arange(IMAGE_SIZE), np.arange(IMAGE_SIZE))
@@ -362,7 +391,7 @@ def _background(rng: np.random.Generator, num_frames: int, scenes: int) -> np.nd
 def _draw_clutter(
     rng: np.random.Generator, frames: np.ndarray, span: list[int], quadrants: list[int]
 ) -> None:
-    """One to three grey shapes in some of the given quadrants, the same in every frame of the span."""
+    """Draw one to three grey shapes into some of the quadrants, the same in every frame of the span."""
     count = min(len(quadrants), int(rng.integers(1, 4)))
     for quadrant in rng.permutation(quadrants)[:count]:
         grey = rng.uniform(30, 225) + rng.uniform(-10, 10, 3)
@@ -379,7 +408,7 @@ def _draw_object(
     quadrant: int,
     color: np.ndarray,
 ) -> None:
-    """Blend a shape at a random place of a quadrant into some of `frames` [T, H, W, 3], in place."""
+    """Draw a shape at a random position of a quadrant into some of `frames` [T, H, W, 3], in place."""
     row, column = divmod(quadrant, 2)
     top = row * QUADRANT + int(rng.integers(0, QUADRANT - size + 1))
     left = column * QUADRANT + int(rng.integers(0, QUADRANT - size + 1))
@@ -388,7 +417,7 @@ def _draw_object(
 
 
 def write_video(path: str | Path, frames: np.ndarray, options: dict[str, str] = X264) -> None:
-    """Encode uint8 [T, H, W, 3] as H.264 (yuv420p); one thread, so that the bytes are reproducible."""
+    """Encode frames uint8 [T, H, W, 3] as H.264 (yuv420p), in one thread for reproducible bytes."""
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options=dict(options))
         stream.height, stream.width = frames.shape[1:3]

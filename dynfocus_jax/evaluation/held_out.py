@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 from dynfocus_jax import trees
 from dynfocus_jax.data.budget import Budget
 from dynfocus_jax.data.media_reader import MediaReader
-from dynfocus_jax.data.order import Order
+from dynfocus_jax.data.order import BatchOrder
 from dynfocus_jax.data.pipeline import make_dataset
 from dynfocus_jax.data.prepare import make_media_reader
 from dynfocus_jax.data.samples import SampleLoader
-from dynfocus_jax.data.skipped import Skipped
+from dynfocus_jax.data.skipped import SkippedSamples
 from dynfocus_jax.errors import MediaError
 from dynfocus_jax.evaluation.exact_match import Prediction, collect_predictions, summarize_predictions
 from dynfocus_jax.features.compatibility import check_vision_weights
@@ -48,16 +48,20 @@ def evaluate_held_out(
         tokenizer,
         TEMPLATES[config.data.template],
         media,
-        Budget.of([(evaluation.media_frames, evaluation.max_text)], max_subtitle=evaluation.max_subtitle),
+        Budget.from_buckets(
+            [(evaluation.media_frames, evaluation.max_text)], max_subtitle=evaluation.max_subtitle
+        ),
         max_query=config.data.max_query,
         guidance=config.data.text_guidance,
         prompt_only=True,
     )
     batches = make_dataset(
         loader,
-        Order.once(len(loader), evaluation.batch_size),
+        BatchOrder.single_epoch(len(loader), evaluation.batch_size),
         rows=local_rows(mesh, evaluation.batch_size),
-        skipped=Skipped(workdir / process_file_name("skipped.jsonl"), max_share=config.data.max_skip_share),
+        skipped=SkippedSamples(
+            workdir / process_file_name("skipped.jsonl"), max_share=config.data.max_skip_share
+        ),
         num_threads=config.data.threads,
         num_processes=config.data.processes,
     )

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dynfocus_jax.data.skipped import Skipped
+from dynfocus_jax.data.skipped import SkippedSamples
 from dynfocus_jax.errors import MediaError
 from dynfocus_jax.features.media_list import MediaFrames, MediaRequest
 from dynfocus_jax.features.shards import ShardWriter
@@ -38,7 +38,7 @@ def run_extraction(
     read: Callable[[MediaRequest], MediaFrames],
     tower: VisionTower | None,
     shards: ShardWriter,
-    skipped: Skipped,
+    skipped: SkippedSamples,
     *,
     threads: int,
     progress: Callable[[ExtractionCounts], None],
@@ -53,7 +53,7 @@ def run_extraction(
       read: reads the frames of a media item; raises MediaError if it cannot be read.
       tower: the vision tower, or None if `read` returns features for all media.
       shards: receives the features.
-      skipped: is told of each media item, stored or skipped.
+      skipped: counts the media, and lists those that cannot be read.
       threads: number of threads that read ahead.
       progress: called with the counts after each media item.
 
@@ -84,7 +84,9 @@ class _Extraction:
       frames: frames that wait for the tower, of the media that wait for features, in order.
     """
 
-    def __init__(self, shards: ShardWriter, skipped: Skipped, progress: Callable[[ExtractionCounts], None]):
+    def __init__(
+        self, shards: ShardWriter, skipped: SkippedSamples, progress: Callable[[ExtractionCounts], None]
+    ):
         self._shards, self._skipped, self._progress = shards, skipped, progress
         self._waiting: deque[tuple[MediaKey, MediaFrames, list[np.ndarray]]] = deque()
         self.frames: deque[np.ndarray] = deque()

@@ -189,14 +189,14 @@ class FrameReader:
         if movie.features.shape[1:] != self._shape:
             raise MediaError(
                 f"{request.path}: its features have the shape {movie.features.shape[1:]}, but those of "
-                f"config.model.vision {self._shape}; set config.model.vision to the tower that computed them"
+                f"config.model.vision {self._shape}; set config.model.vision to the tower that computed them."
             )
         begin, end = request.record.span or (0.0, float(len(movie.times)))
         first, last = np.searchsorted(movie.times, [np.floor(begin), end])
         if first >= last:
             raise MediaError(
                 f"{request.path}: the record's span is {begin:g} to {end:g} s, but the movie lasts "
-                f"{len(movie.times)} s; correct the record"
+                f"{len(movie.times)} s; correct the record."
             )
         times, sampling = movie.times[first:last], self._sampling
         chosen = {
@@ -205,7 +205,7 @@ class FrameReader:
         stored = np.unique(np.concatenate(list(chosen.values())))
         features = movie.features[stored].astype(np.float32)
         if not np.isfinite(features).all():
-            raise MediaError(f"{request.path}: its features contain NaN or Inf, replace or remove it")
+            raise MediaError(f"{request.path}: its features contain NaN or Inf; replace or remove it.")
         selections = {
             limit: FrameSelection(
                 np.searchsorted(stored, rows).tolist(), movie.times[rows].tolist(), rows.tolist()
@@ -223,7 +223,7 @@ class FrameReader:
                 info = self._media.info(request.path)
         except MediaError:
             return 0
-        counts = (self._media.count(info, request.record, limit) for limit in request.limits)
+        counts = (self._media.count_frames(info, request.record, limit) for limit in request.limits)
         return min(sum(counts), max(info.frames, 1))
 
     def estimate_frames(self, work: Sequence[tuple[MediaKey, MediaRequest]]) -> int:

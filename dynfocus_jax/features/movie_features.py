@@ -63,7 +63,7 @@ def read_movie_features(path: Path) -> MovieFeatures:
     try:
         return _as_movie(_load(_map_file(path)))
     except (_InvalidFile, OSError) as error:
-        raise MediaError(f"{path}: not a movie-features file ({error}), replace or remove it") from None
+        raise MediaError(f"{path}: not a movie-features file ({error}); replace or remove it.") from None
 
 
 def _map_file(path: Path) -> memoryview:

@@ -351,14 +351,14 @@ class FeatureStore:
     def _not_extracted(self, path: Path | None) -> MediaError:
         return MediaError(
             f"{path}: {self.folder} has no features of it; see the reason in its skipped.jsonl, or run "
-            "extract again with this configuration"
+            "extract again with this configuration."
         )
 
     def _limit_missing(self, entry: IndexEntry, limit: int) -> str:
         stored = ", ".join(map(str, entry.limits))
         return (
             f"{self.folder} has its features for {stored} frames, not for {limit}; run extract again with "
-            "this configuration"
+            "this configuration."
         )
 
     def _header(self, entry: IndexEntry) -> dict[str, Any]:
@@ -386,7 +386,7 @@ class FeatureStore:
         index = Path(shard).with_suffix(".jsonl")
         return MediaError(
             f"{self.folder / shard}: {problem}; copy it again, or delete {index} and run extract again for "
-            "its media"
+            "its media."
         )
 
 

@@ -1,1 +1,1 @@
-"""Devices: the mesh, and how batches and state are laid out on it."""
+"""Several processes and devices: start-up, the device mesh, and the sharding of arrays on it."""

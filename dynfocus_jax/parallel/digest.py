@@ -1,4 +1,4 @@
-"""A digest of parameters, wherever and however they lie."""
+"""A digest of parameters that does not depend on their sharding."""
 
 import hashlib
 from collections.abc import Mapping
@@ -12,9 +12,10 @@ from dynfocus_jax.parallel.sharding import replicated
 
 
 def params_digest(params: Mapping[str, jax.Array], mesh: Mesh) -> str:
-    """16 hexadecimal digits that depend on the paths, shapes, dtypes and all bits of {path: array}.
+    """Return 16 hexadecimal digits that depend on the paths, shapes, dtypes and all bits of {path: array}.
 
-    On any mesh they are the same: the bits of every element are mixed with its position, and integers summed.
+    They are the same on every mesh, because they are sums of integers: the bits of each element, mixed with
+    its position.
     """
     sums = jax.jit(lambda arrays: jax.tree.map(_sums, arrays), out_shardings=replicated(mesh))(dict(params))
     about = [
@@ -25,7 +26,7 @@ def params_digest(params: Mapping[str, jax.Array], mesh: Mesh) -> str:
 
 
 def _sums(array: jax.Array) -> jax.Array:
-    """Two sums modulo 2^32 of the mixed elements: uint32 [2]."""
+    """Return two sums, modulo 2^32, over the mixed elements: uint32 [2]."""
     bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
     position = jnp.zeros(array.shape, jnp.uint32)
     for axis, size in enumerate(array.shape):
@@ -35,7 +36,7 @@ def _sums(array: jax.Array) -> jax.Array:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """The finalizer of MurmurHash3: every bit of the result depends on every bit of x."""
+    """Apply the finalizer of MurmurHash3, in which every bit of the result depends on every bit of x."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

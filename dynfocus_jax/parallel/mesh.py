@@ -12,41 +12,44 @@ AXES = ("data", "fsdp", "tensor", "context")
 
 
 def mesh_shape(mesh: Mapping[str, int], num_devices: int) -> dict[str, int]:
-    """Devices on each axis, in the order of `AXES`.
+    """Return the number of devices on each axis, in the order of `AXES`.
 
     Args:
-      mesh: the section `config.mesh`; one axis may be -1 and takes what is left.
-      num_devices: those of all processes.
+      mesh: the section `config.mesh`. One axis may be -1, which stands for all remaining devices.
+      num_devices: devices of all processes.
 
     Raises:
-      UserError: an axis is unknown, or the axes do not make up the devices.
+      UserError: an axis is unknown, or the product of the axes is not the number of devices.
     """
     unknown = [axis for axis in mesh if axis not in AXES]
     if unknown:
-        raise UserError(f"config.mesh has the unknown axis {unknown[0]!r}; the axes are {', '.join(AXES)}.")
+        raise UserError(f"config.mesh: unknown axis {unknown[0]!r}, expected one of {', '.join(AXES)}.")
     shape = {axis: mesh.get(axis, 1) for axis in AXES}
     rest = [axis for axis, size in shape.items() if size == -1]
     if len(rest) > 1 or any(size < 1 and size != -1 for size in shape.values()):
-        raise UserError(f"config.mesh is {shape}, expected sizes of at least 1, and -1 for one axis at most.")
+        raise UserError(f"config.mesh is {shape}, expected sizes of at least 1, and -1 for at most one axis.")
     given = math.prod(size for size in shape.values() if size != -1)
     product = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size != -1)
     if rest and num_devices % given:
         raise UserError(
             f"config.mesh has {product} = {given}, which does not divide the {num_devices} devices, so "
-            f"nothing is left for {rest[0]} = -1; choose sizes whose product divides {num_devices}."
+            f"{rest[0]} = -1 has no value. Choose sizes whose product divides {num_devices}."
         )
     if not rest and given != num_devices:
         raise UserError(
-            f"config.mesh has {product} = {given} devices, but there are {num_devices}; change an axis, or "
-            "set one to -1 to take what is left."
+            f"config.mesh has {product} = {given} devices, expected {num_devices}. Change an axis, or set "
+            "one to -1 for all remaining devices."
         )
     return shape | {axis: num_devices // given for axis in rest}
 
 
 def make_mesh(
     shape: Mapping[str, int],
-    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm] (jaxlib has no stubs)
 ) -> Mesh:
-    """The mesh of a shape from `mesh_shape` on `devices`, a topology's too; None is all there are."""
+    """Return the mesh with a shape from `mesh_shape`.
+
+    devices: devices of the mesh, possibly for compilation only; None means all devices.
+    """
     sizes = tuple(shape[axis] for axis in AXES)
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

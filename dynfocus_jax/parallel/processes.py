@@ -1,4 +1,4 @@
-"""Several processes of one run: how they find each other, and what only the first of them does."""
+"""Processes of a run: connecting them, ending them, and work that only process 0 does."""
 
 import contextlib
 import os
@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -16,33 +17,35 @@ from dynfocus_jax.errors import UserError
 from dynfocus_jax.parallel.roll_call import roll_call
 from dynfocus_jax.sections import Field, Section, check_section, require
 
-_HEARTBEAT = 45  # seconds of silence after which a process counts as dead, and JAX ends all others
+_HEARTBEAT = 45  # seconds without a sign of life after which JAX considers a process dead and ends all others
 
 
 DISTRIBUTED: Section = {
     "mode": Field(
         "none",
-        'how processes find each other: "auto" from SLURM, GKE or the TPU, "explicit" by the fields below',
+        'how processes find each other: "none" for a single process, "auto" with what SLURM, GKE or the TPU '
+        'provides, "explicit" with the fields below',
         choices=("none", "auto", "explicit"),
     ),
     "address": Field(str, "host:port of process 0"),
     "num_processes": Field(int, "number of processes", at_least=1),
     "process_id": Field(int, "number of this process, from 0", at_least=0),
-    "timeout": Field(60, "seconds to wait for the other processes at the start", above=0),
+    "timeout": Field(60, "time to wait for the other processes at the start, seconds", above=0),
 }
 
 
 def connect_processes(distributed: ConfigDict) -> None:
-    """Join this process to the others, as the section `config.distributed` says.
+    """Connect this process to the others of its run; call it before the first use of devices.
 
-    Call it before anything asks JAX for devices. "explicit" takes address, number and id from the config;
-    "auto" what JAX learns from SLURM, a TPU machine, Open MPI or Kubernetes (for GPUs with the package
-    `kubernetes`); "none" is a process on its own.
+    Args:
+      distributed: the section `config.distributed`. With mode "explicit", it holds the address and the
+        numbers. With "auto", JAX gets them from SLURM, a TPU VM, Open MPI or Kubernetes (on GPUs with the
+        package `kubernetes`). With "none", the process is the only one.
 
     Raises:
-      UserError: fields that do not fit each other or those of the other processes.
-      RunError: somebody did not come within `timeout` seconds. Where JAX itself is waiting by then, the
-        process ends with that sentence and exit code 1.
+      UserError: fields do not fit each other, or those of the other processes.
+      RunError: a process is missing after `timeout` seconds. If the timeout ends inside of JAX, which cannot
+        be interrupted, the process prints the sentence and exits with code 1 instead.
     """
     check_distributed(distributed)
     if distributed.mode == "none":
@@ -52,26 +55,34 @@ def connect_processes(distributed: ConfigDict) -> None:
     if distributed.mode == "explicit":
         address, count, index = distributed.address, distributed.num_processes, distributed.process_id
         roll_call(address, count, index, timeout)
-        with _deadline(timeout, f"the {count} processes of {address} met, but JAX did not connect them"):
+        failure = f"JAX did not connect the {count} processes, which have all reached {address},"
+        with _deadline(timeout, failure):
             jax.distributed.initialize(
                 address, count, index, cluster_detection_method="deactivate", **options
             )
-        return
-    with _deadline(timeout, "the processes of this job did not come together"):
-        try:
-            jax.distributed.initialize(**options)
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(
-                "config.distributed.mode is 'auto', but the environment does not tell where the processes "
-                f"are ({' '.join(str(error).split())}); start them with srun, on a TPU or as a JobSet, "
-                "or set mode to 'explicit' with address, num_processes and process_id."
-            ) from None
+    else:
+        with _deadline(timeout, "JAX did not connect the processes of this job"):
+            _initialize_from_environment(options)
+    # A process that fails right after this must not end while others still wait to learn of its devices.
+    multihost_utils.sync_global_devices("connect_processes")
+
+
+def _initialize_from_environment(options: dict[str, Any]) -> None:
+    """Initialise JAX with the cluster that it detects; raise UserError if there is none."""
+    try:
+        jax.distributed.initialize(**options)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(
+            "config.distributed.mode is 'auto', but JAX finds no cluster in the environment "
+            f"({' '.join(str(error).split())}). Start the processes with srun, on a TPU or as a JobSet, "
+            "or set mode to 'explicit' with address, num_processes and process_id."
+        ) from None
 
 
 def check_distributed(distributed: ConfigDict) -> None:
     """Check that the fields of `config.distributed` fit each other; raise UserError if they do not.
 
-    It is needed before there are devices, so before the rest of the configuration is checked.
+    The rest of the configuration is checked later, because that needs the devices.
     """
     where = "config.distributed"
     check_section(distributed, DISTRIBUTED, where)
@@ -80,9 +91,8 @@ def check_distributed(distributed: ConfigDict) -> None:
         for name in fields:
             require(
                 distributed[name] is None,
-                f"{where}.{name} is {distributed[name]!r}, but mode is {distributed.mode!r}; set mode "
-                f"to 'explicit', "
-                f"or leave {name} out.",
+                f"{where}.{name} is {distributed[name]!r}, but mode is {distributed.mode!r}. Set mode to "
+                f"'explicit', or leave {name} unset.",
             )
         return
     for name in fields:
@@ -93,19 +103,24 @@ def check_distributed(distributed: ConfigDict) -> None:
     )
     require(
         0 <= distributed.process_id < distributed.num_processes,
-        f"{where}.process_id is {distributed.process_id}, expected 0 to {distributed.num_processes - 1}, as "
-        f"num_processes is {distributed.num_processes}.",
+        f"{where}.process_id is {distributed.process_id}, expected 0 to {distributed.num_processes - 1}, "
+        f"because num_processes is {distributed.num_processes}.",
     )
 
 
 @contextlib.contextmanager
-def _deadline(seconds: float, what: str) -> Iterator[None]:
-    """End the process when the block takes longer: JAX would abort it, and cannot be interrupted."""
+def _deadline(seconds: float, failure: str) -> Iterator[None]:
+    """End the process with a sentence if the block takes too long.
+
+    The block cannot be interrupted otherwise, and JAX would abort the process with a stack trace.
+
+    failure: start of the sentence, which continues "within ... s".
+    """
 
     def end():
         print(
-            f"error: {what} within {seconds:g} s; see whether all of them run and reach each other, or raise "
-            "config.distributed.timeout.",
+            f"error: {failure} within {seconds:g} s. Check that all of them run and can reach each other, or "
+            "raise config.distributed.timeout.",
             file=sys.stderr,
             flush=True,
         )
@@ -121,7 +136,7 @@ def _deadline(seconds: float, what: str) -> Iterator[None]:
 
 
 def exit_process(code: int) -> None:
-    """End this process with an exit code, whatever the others do.
+    """End this process with an exit code, without waiting for the others.
 
     At a normal exit JAX waits for the other processes, which may be waiting for this one.
     """
@@ -133,25 +148,25 @@ def exit_process(code: int) -> None:
 
 
 def is_process_zero() -> bool:
-    """Whether this is process 0, which reports and writes what is not written by all together."""
+    """Whether this is process 0, which prints, and writes the files that belong to no single process."""
     return jax.process_index() == 0
 
 
 def print_once(text: str) -> None:
-    """Print a line, once for all processes."""
+    """Print a line in process 0 only."""
     if is_process_zero():
         print(text, flush=True)
 
 
 def process_file_name(name: str) -> str:
-    """Name of a file that every process has of its own: process 0 `name.jsonl`, process 3 `name.3.jsonl`."""
+    """Return the name of this process's own file: "name.jsonl" in process 0, "name.3.jsonl" in process 3."""
     path = Path(name)
     return name if is_process_zero() else f"{path.stem}.{jax.process_index()}{path.suffix}"
 
 
 @contextlib.contextmanager
 def process_zero_first() -> Iterator[None]:
-    """Process 0 runs the block first, the others only after it."""
+    """Run the block in process 0 first, and in the other processes after it has finished there."""
     if not is_process_zero():
         multihost_utils.sync_global_devices("process_zero_first")
     yield

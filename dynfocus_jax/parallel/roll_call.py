@@ -1,46 +1,55 @@
-"""The roll call of processes that are to work together, before JAX connects them.
+"""Roll call: check that all processes of a run have started, before JAX connects them.
 
-JAX's coordination service aborts a process, with a stack trace, that comes under a number which is not
-expected, that comes twice, or whose peers do not come in time. So process 0 first calls the roll at the same
-address: everybody says its number and how many it expects, and learns in one sentence what is wrong, if
-anything is. The port is free again afterwards.
+It exists beside `jax.distributed.initialize` because JAX does not tell the user what is wrong. If a process
+is missing, JAX's coordination service times out and aborts the others with a stack trace, without naming the
+missing one. It also aborts if two processes have the same number, or one has a number that is not expected.
+
+The roll call names the processes that are missing, have the same number, or expect another number of
+processes. Process 0 listens at the address that JAX will use. Every other process connects to it and sends
+its own number and the number of processes. Process 0 checks them and replies to all, so that a mistake ends
+every process with one sentence. Afterwards the port is free for JAX.
 """
 
 import contextlib
 import json
 import socket
 import time
+from typing import Any
 
 from dynfocus_jax.errors import RunError, UserError
 
-_PAUSE = 0.2  # seconds between two attempts to connect
-_PATIENCE = 2.0  # seconds that somebody who connects may take to say who it is
-_LONGEST = 4096  # bytes of a message
-_KINDS = {"UserError": UserError, "RunError": RunError}
+_RETRY_INTERVAL = 0.2  # seconds between two attempts to connect
+_HELLO_TIMEOUT = 2.0  # seconds in which a process that has connected must send its message
+_MAX_MESSAGE = 4096  # bytes
+_ERRORS = {"UserError": UserError, "RunError": RunError}
 
 
 def roll_call(address: str, num_processes: int, process_id: int, timeout: float) -> None:
-    """Returns, in all processes, when all have come.
+    """Wait until all processes have called this function.
 
     Args:
-      address: "host:port" of process 0; timeout: seconds.
+      address: "host:port" of process 0.
+      num_processes: number of processes that this one expects.
+      process_id: number of this process, from 0.
+      timeout: seconds.
 
     Raises:
-      UserError: the processes do not agree on their number, or two have the same id.
-      RunError: nobody answers at the address, or somebody has not come, within the timeout.
+      UserError: the processes expect different numbers of processes, or two have the same number.
+      RunError: process 0 cannot be reached, or a process is missing, after the timeout.
     """
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + timeout
     if process_id == 0:
-        _call(int(port), num_processes, timeout, deadline)
+        _wait_for_all(int(port), num_processes, timeout, deadline)
     else:
-        _answer(host.strip("[]"), int(port), num_processes, process_id, timeout, deadline)
+        _report_to_process_zero(host.strip("[]"), int(port), num_processes, process_id, timeout, deadline)
 
 
 # --- Process 0 ----------------------------------------------------------------------------------------
 
 
-def _call(port: int, num_processes: int, timeout: float, deadline: float) -> None:
+def _wait_for_all(port: int, num_processes: int, timeout: float, deadline: float) -> None:
+    """Wait for the other processes, and tell all of them the outcome; raise it if it is an error."""
     present: dict[int, socket.socket] = {}
     error = None
     try:
@@ -50,9 +59,9 @@ def _call(port: int, num_processes: int, timeout: float, deadline: float) -> Non
                 try:
                     connection, _ = server.accept()
                 except TimeoutError:
-                    error = _missing(num_processes, present, port, timeout)
+                    error = _missing_processes(num_processes, present, port, timeout)
                     break
-                error = _enter(connection, present, num_processes)
+                error = _register(connection, present, num_processes)
     finally:
         kind = type(error).__name__ if error else None
         for connection in present.values():
@@ -69,69 +78,76 @@ def _listen(port: int) -> socket.socket:
         return socket.create_server(("", port))
     except OSError as error:
         raise UserError(
-            f"process 0 cannot listen on port {port} of this machine ({error.strerror}); choose another port "
-            "in config.distributed.address, or end the process that uses it."
+            f"config.distributed.address: process 0 cannot listen on port {port} of this machine "
+            f"({error.strerror}). Choose another port, or end the process that uses it."
         ) from None
 
 
-def _enter(connection: socket.socket, present: dict, num_processes: int) -> UserError | None:
-    """Note who has connected in `present`; return what is wrong with it."""
-    said = _receive(connection, _PATIENCE)
-    process_id, expects = said.get("process_id"), said.get("num_processes")
-    if not isinstance(process_id, int) or not isinstance(expects, int):
-        connection.close()  # nobody of ours
+def _register(
+    connection: socket.socket, present: dict[int, socket.socket], num_processes: int
+) -> UserError | None:
+    """Receive the message of a new connection, and add it to `present`; return the mistake in it, if any.
+
+    A connection that is not from a process of a run is closed.
+    """
+    message = _receive(connection, _HELLO_TIMEOUT)
+    process_id, expected = message.get("process_id"), message.get("num_processes")
+    if not isinstance(process_id, int) or not isinstance(expected, int):
+        connection.close()
         return None
-    # Under a key of its own where it is not entered, so that it hears the sentence too.
-    taken = process_id in present
-    present[process_id if not taken else -1] = connection
-    if expects != num_processes:
+    is_taken = process_id in present
+    present[-1 if is_taken else process_id] = connection  # -1, so that it also receives the outcome
+    if expected != num_processes:
         return UserError(
-            f"process {process_id} was started as one of {expects}, but process 0 as one of {num_processes}; "
-            "give all the same config.distributed.num_processes."
+            f"config.distributed.num_processes is {expected} for process {process_id}, but {num_processes} "
+            "for process 0. Set the same number for all processes."
         )
-    if taken or process_id == 0:
+    if is_taken or process_id == 0:
         return UserError(
-            f"two processes were started with config.distributed.process_id={process_id}; number the "
-            f"processes 0 to {num_processes - 1}, each once."
+            f"config.distributed.process_id is {process_id} for two processes. Number the processes 0 to "
+            f"{num_processes - 1}, each number once."
         )
     return None
 
 
-def _missing(num_processes: int, present: dict, port: int, timeout: float) -> RunError:
+def _missing_processes(
+    num_processes: int, present: dict[int, socket.socket], port: int, timeout: float
+) -> RunError:
     missing = [str(i) for i in range(1, num_processes) if i not in present]
-    named = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+    listed = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
     return RunError(
-        f"{len(missing)} of {num_processes} processes ({named}) did not reach process 0 on port {port} "
-        f"within {timeout:g} s; see whether they were started with its address and the port is open, correct "
-        "config.distributed.num_processes, or raise config.distributed.timeout."
+        f"{len(missing)} of {num_processes} processes ({listed}) did not connect to process 0 on port {port} "
+        f"within {timeout:g} s. Check that they were started with its address and that the port is open, "
+        "correct config.distributed.num_processes, or raise config.distributed.timeout."
     )
 
 
-# --- The others ---------------------------------------------------------------------------------------
+# --- All other processes ------------------------------------------------------------------------------
 
 
-def _answer(
+def _report_to_process_zero(
     host: str, port: int, num_processes: int, process_id: int, timeout: float, deadline: float
 ) -> None:
-    seen = "nobody answers"
+    """Send this process's number to process 0, and wait for the outcome; raise it if it is an error."""
+    status = "no answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
             with socket.create_connection((host, port), timeout=left) as connection:
                 _send(connection, {"process_id": process_id, "num_processes": num_processes})
-                heard = _receive(connection, max(deadline - time.monotonic(), 0.001))
+                reply = _receive(connection, max(deadline - time.monotonic(), 0.001))
         except OSError as error:
-            seen = f"nobody answers: {error.strerror or error}"
+            status = f"no answer: {error.strerror or error}"
         else:
-            if "error" in heard:
-                if heard["error"] is None:
+            if "error" in reply:
+                if reply["error"] is None:
                     return
-                raise _KINDS[heard["error"]](heard["sentence"])
-            late = time.monotonic() >= deadline
-            seen = "it still waits for others" if late else "somebody else answers"
-        time.sleep(_PAUSE)
+                raise _ERRORS[reply["error"]](reply["sentence"])
+            is_late = time.monotonic() >= deadline
+            status = "it still waits for other processes" if is_late else "another program answers"
+        time.sleep(_RETRY_INTERVAL)
     raise RunError(
-        f"process {process_id} of {num_processes} did not hear from process 0 at {host}:{port} within "
-        f"{timeout:g} s ({seen}); see whether process 0 runs there and the port is open, correct "
+        f"process {process_id} of {num_processes} received no reply from process 0 at {host}:{port} within "
+        f"{timeout:g} s ({status}). Check that process 0 runs there and that the port is open, correct "
         "config.distributed.address, or raise config.distributed.timeout."
     )
 
@@ -139,18 +155,18 @@ def _answer(
 # --- Messages: one line of JSON -----------------------------------------------------------------------
 
 
-def _send(connection: socket.socket, message: dict) -> None:
-    with contextlib.suppress(OSError):  # it has gone; whoever waits for an answer notices
+def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # the other process has ended; whoever waits for it will time out
         connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _receive(connection: socket.socket, seconds: float) -> dict:
-    """The other's message; empty when there is none in time, or something else was said."""
+def _receive(connection: socket.socket, seconds: float) -> dict[str, Any]:
+    """Return the message of the other process; {} if none comes in time, or if it is malformed."""
     connection.settimeout(seconds)
     text = b""
     try:
-        while not text.endswith(b"\n") and len(text) < _LONGEST:
-            part = connection.recv(_LONGEST)
+        while not text.endswith(b"\n") and len(text) < _MAX_MESSAGE:
+            part = connection.recv(_MAX_MESSAGE)
             if not part:
                 break
             text += part

@@ -1,12 +1,14 @@
-"""Layout of parameters, batches and activations on the mesh.
+"""Sharding of parameters, batches and activations on the mesh.
 
-Parameters are split over `fsdp` (gathered layer by layer where they are used) and over `tensor` (heads and
-hidden units), batches over `data` and `fsdp`, the language model's activations over `context` as well.
+Parameters are split over `fsdp` (and gathered one layer at a time where they are used) and over `tensor`
+(heads and hidden units). Batches are split over `data` and `fsdp`. The language model's activations are also
+split over `context`, along the sequence.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dynfocus_jax.errors import UserError
 
-# Parameter path (in full) -> layout of its last dimensions; those before them (the axis of stacked layers)
-# are never split, nor is what has no layout. Exactly one rule matches a path.
+_Tree = TypeVar("_Tree")
+
+# Regular expression of a whole parameter path -> mesh axes of its last dimensions. The dimensions before them
+# (the axis of stacked layers) are never split. Exactly one rule matches a path.
 RULES: tuple[tuple[str, PartitionSpec], ...] = tuple(
     (pattern, PartitionSpec(*spec))
     for pattern, spec in (
@@ -41,7 +45,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = tuple(
         (r"vision/blocks/attention/out/kernel", ("tensor", None, "fsdp")),
         (r"vision/blocks/mlp/up/kernel", ("fsdp", "tensor")),
         (r"vision/blocks/mlp/down/kernel", ("tensor", "fsdp")),
-        # Text encoder: its few heads are not split
+        # Text encoder; it has too few heads to split them
         (r"text_encoder/queries", ()),
         (r"text_encoder/(word|position)_embedding/embedding", (None, "fsdp")),
         (r"text_encoder/blocks_\d+/(cross_)?attention/(query|key|value)/kernel", ("fsdp", None, None)),
@@ -52,11 +56,11 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = tuple(
     )
 )
 
-# Dimensions of activations by name -> the mesh axes that share them
+# Name of an activation's dimension -> the mesh axes that split it
 LOGICAL_AXES: dict[str | None, tuple[str, ...]] = {
     None: (),
     "batch": ("data", "fsdp"),
-    "frames": ("data", "fsdp"),  # of all samples, one behind the other
+    "frames": ("data", "fsdp"),  # of all samples, one after the other
     "sequence": ("context",),
     "heads": ("tensor",),
     "hidden": ("tensor",),
@@ -72,12 +76,15 @@ def param_shardings(
     mesh: Mesh,
     connector_rules: Sequence[tuple[str, tuple[str | None, ...]]] = (),
 ) -> dict[str, NamedSharding]:
-    """Return the layout of every parameter {path: shape}.
+    """Return the sharding of every parameter.
 
-    connector_rules: those of a connector (`Connector.SHARDING`), whose other parameters are replicated.
+    Args:
+      shapes: {path: shape}.
+      mesh: the device mesh.
+      connector_rules: rules of a connector (`Connector.SHARDING`); its other parameters are replicated.
 
     Raises:
-      UserError: no rule of `RULES` matches a path, or an axis does not divide what it splits.
+      UserError: no rule in `RULES` matches a path, or a mesh axis does not divide a dimension that it splits.
     """
     own = tuple((f"connector/{pattern}", PartitionSpec(*spec)) for pattern, spec in connector_rules)
     rules = (*RULES, *own, ("connector/.*", PartitionSpec()))
@@ -87,10 +94,11 @@ def param_shardings(
 def _spec(
     path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]]
 ) -> PartitionSpec:
+    """Return the mesh axes of all dimensions of a parameter, by the first rule that matches its path."""
     rule = next((spec for pattern, spec in rules if re.fullmatch(pattern, path)), None)
     if rule is None or len(rule) > len(shape):
         raise UserError(
-            f"parameter {path} of shape {shape} has no layout; add a rule for it to RULES in "
+            f"parameter {path} of shape {shape} has no sharding rule. Add one to RULES in "
             "dynfocus_jax/parallel/sharding.py."
         )
     if not rule:
@@ -99,14 +107,14 @@ def _spec(
     for size, axis in zip(shape, spec, strict=True):
         if axis is not None and size % mesh.shape[axis]:
             raise UserError(
-                f"config.mesh.{axis} is {mesh.shape[axis]}, which does not divide the {size} of parameter "
-                f"{path} of shape {shape}; choose a divisor of {size}."
+                f"config.mesh.{axis} is {mesh.shape[axis]}, which does not divide {size}, a dimension of "
+                f"parameter {path} of shape {shape}. Choose a divisor of {size}."
             )
     return PartitionSpec(*spec)
 
 
 def place_like(leaf: np.ndarray | jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """A copy of an array in the dtype and the layout of `like`, which no device ever holds whole."""
+    """Return a copy of an array with the dtype and sharding of `like`; no device ever holds all of it."""
     if isinstance(leaf, jax.Array) and leaf.sharding.device_set == like.sharding.device_set:
         return jax.device_put(jnp.array(leaf, like.dtype), like.sharding)
     return jax.make_array_from_callback(
@@ -118,30 +126,30 @@ def place_like(leaf: np.ndarray | jax.Array, like: jax.ShapeDtypeStruct) -> jax.
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The layout of scalars: a copy on every device."""
+    """Return the sharding with a copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The layout of a batch: rows over `data` and `fsdp`."""
+    """Return the sharding of a batch: rows over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(LOGICAL_AXES["batch"]))
 
 
 def num_row_shards(mesh: Mesh) -> int:
-    """Devices that share the rows of a batch."""
+    """Return the number of shards that the rows of a batch are split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """The rows of a global batch that this process's devices hold, ascending."""
+    """Return the rows of a global batch that the devices of this process hold, in ascending order."""
     held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return sorted(
         {row for index in held if index for rows in index for row in range(*rows.indices(batch_size))}
     )
 
 
-def to_devices(batch, mesh: Mesh):
-    """This process's rows of a batch (`local_rows`) as global arrays."""
+def to_devices(batch: _Tree, mesh: Mesh) -> _Tree:
+    """Return a global batch, given the rows that this process holds (`local_rows`)."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
@@ -150,24 +158,28 @@ def to_devices(batch, mesh: Mesh):
 
 
 def on_mesh(mesh: Mesh) -> AbstractContextManager:
-    """The context in which `shard` means this mesh; enter it inside of the function that jit traces."""
+    """Return the context in which `shard` uses this mesh; enter it inside the function that jit traces."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def num_shards(name: str | None) -> int:
-    """Devices that share a dimension of that name; 1 without a mesh."""
+    """Return the number of shards of an activation's dimension with this name; 1 without a mesh."""
     shape = jax.sharding.get_abstract_mesh().shape
     return int(np.prod([shape.get(axis, 1) for axis in _axes(name)], dtype=int))
 
 
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
-    """Lay an activation out by the names of its dimensions (`LOGICAL_AXES`); None is not split.
+    """Constrain the sharding of an activation by the names of its dimensions.
 
-    Without a mesh of several devices it is `x`. A dimension that its axes do not divide is not split: a
-    single decoded token has no sequence to share.
+    A dimension that its mesh axes do not divide is not split, such as the sequence of a single decoded token.
+    Without a mesh of several devices, `x` is returned unchanged.
+
+    Args:
+      x: the activation.
+      *names: a key of `LOGICAL_AXES` for each dimension; None for one that is not split.
 
     Raises:
-      ValueError: a name is unknown, or there are not as many as dimensions.
+      ValueError: a name is unknown, or the number of names is not the number of dimensions.
     """
     axes = [_axes(name) for name in names]
     if len(names) != x.ndim:

@@ -74,7 +74,7 @@ def planned_train_step(config: ConfigDict, index: int, mesh: Mesh) -> PlannedSte
         "optimizer": (state.opt_state, state.step),
         "batch": batch,
     }
-    length = max_text + budget.visual[num_frames]
+    length = max_text + budget.visual_tokens[num_frames]
     return PlannedStep(
         name="train",
         where=f"config.stages[{index}]",

@@ -9,7 +9,9 @@ from ml_collections.config_dict import ConfigDict
 
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.formats import FORMATS, SourceFiles, read_llava
+from dynfocus_jax.records.formats import FORMATS
+from dynfocus_jax.records.formats.llava import read_llava
+from dynfocus_jax.records.formats.reader import SourceFiles
 from dynfocus_jax.records.records import ParsedEntries, Record
 from dynfocus_jax.sections import Field, Section, check_section, fill_section, require
 
@@ -27,7 +29,7 @@ SOURCE: Section = {
     "repeat": Field(1, "number of times that each record is used in an epoch", at_least=1),
     "weight": Field(
         float,
-        "share of the samples of an epoch, relative to the weights of the other sources; None: as many "
+        "fraction of the samples of an epoch, relative to the weights of the other sources; None: as many "
         "samples as records",
         above=0,
     ),

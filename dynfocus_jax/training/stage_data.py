@@ -9,12 +9,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dynfocus_jax.data.budget import Budget, stage_buckets
-from dynfocus_jax.data.lengths import Lengths
-from dynfocus_jax.data.order import Order
+from dynfocus_jax.data.lengths import SampleLengths
+from dynfocus_jax.data.order import BatchOrder
 from dynfocus_jax.data.pipeline import make_dataset
 from dynfocus_jax.data.prepare import make_media_reader
 from dynfocus_jax.data.samples import SampleLoader
-from dynfocus_jax.data.skipped import Shortened, Skipped
+from dynfocus_jax.data.skipped import ShortenedSamples, SkippedSamples
 from dynfocus_jax.parallel.processes import is_process_zero, process_file_name, process_zero_first
 from dynfocus_jax.records.mixture import Mixture
 from dynfocus_jax.records.records import Record
@@ -42,7 +42,7 @@ def stage_budget(config: ConfigDict, index: int) -> Budget:
     """Return the shapes of a stage's batches and the limits of its samples, by the stage's connector."""
     stage = config.stages[index]
     connector = stage_connector(config, index)
-    return Budget.of(
+    return Budget.from_buckets(
         *(stage_buckets(stage), connector.length, stage.max_length, stage.on_overflow, stage.max_subtitle)
     )
 
@@ -88,25 +88,27 @@ class StageData:
         mixture = Mixture(stage, data_root, self._seed)
         self.refused = mixture.refused
         workdir.mkdir(parents=True, exist_ok=True)
-        self.skipped = Skipped(workdir / process_file_name("skipped.jsonl"), max_share=data.max_skip_share)
-        self.skipped.refuse(mixture.refused, sum(counts.entries for counts in mixture.counts.values()))
-        self.shortened = Shortened(workdir / process_file_name("overflow.jsonl"))
+        self.skipped = SkippedSamples(
+            workdir / process_file_name("skipped.jsonl"), max_share=data.max_skip_share
+        )
+        self.skipped.note_refused(mixture.refused, sum(counts.entries for counts in mixture.counts.values()))
+        self.shortened = ShortenedSamples(workdir / process_file_name("overflow.jsonl"))
         self.loader = make_loader(config, index, mixture.records, tokenizer, data_root)
         if self.loader.media.features is not None:
             limits = {frames for frames, _ in self.buckets}
             self.loader.media.features.check_coverage(mixture.records, limits, data.max_skip_share)
         with process_zero_first():
-            lengths = Lengths(
+            lengths = SampleLengths(
                 workdir / "lengths.jsonl" if data.lengths is None else Path(data.lengths).expanduser(),
                 text_settings=(data.template, data.text_guidance, stage.max_turns, _described(tokenizer)),
                 threads=data.threads,
                 write=is_process_zero(),
             )
-            self._bucket_of = lengths.buckets(self.loader)
+            self._bucket_of = lengths.assign_buckets(self.loader)
         epoch = functools.partial(_epoch, mixture, self.loader)
-        self.order = Order(epoch, self._bucket_of, batch_size=stage.batch_size, seed=self._seed)
+        self.order = BatchOrder(epoch, self._bucket_of, batch_size=stage.batch_size, seed=self._seed)
         if stage.steps is None:
-            config = with_steps(config, index, self.order.steps(stage.epochs))
+            config = with_steps(config, index, self.order.num_steps(stage.epochs))
         self.config, self.stage = config, config.stages[index]
 
     @property
@@ -145,7 +147,7 @@ class StageData:
 
 
 def _epoch(mixture: Mixture, loader: SampleLoader, number: int) -> np.ndarray:
-    return loader.samples_of(mixture.epoch(number))
+    return loader.sample_numbers(mixture.epoch(number))
 
 
 def _described(tokenizer: Tokenizer) -> tuple:

@@ -1,4 +1,4 @@
-"""Lengths before reading: buckets by them, and what is kept of them on disk."""
+"""Measured lengths: the buckets that follow from them, and the file that keeps them."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dynfocus_jax.data.budget import Budget
-from dynfocus_jax.data.lengths import Lengths
+from dynfocus_jax.data.lengths import SampleLengths
 from dynfocus_jax.data.media_reader import MediaReader
 from dynfocus_jax.data.samples import SampleLoader
 from dynfocus_jax.data.synthetic import write_video
@@ -21,7 +21,7 @@ BUCKETS = ((1, 8), (4, 8), (4, 20), (9, 20))
 
 
 def turns(words):
-    """One turn of so many text tokens."""
+    """Return one turn with a number of text tokens."""
     return (("what", " ".join(["because"] * (words - 3))),)
 
 
@@ -45,77 +45,77 @@ def records(tmp_path):
 EXPECTED = [0, 2, 0, 1, 2, 3, 3, 0]
 
 
-def loader(records, buckets=BUCKETS, tokenizer=TOKENIZER, **options):
-    budget = Budget.of(buckets, lambda frames: frames)
+def make_loader(records, buckets=BUCKETS, tokenizer=TOKENIZER, **options):
+    budget = Budget.from_buckets(buckets, lambda frames: frames)
     return SampleLoader(
         records, tokenizer, TEMPLATES["plain"], MediaReader(8), budget, max_query=4, **options
     )
 
 
 def test_buckets(records):
-    assert Budget.of(BUCKETS, lambda frames: frames).buckets == BUCKETS
-    assert Lengths().buckets(loader(records)).tolist() == EXPECTED
+    assert Budget.from_buckets(BUCKETS, lambda frames: frames).buckets == BUCKETS
+    assert SampleLengths().assign_buckets(make_loader(records)).tolist() == EXPECTED
 
 
 def test_one_bucket_needs_no_measurement(tmp_path):
     records = [Record("x", Path("missing.mp4"), (("unknown words",) * 2,))]
-    lengths = Lengths(tmp_path / "lengths.jsonl")
-    assert lengths.buckets(loader(records, ((4, 20),))).tolist() == [0]
+    lengths = SampleLengths(tmp_path / "lengths.jsonl")
+    assert lengths.assign_buckets(make_loader(records, ((4, 20),))).tolist() == [0]
     assert not (tmp_path / "lengths.jsonl").exists()
 
 
-def test_nothing_is_measured_twice(records, tmp_path, monkeypatch):
+def test_lengths_are_measured_once(records, tmp_path, monkeypatch):
     path = tmp_path / "lengths.jsonl"
-    Lengths(path, threads=1).buckets(loader(records))
+    SampleLengths(path, threads=1).assign_buckets(make_loader(records))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     media = {entry["media"]: entry["info"] for entry in lines if "media" in entry}
     assert {Path(name).name for name in media} == {"short.mp4", "long.mp4", "missing.mp4"}
     assert media[str(tmp_path / "missing.mp4")] is None
     assert sorted(entry["ends"] for entry in lines if entry.get("ends")) == [[5], [8], [8], [9], [20]]
-    assert len(lines) == 3 + 6  # texts with a file and without are two
+    assert len(lines) == 3 + 6  # a text with and without a file counts twice
 
     monkeypatch.setattr(MediaReader, "info", None)
     monkeypatch.setattr(SampleLoader, "text_ends", None)
-    (tmp_path / "long.mp4").unlink()  # a run that is resumed sees what it saw
-    whole = path.read_text()
-    assert Lengths(path).buckets(loader(records)).tolist() == EXPECTED
-    assert path.read_text() == whole
+    (tmp_path / "long.mp4").unlink()  # a resumed run sees the same lengths
+    content = path.read_text()
+    assert SampleLengths(path).assign_buckets(make_loader(records)).tolist() == EXPECTED
+    assert path.read_text() == content
 
 
-def test_a_killed_measurement_is_continued(records, tmp_path):
+def test_interrupted_measurement_is_continued(records, tmp_path):
     path = tmp_path / "lengths.jsonl"
-    Lengths(path).buckets(loader(records))
-    whole = path.read_text()
-    path.write_text(whole[: len(whole) // 2])
-    assert Lengths(path).buckets(loader(records)).tolist() == EXPECTED
-    assert sorted(path.read_text().splitlines()) == sorted(whole.splitlines())
+    SampleLengths(path).assign_buckets(make_loader(records))
+    content = path.read_text()
+    path.write_text(content[: len(content) // 2])
+    assert SampleLengths(path).assign_buckets(make_loader(records)).tolist() == EXPECTED
+    assert sorted(path.read_text().splitlines()) == sorted(content.splitlines())
 
 
-def test_other_texts_and_tokenizers_are_other_lengths(records, tmp_path):
+def test_other_texts_and_settings_are_measured(records, tmp_path):
     path = tmp_path / "lengths.jsonl"
-    Lengths(path, text_settings="words").buckets(loader(records))
+    SampleLengths(path, text_settings="words").assign_buckets(make_loader(records))
     count = len(path.read_text().splitlines())
-    Lengths(path, text_settings="letters").buckets(loader(records))
+    SampleLengths(path, text_settings="letters").assign_buckets(make_loader(records))
     assert len(path.read_text().splitlines()) == count + 6
-    Lengths(path, text_settings="words").buckets(loader([Record("text", None, turns(12))]))
+    SampleLengths(path, text_settings="words").assign_buckets(make_loader([Record("text", None, turns(12))]))
     assert len(path.read_text().splitlines()) == count + 7
 
 
-def test_a_process_that_does_not_write(records, tmp_path):
+def test_process_that_does_not_write(records, tmp_path):
     path = tmp_path / "lengths.jsonl"
-    assert Lengths(path, write=False).buckets(loader(records)).tolist() == EXPECTED
+    assert SampleLengths(path, write=False).assign_buckets(make_loader(records)).tolist() == EXPECTED
     assert not path.exists()
 
 
-def test_every_turn_has_its_bucket():
-    record = Record("t", None, (*turns(5), *turns(6), *turns(9)))  # 5, 10 and 18 tokens, as <bos> comes once
-    assert Lengths().buckets(loader([record], guidance="each_turn")).tolist() == [0, 2, 2]
-    assert Lengths().buckets(loader([record])).tolist() == [2]
+def test_bucket_of_each_turn():
+    record = Record("t", None, (*turns(5), *turns(6), *turns(9)))  # 5, 10 and 18 tokens, with one <bos>
+    assert SampleLengths().assign_buckets(make_loader([record], guidance="each_turn")).tolist() == [0, 2, 2]
+    assert SampleLengths().assign_buckets(make_loader([record])).tolist() == [2]
 
 
-def test_drawn_turns_are_as_long_as_the_longest(records):
+def test_drawn_turns_count_as_the_longest(records):
     record = Record("t", None, (*turns(5), *turns(9), *turns(4)))
-    load = loader([record], max_turns=2)
-    assert load.text_ends(0)[-1] == 9 + 4
+    samples = make_loader([record], max_turns=2)
+    assert samples.text_ends(0)[-1] == 9 + 4
     rng = np.random.default_rng(0)
-    assert max(int(load(0, rng, 2)[0].length) for _ in range(20)) == 13
+    assert max(int(samples(0, rng, 2)[0].length) for _ in range(20)) == 13

@@ -1,4 +1,4 @@
-"""Reading files for samples: a second try, decoders that hang, frames that are kept."""
+"""Reading files: the second attempt, the timeout and the cache."""
 
 import copy
 import pickle
@@ -24,29 +24,29 @@ RNG = np.random.default_rng(0)
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What `read_media` was asked for; it does what the items of `calls.then` say, the last one for good."""
+    """Calls of a replaced `read_media`, which returns the result of `results[i]`, or of the last one."""
 
     class Calls(list):
-        then = (lambda: CLIP,)
+        results = (lambda: CLIP,)
 
-    made = Calls()
+    recorded = Calls()
 
     def read(path, limit, size, **options):
-        made.append((path, limit, size, options))
-        return made.then[min(len(made), len(made.then)) - 1]()
+        recorded.append((path, limit, size, options))
+        return recorded.results[min(len(recorded), len(recorded.results)) - 1]()
 
     monkeypatch.setattr(media_lib, "read_media", read)
-    return made
+    return recorded
 
 
-def fail(error):
-    def act():
+def raising(error):
+    def raise_error():
         raise error
 
-    return act
+    return raise_error
 
 
-def test_everything_that_reading_depends_on_is_passed(calls):
+def test_arguments_of_read_media(calls):
     sampling = Sampling(kind="segments", pick="random")
     media = MediaReader(8, sampling=sampling, layout="pad", mean=(0.1, 0.2, 0.3), timeout=7.0)
     assert media.read(RECORD, 5, RNG) is CLIP
@@ -63,55 +63,55 @@ def test_everything_that_reading_depends_on_is_passed(calls):
     }
 
 
-def test_one_more_try(calls):
-    calls.then = [fail(MediaError("first")), lambda: CLIP]
+def test_second_attempt(calls):
+    calls.results = [raising(MediaError("first")), lambda: CLIP]
     assert MediaReader(8).read(RECORD, 5, RNG) is CLIP
     first, second = (call[3]["rng"].random(4) for call in calls)
-    assert first.tolist() == second.tolist(), "the same frames are drawn"
+    assert first.tolist() == second.tolist(), "both attempts draw the same frames"
 
     calls.clear()
-    calls.then = [fail(MediaError("first")), fail(MediaError("second")), lambda: CLIP]
+    calls.results = [raising(MediaError("first")), raising(MediaError("second")), lambda: CLIP]
     with pytest.raises(MediaError, match="second"):
         MediaReader(8).read(RECORD, 5, RNG)
     assert len(calls) == 2
 
 
-def test_no_second_try_of_what_takes_too_long(calls):
-    calls.then = [fail(MediaTimeout("slow")), lambda: CLIP]
+def test_no_second_attempt_after_a_timeout(calls):
+    calls.results = [raising(MediaTimeout("slow")), lambda: CLIP]
     with pytest.raises(MediaTimeout, match="slow"):
         MediaReader(8).read(RECORD, 5, RNG)
     assert len(calls) == 1
 
 
-def test_other_errors_are_no_reason_to_skip(calls):
-    calls.then = [fail(RuntimeError("a fault of the program"))]
-    with pytest.raises(RuntimeError, match="a fault of the program"):
+def test_other_exceptions_are_raised(calls):
+    calls.results = [raising(RuntimeError("a bug"))]
+    with pytest.raises(RuntimeError, match="a bug"):
         MediaReader(8).read(RECORD, 5, RNG)
 
 
-def test_a_decoder_that_hangs_is_left_alone(calls):
+def test_hanging_decoder_is_abandoned(calls):
     hang = threading.Event()
-    calls.then = [lambda: hang.wait(60) and CLIP]
+    calls.results = [lambda: hang.wait(60) and CLIP]
     media = MediaReader(8, timeout=0.1)
     started = time.monotonic()
     with pytest.raises(MediaTimeout, match=r"a\.mp4: reading it takes more than 0\.1 s; .*data\.timeout"):
         media.read(RECORD, 5, RNG)
     assert 0.1 <= time.monotonic() - started < 5
-    with pytest.raises(MediaTimeout, match=r"a\.mp4: not tried again"):
+    with pytest.raises(MediaTimeout, match=r"a\.mp4: not read again"):
         media.read(RECORD, 3, RNG)
     assert len(calls) == 1
-    calls.then = [lambda: CLIP]
+    calls.results = [lambda: CLIP]
     other = Record("b", Path("b.mp4"), RECORD.turns)
     assert media.read(other, 5, RNG) is CLIP
     hang.set()
 
 
-def test_what_is_kept_in_memory(calls):
+def test_cache(calls):
     media = MediaReader(8, cache_bytes=2 * CLIP.frames.nbytes)
     for record, limit in ((RECORD, 5), (RECORD, 5), (RECORD, 4), (RECORD, 5)):
         media.read(record, limit, RNG)
-    assert len(calls) == 2  # one for each limit
-    media.read(Record("b", Path("b.mp4"), RECORD.turns), 5, RNG)  # takes the place of the oldest
+    assert len(calls) == 2  # one per limit
+    media.read(Record("b", Path("b.mp4"), RECORD.turns), 5, RNG)  # replaces the least recently used
     media.read(RECORD, 5, RNG)
     assert len(calls) == 3
     media.read(RECORD, 4, RNG)
@@ -125,12 +125,12 @@ def test_what_is_kept_in_memory(calls):
     for _ in range(2):
         drawn.read(RECORD, 5, RNG)
     assert len(calls) == 2
-    elsewhere = pickle.loads(pickle.dumps(media))  # a worker process starts with nothing
-    elsewhere.read(RECORD, 5, RNG)
+    copied = pickle.loads(pickle.dumps(media))  # a worker process starts with an empty cache
+    copied.read(RECORD, 5, RNG)
     assert len(calls) == 3
 
 
-def test_count_is_what_reading_gives(tmp_path):
+def test_count_frames(tmp_path):
     write_video(tmp_path / "v.mp4", np.zeros((23, 48, 48, 3), np.uint8))
     for sampling in (Sampling(), Sampling("fps", fps=2.0), Sampling("segments"), Sampling("fps", 5.0, 8, 4)):
         for span in (None, (0.3, 1.5)):
@@ -140,6 +140,6 @@ def test_count_is_what_reading_gives(tmp_path):
             assert info == probe(record.media)
             for limit in (1, 3, 40):
                 clip = media.read(record, limit, RNG)
-                assert media.count(info, record, limit) == len(clip.frames), (sampling, span, limit)
+                assert media.count_frames(info, record, limit) == len(clip.frames), (sampling, span, limit)
                 expected = read_media(record.media, limit, 48, sampling=sampling, span=span)
                 np.testing.assert_array_equal(clip.frames, expected.frames)

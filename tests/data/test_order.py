@@ -1,4 +1,4 @@
-"""Which sample stands in which batch: each exactly once an epoch, in batches of one bucket, for good."""
+"""Order of batches: each sample once per epoch, batches of one bucket, reproducible from the step."""
 
 import pickle
 
@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynfocus_jax.data.order import Order, permutation
+from dynfocus_jax.data.order import BatchOrder, permutation
 
 
-def every(count):
+def all_samples(count):
     return lambda epoch: np.arange(count)
 
 
@@ -19,12 +19,12 @@ def batches(order, start, end):
     return [order.batch(step) for step in range(start, end)]
 
 
-def samples(of):
-    return np.concatenate([rows[rows >= 0] for _, rows in of]).tolist()
+def samples_in(batches):
+    return np.concatenate([rows[rows >= 0] for _, rows in batches]).tolist()
 
 
 @pytest.mark.parametrize("size", [1, 2, 17, 1000])
-def test_a_permutation_is_grains(size):
+def test_permutation_equals_that_of_grain(size):
     shuffled = grain.MapDataset.range(size).shuffle(11)
     assert permutation(size, 11).tolist() == [shuffled[i] for i in range(size)]
     assert sorted(permutation(size, 2**32 + 3)) == list(range(size))
@@ -37,29 +37,31 @@ def test_a_permutation_is_grains(size):
     shuffle=st.booleans(),
     seed=st.integers(0, 2**33),
 )
-def test_every_sample_once_an_epoch_in_its_bucket(buckets, batch_size, shuffle, seed):
+def test_every_sample_is_in_one_batch_per_epoch(buckets, batch_size, shuffle, seed):
     bucket_of = np.array(buckets)
-    make = Order(every(len(buckets)), bucket_of, batch_size=batch_size, seed=seed, shuffle=shuffle)
+    order = BatchOrder(
+        all_samples(len(buckets)), bucket_of, batch_size=batch_size, seed=seed, shuffle=shuffle
+    )
     for epoch in range(3):
-        first, last = make.start(epoch), make.start(epoch + 1)
-        assert last - first == make.steps_per_epoch(epoch)
-        content = batches(make, first, last)
-        assert sorted(samples(content)) == list(range(len(buckets)))
+        first, last = order.first_step(epoch), order.first_step(epoch + 1)
+        assert last - first == order.steps_per_epoch(epoch)
+        content = batches(order, first, last)
+        assert sorted(samples_in(content)) == list(range(len(buckets)))
         for bucket, rows in content:
             assert len(rows) == batch_size
             assert (bucket_of[rows[rows >= 0]] == bucket).all()
             assert (rows >= 0).any()
-        short = [bucket for bucket, rows in content if (rows < 0).any()]
-        assert len(short) == len(set(short)), "only the last batch of a bucket has padding rows"
+        padded = [bucket for bucket, rows in content if (rows < 0).any()]
+        assert len(padded) == len(set(padded)), "only the last batch of a bucket has padding rows"
 
 
-def test_epochs_differ_and_follow_from_the_seed():
+def test_epochs_differ_and_depend_on_the_seed():
     bucket_of = np.arange(90) % 3
 
     def contents(seed):
-        order = Order(every(90), bucket_of, batch_size=4, seed=seed)
+        order = BatchOrder(all_samples(90), bucket_of, batch_size=4, seed=seed)
         return [
-            [rows.tolist() for _, rows in batches(order, order.start(e), order.start(e + 1))]
+            [rows.tolist() for _, rows in batches(order, order.first_step(e), order.first_step(e + 1))]
             for e in range(3)
         ]
 
@@ -67,33 +69,35 @@ def test_epochs_differ_and_follow_from_the_seed():
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     assert contents(5) == epochs
     assert contents(6) != epochs
-    order = [bucket for bucket, _ in batches(Order(every(90), bucket_of, batch_size=4, seed=5), 0, 24)]
-    assert len(set(order[:8])) == 3, "batches of all buckets are mixed"
+    buckets = [
+        bucket for bucket, _ in batches(BatchOrder(all_samples(90), bucket_of, batch_size=4, seed=5), 0, 24)
+    ]
+    assert len(set(buckets[:8])) == 3, "batches of all buckets are mixed"
 
 
-def test_a_step_needs_no_steps_before_it():
-    fresh = [Order(every(23), np.arange(23) % 2, batch_size=3, seed=1) for _ in range(2)]
+def test_random_access():
+    fresh = [BatchOrder(all_samples(23), np.arange(23) % 2, batch_size=3, seed=1) for _ in range(2)]
     expected = batches(fresh[0], 0, 40)
     for step in (39, 3, 17, 0):
         bucket, rows = fresh[1].batch(step)
         assert bucket == expected[step][0]
         assert rows.tolist() == expected[step][1].tolist()
-    copy = pickle.loads(pickle.dumps(Order(np.arange, batch_size=2)))  # as worker processes get it
+    copy = pickle.loads(pickle.dumps(BatchOrder(np.arange, batch_size=2)))  # as for worker processes
     assert copy.batch_size == 2
 
 
 def test_epochs_of_changing_size():
-    """As a mixture with weights has them."""
+    """The epochs of a weighted mixture can have different sizes."""
     sizes = [5, 8, 1]
-    order = Order(lambda epoch: np.arange(sizes[epoch % 3]), batch_size=2, shuffle=False)
-    assert [order.start(epoch) for epoch in range(5)] == [0, 3, 7, 8, 11]
+    order = BatchOrder(lambda epoch: np.arange(sizes[epoch % 3]), batch_size=2, shuffle=False)
+    assert [order.first_step(epoch) for epoch in range(5)] == [0, 3, 7, 8, 11]
     assert [rows.tolist() for _, rows in batches(order, 6, 9)] == [[6, 7], [0, -1], [0, 1]]
-    assert [order.steps(epochs) for epochs in (1, 2, 2.5, 0.3, 0.34, 3)] == [3, 7, 8, 1, 2, 8]
-    assert order.steps(1.5) == 3 + 2
+    assert [order.num_steps(epochs) for epochs in (1, 2, 2.5, 0.3, 0.34, 3)] == [3, 7, 8, 1, 2, 8]
+    assert order.num_steps(1.5) == 3 + 2
 
 
-def test_one_epoch_in_order():
-    order = Order.once(5, 2)
+def test_single_epoch():
+    order = BatchOrder.single_epoch(5, 2)
     assert len(order) == 3
     assert [(bucket, rows.tolist()) for bucket, rows in batches(order, 0, 3)] == [
         (0, [0, 1]),

@@ -1,4 +1,4 @@
-"""The needles benchmark: what the records say is what the files show, and every question has one answer."""
+"""The needles benchmark: records, files and truth agree, and every question has one answer."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ from dynfocus_jax.data.synthetic import (
     NUM_FRAMES,
     QUADRANT,
     SHAPES,
-    generate,
+    generate_needles,
     shape_mask,
     write_video,
 )
@@ -41,7 +41,7 @@ def turns_of(record):
 
 
 def solve(question, objects):
-    """All answers that the objects allow, with the frames that show them."""
+    """Return all answers that the objects allow, with the frames that show them."""
     match question.split():
         case ["describe"]:
             ordered = sorted(objects, key=lambda o: (o["frame"], o["quadrant"]))
@@ -64,7 +64,7 @@ def solve(question, objects):
 
 
 def visible(frame):
-    """(colour, quadrant) of the saturated areas of a frame, by looking at the pixels alone."""
+    """Return (colour, quadrant) of the saturated areas of a frame, from its pixels only."""
     found = set()
     names, values = list(COLORS), np.array(list(COLORS.values()), float)
     for quadrant in range(4):
@@ -78,7 +78,7 @@ def visible(frame):
 
 
 @pytest.mark.parametrize("split", FRAMES)
-def test_every_question_has_exactly_the_recorded_answer(needles, split):
+def test_every_question_has_exactly_one_answer(needles, split):
     truth = json.loads((needles / "truth.json").read_text())
     for record in load(needles, split):
         for (question, answer), needles in zip(turns_of(record), record["needle_frames"], strict=True):
@@ -88,14 +88,14 @@ def test_every_question_has_exactly_the_recorded_answer(needles, split):
 
 
 @pytest.mark.parametrize("split", FRAMES)
-def test_files_show_what_truth_says(needles, split):
+def test_files_show_the_objects_of_truth(needles, split):
     truth = json.loads((needles / "truth.json").read_text())
     for media in sorted({media_of(record) for record in load(needles, split)}):
         frames = read_media(needles / media, 100, 48).frames
         assert frames.shape == (FRAMES[split], 48, 48, 3)
         for number, frame in enumerate(frames):
-            stated = {(o["color"], o["quadrant"]) for o in truth[media] if o["frame"] == number}
-            assert visible(frame) == stated, (media, number)
+            expected = {(o["color"], o["quadrant"]) for o in truth[media] if o["frame"] == number}
+            assert visible(frame) == expected, (media, number)
 
 
 def test_counts_and_balance(needles):
@@ -130,7 +130,7 @@ def test_counts_and_balance(needles):
     assert len(load(needles, "sequences")) == 20
 
 
-def test_no_file_or_scene_is_shared_between_splits(needles):
+def test_splits_share_no_file_or_scene(needles):
     files = [path.read_bytes() for path in sorted((needles / "media").rglob("*.*"))]
     assert len(files) == len(set(files)) == 72
     truth = json.loads((needles / "truth.json").read_text())
@@ -151,34 +151,34 @@ def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_same_bytes_whatever_the_number_of_workers(needles, tmp_path):
-    again = generate(tmp_path, workers=2, **COUNTS)
+def test_content_is_independent_of_workers(needles, tmp_path):
+    again = generate_needles(tmp_path, workers=2, **COUNTS)
     assert again.name == needles.name
     assert contents(again) == contents(needles)
 
 
-def test_seed_decides_the_content(needles, tmp_path):
-    other = generate(tmp_path, seed=1, workers=1, **COUNTS)
+def test_content_depends_on_the_seed(needles, tmp_path):
+    other = generate_needles(tmp_path, seed=1, workers=1, **COUNTS)
     assert other.name != needles.name
     assert not {b for n, b in contents(other).items() if "media" in n} & set(contents(needles).values())
 
 
-def test_a_finished_folder_is_used_as_it_is(needles):
+def test_complete_folder_is_kept(needles):
     before = {path: path.stat().st_mtime_ns for path in needles.rglob("*")}
-    assert generate(needles.parent, workers=1, **COUNTS) == needles
+    assert generate_needles(needles.parent, workers=1, **COUNTS) == needles
     assert {path: path.stat().st_mtime_ns for path in needles.rglob("*")} == before
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path):
+def test_interrupted_run_leaves_no_files(tmp_path):
     def interrupt(done, total):
         raise KeyboardInterrupt
 
     counts = {"num_train": 2, "num_validation": 0, "num_heldout": 0, "num_images": 0, "num_sequences": 0}
     with pytest.raises(KeyboardInterrupt):
-        generate(tmp_path, workers=1, progress=interrupt, **counts)
+        generate_needles(tmp_path, workers=1, progress=interrupt, **counts)
     assert list(tmp_path.iterdir()) == []
     seen = []
-    generate(tmp_path, workers=1, progress=lambda done, total: seen.append((done, total)), **counts)
+    generate_needles(tmp_path, workers=1, progress=lambda done, total: seen.append((done, total)), **counts)
     assert seen == [(2, 2)]
 
 
@@ -187,8 +187,8 @@ def test_workers_do_not_import_jax():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_round_trip_through_mp4_keeps_every_frame_and_its_colours(tmp_path):
-    """Mean error under 8 grey levels in a needle frame (sharp colour edges), under 6 in any other."""
+def test_round_trip_through_mp4(tmp_path):
+    """The mean error is below 8 grey levels in needle frames, which have sharp edges, else below 6."""
     rng = np.random.default_rng(3)
     for case in range(4):
         objects = synthetic._place_needles(rng)

@@ -1,4 +1,4 @@
-"""Worker processes: the same batches as without them, and none that outlives its parent."""
+"""Worker processes: the same batches as without them, and no worker outlives its parent."""
 
 import os
 import signal
@@ -13,10 +13,10 @@ from PIL import Image
 
 from dynfocus_jax.data.budget import Budget
 from dynfocus_jax.data.media_reader import MediaReader
-from dynfocus_jax.data.order import Order
+from dynfocus_jax.data.order import BatchOrder
 from dynfocus_jax.data.pipeline import make_dataset
 from dynfocus_jax.data.samples import SampleLoader
-from dynfocus_jax.data.skipped import Shortened, Skipped
+from dynfocus_jax.data.skipped import ShortenedSamples, SkippedSamples
 from dynfocus_jax.data.synthetic import write_video
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.records.records import Record
@@ -36,17 +36,17 @@ def records(tmp_path):
     return [Record(f"r{i}", files[i % 5], TURNS[: 1 + i % 4]) for i in range(23)]
 
 
-def taken(records, *, processes, start=0, **options):
-    """(batches, what was skipped, what was shortened) of two epochs."""
-    budget = Budget.of([(4, 9), (7, 12)], lambda frames: frames, 14, "drop_turns")
-    load = SampleLoader(
+def load_all(records, *, processes, start=0, **options):
+    """Return the batches of two epochs, the skipped and the shortened samples."""
+    budget = Budget.from_buckets([(4, 9), (7, 12)], lambda frames: frames, 14, "drop_turns")
+    loader = SampleLoader(
         records, TOKENIZER, TEMPLATES["plain"], MediaReader(48), budget, max_query=9, max_turns=3
     )
-    order = Order(epoch, np.arange(23) % 2, batch_size=4, seed=3, epochs=2)
-    skipped, shortened = Skipped(max_share=0.9), Shortened()
+    order = BatchOrder(epoch, np.arange(23) % 2, batch_size=4, seed=3, epochs=2)
+    skipped, shortened = SkippedSamples(max_share=0.9), ShortenedSamples()
     batches = iter(
         make_dataset(
-            load,
+            loader,
             order,
             seed=3,
             start=start,
@@ -65,42 +65,44 @@ def epoch(_number):
     return np.arange(23)
 
 
-def test_the_same_batches_and_the_same_notes(records):
-    expected, skipped, shortened = taken(records, processes=0)
+def test_same_batches_and_lists(records):
+    expected, skipped, shortened = load_all(records, processes=0)
     assert skipped.count
     assert shortened.counts["turns"]
     assert {batch.frames.shape[1] for batch in expected} == {4, 7}
     for start, processes, options in ((0, 1, {}), (5, 3, {"num_threads": 0})):
-        batches, also_skipped, also_shortened = taken(records, processes=processes, start=start, **options)
+        batches, other_skipped, other_shortened = load_all(
+            records, processes=processes, start=start, **options
+        )
         assert len(batches) == len(expected) - start
         for batch, other in zip(batches, expected[start:], strict=True):
             for name, x, y in zip(batch._fields, batch, other, strict=True):
                 np.testing.assert_array_equal(x, y, err_msg=name)
         if not start:
-            assert (also_skipped.count, also_skipped.records) == (skipped.count, skipped.records)
-            assert (also_shortened.counts, also_shortened.records) == (shortened.counts, shortened.records)
+            assert (other_skipped.count, other_skipped.entries) == (skipped.count, skipped.entries)
+            assert (other_shortened.counts, other_shortened.entries) == (shortened.counts, shortened.entries)
 
 
-def test_a_mistake_is_told_by_its_sentence():
+def test_user_error_in_a_worker():
     unknown = [Record("t", None, (("who ?", "because"),))] * 23
     with pytest.raises(UserError, match="'who'"):
-        taken(unknown, processes=2)
+        load_all(unknown, processes=2)
 
 
 SCRIPT = """
 import time
 from tests.data.test_workers import *
 if __name__ == "__main__":
-    load = SampleLoader([Record("t", None, TURNS)] * 23, TOKENIZER, TEMPLATES["plain"], MediaReader(8),
-        Budget.of([(1, 20)]), max_query=9)
-    batches = iter(make_dataset(load, Order(epoch, batch_size=2), num_processes=2))
+    loader = SampleLoader([Record("t", None, TURNS)] * 23, TOKENIZER, TEMPLATES["plain"], MediaReader(8),
+        Budget.from_buckets([(1, 20)]), max_query=9)
+    batches = iter(make_dataset(loader, BatchOrder(epoch, batch_size=2), num_processes=2))
     next(batches)
     print("ready", flush=True)
     time.sleep(600)
 """
 
 
-def children(process: int) -> list[int]:
+def child_processes(process: int) -> list[int]:
     lists = [path.read_text().split() for path in Path(f"/proc/{process}/task").glob("*/children")]
     return [int(child) for some in lists for child in some]
 
@@ -112,8 +114,8 @@ def is_running(process: int) -> bool:
         return False
 
 
-def test_workers_end_with_their_parent_and_not_before(tmp_path):
-    """SIGTERM to all of a job's processes means stop and save; SIGKILL leaves nobody behind."""
+def test_workers_end_with_their_parent(tmp_path):
+    """Workers ignore SIGTERM, which the parent handles, and end when the parent is killed."""
     file = tmp_path / "script.py"
     file.write_text(SCRIPT)
     process = subprocess.Popen(
@@ -124,7 +126,7 @@ def test_workers_end_with_their_parent_and_not_before(tmp_path):
     )
     try:
         assert process.stdout.readline() == "ready\n"
-        workers = children(process.pid)
+        workers = child_processes(process.pid)
         assert len(workers) >= 2
         for worker in workers:
             if "spawn_main" in Path(f"/proc/{worker}/cmdline").read_text():

@@ -230,7 +230,7 @@ def test_media_reader_reads_features(tmp_path, root, config):
         np.testing.assert_array_equal(clip.frames, item[2][:limit])
     info = reader.info(root / "a.mp4")
     assert info == INFO
-    assert reader.count(info, record(root), 6) == 6
+    assert reader.count_frames(info, record(root), 6) == 6
     assert reader.blank.shape == feature_shape(config)
     assert reader.blank.dtype == ml_dtypes.bfloat16
     with pytest.raises(MediaError, match=r"b\.mp4: .* has no features of it"):

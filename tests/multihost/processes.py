@@ -1,4 +1,4 @@
-"""Starting train as one or several processes on a small problem: what the tests here share."""
+"""Helpers that start training on a small problem, as one or several processes."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ LAUNCHER = (sys.executable, "launch/local_multiprocess.py")
 
 
 def get_config(arg=""):
-    """All of the tiny model from scratch in one stage, 20 steps of 4 samples; "train" does not evaluate."""
+    """Return a run that trains the whole tiny model for 20 steps of 4 samples; "train" does not evaluate."""
     config = tiny_config()
     config.stages = (
         stage(
@@ -53,7 +53,7 @@ def explicit(address, count, index, timeout=60):
 
 
 def begin(*command, devices=1):
-    """A started process of this repository on virtual CPU devices."""
+    """Start a process in this repository, with virtual CPU devices."""
     return subprocess.Popen(
         list(map(str, command)),
         cwd=REPOSITORY,
@@ -66,7 +66,7 @@ def begin(*command, devices=1):
 
 
 def end(process, timeout=900):
-    """(exit code, stdout, stderr); the process and those it has started are killed when it takes longer."""
+    """Wait for a process; return exit code, stdout and stderr. After the timeout it is killed."""
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -77,7 +77,7 @@ def end(process, timeout=900):
 
 
 def train(processes, *train_arguments, devices=1):
-    """(stdout, stderr) of a run of so many processes that ended well."""
+    """Train in so many processes, which must succeed; return stdout and stderr."""
     command = [*TRAIN, *train_arguments]
     if processes > 1:
         command = [*LAUNCHER, f"--processes={processes}", f"--devices={devices}", "--", *command]

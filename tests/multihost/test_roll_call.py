@@ -1,4 +1,4 @@
-"""The roll call at the start: who is missing, who is too many, and that all hear it in one sentence."""
+"""The roll call: missing, duplicate and unexpected processes end in one sentence in every process."""
 
 import socket
 import threading
@@ -12,7 +12,7 @@ from tests.multihost.processes import free_port
 
 
 def call(members, *, port=None, timeout=20.0):
-    """Outcome of the roll call for each (num_processes, process_id), run at once: None or what was raised."""
+    """Call `roll_call` for all (num_processes, process_id) at once; return None or the error of each."""
     address = f"localhost:{port or free_port()}"
     outcomes = [None] * len(members)
 
@@ -32,11 +32,11 @@ def call(members, *, port=None, timeout=20.0):
 
 
 @pytest.mark.parametrize("members", [[(1, 0)], [(2, 0), (2, 1)], [(4, 2), (4, 0), (4, 3), (4, 1)]])
-def test_all_come(members):
+def test_all_processes_are_present(members):
     assert call(members) == [None] * len(members)
 
 
-def test_the_others_may_come_first():
+def test_process_zero_may_start_last():
     port = free_port()
     outcomes = []
     early = threading.Thread(target=lambda: outcomes.append(call([(2, 1)], port=port)))
@@ -53,27 +53,27 @@ def test_the_port_is_free_again_afterwards():
         assert call([(2, 0), (2, 1)], port=port) == [None, None]
 
 
-def test_nobody_at_the_address():
+def test_no_process_at_the_address():
     started = time.monotonic()
     (error,) = call([(3, 2)], timeout=1.5)
     assert 1.5 <= time.monotonic() - started < 10
     assert type(error) is RunError
-    assert "process 2 of 3 did not hear from process 0 at localhost:" in str(error)
-    assert "within 1.5 s (nobody answers" in str(error)
+    assert "process 2 of 3 received no reply from process 0 at localhost:" in str(error)
+    assert "within 1.5 s (no answer" in str(error)
     assert "config.distributed.address" in str(error)
 
 
 def test_an_address_that_does_not_exist():
-    with pytest.raises(RunError, match=r"nowhere\.invalid:4000 within 1 s \(nobody answers: "):
+    with pytest.raises(RunError, match=r"nowhere\.invalid:4000 within 1 s \(no answer: "):
         roll_call("nowhere.invalid:4000", 2, 1, 1.0)
 
 
-def test_the_missing_are_named():
+def test_missing_processes_are_named():
     first, there = call([(4, 0), (4, 2)], timeout=2.0)
     assert type(first) is RunError
-    assert "2 of 4 processes (1, 3) did not reach process 0" in str(first)
+    assert "2 of 4 processes (1, 3) did not connect to process 0" in str(first)
     assert type(there) is RunError
-    assert str(there) == str(first) or "it still waits for others" in str(there)
+    assert str(there) == str(first) or "it still waits for other processes" in str(there)
 
 
 @pytest.mark.parametrize("expects", [2, 5])
@@ -81,16 +81,15 @@ def test_different_numbers_of_processes(expects):
     errors = call([(3, 0), (3, 1), (expects, expects - 1)], timeout=5.0)
     assert [type(error) for error in errors[::2]] == [UserError, UserError]
     for error in errors[::2]:
-        assert f"process {expects - 1} was started as one of {expects}, but process 0 as one of 3" in str(
-            error
-        )
+        sentence = f"num_processes is {expects} for process {expects - 1}, but 3 for process 0"
+        assert sentence in str(error)
 
 
 def test_the_same_number_twice():
     errors = call([(3, 0), (3, 1), (3, 1)])
     for error in errors:
         assert type(error) is UserError
-        assert "two processes were started with config.distributed.process_id=1" in str(error)
+        assert "config.distributed.process_id is 1 for two processes" in str(error)
 
 
 def test_a_port_in_use():
@@ -101,7 +100,7 @@ def test_a_port_in_use():
     assert f"cannot listen on port {port}" in str(error)
 
 
-def test_strangers_do_not_matter():
+def test_other_connections_are_ignored():
     port = free_port()
     address = ("localhost", port)
 
@@ -127,7 +126,7 @@ def test_strangers_do_not_matter():
     assert outcomes == [None]
 
 
-def test_a_stranger_at_the_address():
+def test_another_program_at_the_address():
     with socket.create_server(("localhost", 0)) as server:
 
         def answer():

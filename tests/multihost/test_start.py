@@ -1,4 +1,4 @@
-"""A start that fails ends in time, in one sentence and with an exit code that says whose mistake it was."""
+"""A start that fails ends in time, with one sentence, and with an exit code that tells the kind of error."""
 
 import json
 import re
@@ -17,12 +17,12 @@ EXPLICIT = {"mode": "explicit", "address": "localhost:1234", "num_processes": 2,
 
 @pytest.fixture
 def start(tmp_path):
-    """`start(*flags)`: train with them."""
+    """A function that starts training with the flags."""
     return lambda *flags: begin(*TRAIN, *arguments(tmp_path / "data", tmp_path / "run", *flags))
 
 
 def sentence(process, code):
-    """The one line on stderr of a process that has to end with `code`."""
+    """Return the only line on stderr of a process that must end with `code`."""
     found, stdout, stderr = end(process, timeout=120)
     assert found == code, stderr
     assert stdout == ""
@@ -31,21 +31,21 @@ def sentence(process, code):
     return line
 
 
-def test_a_dead_coordinator(start):
+def test_process_zero_is_not_running(start):
     line = sentence(start(*explicit(f"localhost:{free_port()}", 2, 1, timeout=2)), 1)
-    assert "process 1 of 2 did not hear from process 0" in line
-    assert "within 2 s (nobody answers" in line
+    assert "process 1 of 2 received no reply from process 0" in line
+    assert "within 2 s (no answer" in line
 
 
 def test_a_wrong_number_of_processes(start):
     address = f"localhost:{free_port()}"
     both = [start(*explicit(address, 2, 0)), start(*explicit(address, 3, 2))]
     for process in both:
-        assert "process 2 was started as one of 3, but process 0 as one of 2" in sentence(process, 2)
+        assert "num_processes is 3 for process 2, but 2 for process 0" in sentence(process, 2)
 
 
-def test_a_process_that_came_and_does_not_go_on(start):
-    """Past the roll call JAX itself waits; it would abort with a stack trace."""
+def test_a_process_that_stops_after_the_roll_call(start):
+    """After the roll call JAX itself waits; it would abort with a stack trace."""
     port = free_port()
     process = start(*explicit(f"localhost:{port}", 2, 0, timeout=8))
     while process.poll() is None:
@@ -57,12 +57,14 @@ def test_a_process_that_came_and_does_not_go_on(start):
         except ConnectionError:
             time.sleep(0.1)
     line = sentence(process, 1)
-    assert re.search(r"the 2 processes of localhost:\d+ met, but JAX did not connect them within 8 s", line)
+    assert re.search(
+        r"JAX did not connect the 2 processes, which have all reached localhost:\d+, within 8 s", line
+    )
 
 
-def test_auto_where_nothing_tells(start):
+def test_auto_without_a_cluster(start):
     line = sentence(start("--config.distributed.mode=auto"), 2)
-    assert "config.distributed.mode is 'auto', but the environment does not tell" in line
+    assert "config.distributed.mode is 'auto', but JAX finds no cluster in the environment" in line
 
 
 @pytest.mark.parametrize(
@@ -76,17 +78,17 @@ def test_auto_where_nothing_tells(start):
         (EXPLICIT | {"timeout": 0}, "config.distributed.timeout is 0"),
     ],
 )
-def test_fields_that_do_not_fit(fields, named):
+def test_invalid_fields(fields, named):
     distributed = default_config().distributed
     distributed.update(fields)
     with pytest.raises(UserError, match=re.escape(named)):
         connect_processes(distributed)
 
 
-# --- Mistakes that show when the processes have met -----------------------------------------------------
+# --- Mistakes found after the processes have connected ------------------------------------------------
 
 
-def test_a_mistake_of_all(tmp_path):
+def test_a_mistake_in_all_processes(tmp_path):
     flags = arguments(tmp_path / "data", tmp_path / "run", "--config.mesh.tensor=5")
     code, _, stderr = end(begin(*LAUNCHER, "--processes=2", "--", *TRAIN, *flags), timeout=240)
     assert code == 2, stderr
@@ -96,8 +98,8 @@ def test_a_mistake_of_all(tmp_path):
     assert "Traceback" not in stderr
 
 
-def test_a_mistake_of_one_process_does_not_hang_it_or_the_other(start):
-    """At a normal exit JAX waits for the others: 300 s, then it aborts."""
+def test_a_mistake_in_one_process_ends_both(start):
+    """At a normal exit, JAX would wait for the other process for 300 s and then abort."""
     address = f"localhost:{free_port()}"
     first = start(*explicit(address, 2, 0))
     second = start(*explicit(address, 2, 1), "--stop_at=nowhere:1")

@@ -1,4 +1,4 @@
-"""Several real processes train as one does: same losses, same answers, checkpoints for any number of them."""
+"""Training in several processes: losses and answers of one process, checkpoints for any number of them."""
 
 import shutil
 import signal
@@ -15,7 +15,7 @@ CHECKPOINTS = "--config.checkpoint.every=10"
 
 
 def curve(workdir):
-    """{step: (loss, gradient norm)}; each step is reported once."""
+    """Return {step: (loss, gradient norm)}; each step must be logged once."""
     entries = read_json_lines(workdir / "metrics.jsonl")
     values = {entry["step"]: (entry["loss"], entry["grad_norm"]) for entry in entries}
     assert len(values) == len(entries)
@@ -27,7 +27,7 @@ def assert_same_curve(workdir, reference):
     assert list(here) == list(there) == list(range(1, STEPS + 1))
     np.testing.assert_allclose(list(here.values()), list(there.values()), rtol=1e-5)
     losses = np.array(list(there.values()))[:, 0]
-    assert np.ptp(losses) > 1e-3  # the steps differ, so that a wrong order of the data would show
+    assert np.ptp(losses) > 1e-3  # the losses differ, so that a wrong order of the data is noticed
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +37,16 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(data_root, folder):
-    """The workdir of a run in one process."""
+    """Workdir of a run in one process."""
     train(1, *arguments(data_root, folder / "one"))
     return folder / "one"
 
 
 @pytest.fixture(scope="module")
-def told(folder):
-    """(workdir, stdout of process 0) of two processes, of which the second alone is told to stop.
+def interrupted(folder):
+    """Workdir and stdout of process 0 of a run in two processes, of which only the second gets SIGTERM.
 
-    They also have the data to generate.
+    The run also generates its data.
     """
     workdir, address = folder / "two", f"localhost:{free_port()}"
     processes = [
@@ -64,15 +64,15 @@ def told(folder):
 
 
 @pytest.fixture(scope="module")
-def two(told, folder):
-    """(workdir, stdout) of the same in two processes again, to the end."""
-    stdout, _ = train(2, *arguments(folder / "data", told[0]))
-    return told[0], stdout
+def two(interrupted, folder):
+    """Workdir and stdout of the same run, continued to the end."""
+    stdout, _ = train(2, *arguments(folder / "data", interrupted[0]))
+    return interrupted[0], stdout
 
 
 @pytest.fixture(scope="module")
 def four(data_root, folder):
-    """The workdir of a run in four processes, parameters and batch shared by all; checkpoints 10 and 20."""
+    """Workdir of a run in four processes that split parameters and batch; checkpoints at steps 10 and 20."""
     flags = ("--config.mesh.data=2", "--config.mesh.fsdp=2", CHECKPOINTS)
     train(4, *arguments(data_root, folder / "four", *flags, evaluate=False))
     return folder / "four"
@@ -87,8 +87,8 @@ def test_four_processes_have_the_losses_of_one(one, four):
     assert_same_curve(four, one)
 
 
-def test_all_stop_together_when_one_is_told_to(told, two):
-    step = int(told[1].split("stopped at step ")[1].split()[0])
+def test_all_processes_stop_when_one_gets_a_signal(interrupted, two):
+    step = int(interrupted[1].split("stopped at step ")[1].split()[0])
     assert 3 <= step < STEPS
     assert f"resumed at step {step}\n" in two[1]
 
@@ -99,7 +99,7 @@ def test_two_processes_give_the_answers_of_one(one, two):
     assert answers == read_json_lines(one / "predictions.jsonl")
 
 
-def test_the_first_process_alone_reports_and_writes(one, two):
+def test_only_process_zero_prints_and_writes(one, two):
     workdir, stdout = two
     lines = [line for line in stdout.splitlines() if "[Gloo]" not in line]
     assert [line for line in lines if not line.startswith("[0] ")] == []
@@ -110,7 +110,7 @@ def test_the_first_process_alone_reports_and_writes(one, two):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_what_four_processes_saved_goes_on_in_fewer(data_root, folder, one, four, processes):
+def test_a_run_of_four_processes_resumes_in_fewer(data_root, folder, one, four, processes):
     workdir = shutil.copytree(four, folder / f"four_to_{processes}")
     shutil.rmtree(workdir / "checkpoints" / "all" / str(STEPS))
     stdout, _ = train(processes, *arguments(data_root, workdir, CHECKPOINTS, evaluate=False))
@@ -119,7 +119,7 @@ def test_what_four_processes_saved_goes_on_in_fewer(data_root, folder, one, four
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_what_one_has_trained(data_root, one, folder):
+def test_two_processes_evaluate_a_run_of_one(data_root, one, folder):
     workdir = shutil.copytree(one, folder / "again")
     (workdir / "predictions.jsonl").unlink()
     stdout, _ = train(2, *arguments(data_root, workdir, "--config.mesh.data=1", "--config.mesh.fsdp=2"))

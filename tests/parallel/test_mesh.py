@@ -1,4 +1,4 @@
-"""Shapes of meshes, and the rows of a batch that a process holds."""
+"""Shapes of meshes, and the rows of a batch that each process holds."""
 
 import jax
 import numpy as np
@@ -31,16 +31,16 @@ def test_shapes(axes, devices, expected):
 @pytest.mark.parametrize(
     ("axes", "devices", "parts"),
     [
-        ({"data": 2, "fsdp": 2}, 8, ("data 2 x fsdp 2 x tensor 1 x context 1 = 4", "there are 8", "-1")),
-        ({"data": 4, "fsdp": 4}, 8, ("= 16 devices", "there are 8")),
+        ({"data": 2, "fsdp": 2}, 8, ("data 2 x fsdp 2 x tensor 1 x context 1 = 4", "expected 8", "-1")),
+        ({"data": 4, "fsdp": 4}, 8, ("= 16 devices", "expected 8")),
         ({"fsdp": 3}, 8, ("= 3", "does not divide the 8 devices", "data = -1")),
         ({"fsdp": 16}, 8, ("= 16", "does not divide the 8 devices")),
-        ({"data": -1, "fsdp": -1}, 8, ("-1 for one axis at most",)),
+        ({"data": -1, "fsdp": -1}, 8, ("-1 for at most one axis",)),
         ({"fsdp": 0}, 8, ("'fsdp': 0", "at least 1")),
         ({"data": 1, "fdsp": 8}, 8, ("unknown axis 'fdsp'", "data, fsdp, tensor, context")),
     ],
 )
-def test_shapes_that_do_not_fit(axes, devices, parts):
+def test_invalid_shapes(axes, devices, parts):
     with pytest.raises(UserError) as error:
         mesh_shape({"data": -1} | axes, devices)
     sentence = str(error.value)
@@ -57,7 +57,7 @@ def test_mesh_of_all_devices():
 
 
 def test_rows_of_a_batch():
-    """Rows lie in order over data and fsdp; devices that differ in tensor and context hold the same ones."""
+    """Rows are in order over data and fsdp; the other axes hold copies of them."""
     mesh = mesh_of(data=2, fsdp=2, tensor=2)
     assert local_rows(mesh, 12) == list(range(12))
     batch = to_devices({"x": np.arange(24).reshape(12, 2)}, mesh)["x"]
@@ -68,8 +68,8 @@ def test_rows_of_a_batch():
         np.testing.assert_array_equal(np.asarray(shard.data)[:, 0] // 2, np.arange(first, first + 3))
 
 
-class OfOneProcess:
-    """A mesh's batch layout as one of several processes sees it."""
+class BatchShardingOfOneProcess:
+    """The batch sharding of a mesh, as one of several processes sees it."""
 
     def __init__(self, mesh, devices):
         self.whole, self.devices = batch_sharding(mesh), devices
@@ -84,7 +84,8 @@ class OfOneProcess:
     [
         ({"data": 8}, 4, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]),
         ({"data": 2, "tensor": 4}, 2, [list(range(8)), list(range(8, 16))]),
-        ({"fsdp": 2, "tensor": 4}, 4, [list(range(8))] * 2 + [list(range(8, 16))] * 2),  # rows are shared
+        # Pairs of processes hold the same rows.
+        ({"fsdp": 2, "tensor": 4}, 4, [list(range(8))] * 2 + [list(range(8, 16))] * 2),
         ({"context": 8}, 2, [list(range(16))] * 2),
     ],
 )
@@ -94,7 +95,7 @@ def test_rows_of_each_process(axes, processes, expected, monkeypatch):
     each = len(devices) // processes
     found = []
     for process in range(processes):
-        part = OfOneProcess(mesh, devices[process * each : (process + 1) * each])
+        part = BatchShardingOfOneProcess(mesh, devices[process * each : (process + 1) * each])
         with monkeypatch.context() as patch:
             patch.setattr("dynfocus_jax.parallel.sharding.batch_sharding", lambda mesh, part=part: part)
             found.append(local_rows(mesh, 16))

@@ -1,4 +1,4 @@
-"""The rule table on the full 7B model, activations by name, and what does not fit."""
+"""Sharding rules on the full 7B model, sharding of activations by name, and errors."""
 
 import json
 import re
@@ -31,8 +31,8 @@ from tests.tiny import mesh_of
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "sharding_7b.json"
 
 
-def described(leaf) -> str:
-    """Such as "float32 [32, 4096 fsdp, 11008 tensor]"."""
+def describe(leaf) -> str:
+    """Return a description such as "float32 [32, 4096 fsdp, 11008 tensor]"."""
     spec = tuple(leaf.sharding.spec) + (None,) * (leaf.ndim - len(leaf.sharding.spec))
     sizes = [f"{size} {axis}" if axis else str(size) for size, axis in zip(leaf.shape, spec, strict=True)]
     return f"{leaf.dtype} [{', '.join(sizes)}]"
@@ -47,17 +47,17 @@ def full_size():
     return full_state(instruct_7b.get_config())
 
 
-def test_golden_layout_of_the_7b_model(full_size):
-    """Written by hand once more when a rule changes: `described` gives the lines."""
+def test_golden_sharding_of_the_7b_model(full_size):
+    """When a rule changes, review and update the golden file with the lines of `describe`."""
     state = {"trained": trees.flatten(full_size.trained), "frozen": trees.flatten(full_size.frozen)}
     found = {
-        part: {path: described(leaf) for path, leaf in sorted(leaves.items())}
+        part: {path: describe(leaf) for path, leaf in sorted(leaves.items())}
         for part, leaves in state.items()
     }
     assert found == json.loads(GOLDEN.read_text())
 
 
-def test_the_optimizer_follows_its_parameters(full_size):
+def test_optimizer_moments_are_sharded_like_their_parameters(full_size):
     adam = full_size.opt_state[1][0]
     trained = trees.flatten(full_size.trained)
     for moments in (adam.mu, adam.nu):
@@ -73,14 +73,14 @@ def test_the_optimizer_follows_its_parameters(full_size):
 
 
 def test_most_of_the_model_is_split(full_size):
-    """What every device holds a copy of is little."""
+    """Replicated parameters are less than 0.1 % of the model."""
     leaves = trees.flatten(full_size.trained) | trees.flatten(full_size.frozen)
     copied = sum(leaf.size for leaf in leaves.values() if leaf.sharding.is_fully_replicated)
     assert copied < 0.001 * sum(leaf.size for leaf in leaves.values())
 
 
 def variants():
-    """Paths of every part that a configuration of that size may have."""
+    """Yield the parameter shapes of configurations that together have every optional part."""
     config = instruct_7b.get_config()
     config.model.language.update({"qkv_bias": True, "qk_norm": True})
     config.model.language.lora.update(
@@ -95,7 +95,7 @@ def variants():
 
 
 def test_every_rule_is_used_and_every_parameter_has_one_rule():
-    """The rules of the backbones and of the connector; what a connector does not name is replicated."""
+    """Backbone parameters have a rule each; connector parameters without a rule are replicated."""
     shapes = {path: leaf for each in variants() for path, leaf in each.items()}
     own = find_connector("dynfocus").SHARDING
     patterns = [pattern for pattern, _ in RULES] + [f"connector/{pattern}" for pattern, _ in own]
@@ -112,10 +112,11 @@ def test_every_rule_is_used_and_every_parameter_has_one_rule():
     assert all(shardings[path].is_fully_replicated for path in small)
 
 
-# --- What does not fit --------------------------------------------------------------------------------
+# --- Errors -------------------------------------------------------------------------------------------
 
 
-def refused(shapes, mesh):
+def error_of(shapes, mesh):
+    """Return the error of sharding these shapes; it must be one line."""
     shapes = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
     with pytest.raises(UserError) as error:
         param_shardings(shapes, mesh)
@@ -127,26 +128,28 @@ def refused(shapes, mesh):
 
 def test_a_parameter_without_a_rule():
     mesh = mesh_of(fsdp=2)
-    sentence = refused({"language/blocks/expert/kernel": (2, 8, 8)}, mesh)
-    assert "language/blocks/expert/kernel of shape (2, 8, 8) has no layout" in sentence
+    sentence = error_of({"language/blocks/expert/kernel": (2, 8, 8)}, mesh)
+    assert "language/blocks/expert/kernel of shape (2, 8, 8) has no sharding rule" in sentence
     assert "parallel/sharding.py" in sentence
-    assert "has no layout" in refused({"language/head/kernels": (8, 8)}, mesh)  # in full
-    assert "has no layout" in refused({"language/head/kernel": (8,)}, mesh)  # fewer dimensions than the rule
+    # A rule must match the whole path, and have at most as many dimensions as the parameter.
+    assert "has no sharding rule" in error_of({"language/head/kernels": (8, 8)}, mesh)
+    assert "has no sharding rule" in error_of({"language/head/kernel": (8,)}, mesh)
 
 
 def test_an_axis_that_does_not_divide():
-    sentence = refused({"language/blocks/key/kernel": (2, 24, 3, 8)}, mesh_of(fsdp=4, tensor=2))
-    assert "config.mesh.tensor is 2, which does not divide the 3 of parameter language/blocks/key" in sentence
-    sentence = refused({"vision/patch_embedding/kernel": (48, 20)}, mesh_of(fsdp=8))
+    sentence = error_of({"language/blocks/key/kernel": (2, 24, 3, 8)}, mesh_of(fsdp=4, tensor=2))
+    assert "config.mesh.tensor is 2, which does not divide 3, a dimension of parameter" in sentence
+    assert "parameter language/blocks/key/kernel of shape (2, 24, 3, 8)" in sentence
+    sentence = error_of({"vision/patch_embedding/kernel": (48, 20)}, mesh_of(fsdp=8))
     assert "config.mesh.fsdp is 8" in sentence
     assert "a divisor of 20" in sentence
 
 
-# --- Placing and constraints --------------------------------------------------------------------------
+# --- Arrays and activations ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["numpy", "one device", "another mesh"])
-def test_place_copies_casts_and_splits(kind):
+def test_place_like_copies_casts_and_splits(kind):
     values = np.arange(64, dtype=np.float32).reshape(4, 16) / 3
     path, mesh = "language/head/kernel", mesh_of(fsdp=4, tensor=2)
 
@@ -165,12 +168,12 @@ def test_place_copies_casts_and_splits(kind):
         assert {shard.data.shape for shard in placed.addressable_shards} == {(1, 8)}
         np.testing.assert_array_equal(placed, values.astype(dtype))
     same = place_like(source, like(mesh_of(), jnp.float32))
-    same.delete()  # what is taken over can be donated without a loss to its source
+    same.delete()  # it is a copy, which can be donated without losing the source
     np.testing.assert_array_equal(source, values)
 
 
-def laid_out(mesh, shape, *names):
-    """The layout that `shard` gives an array inside of jit."""
+def spec_of(mesh, shape, *names):
+    """Return the mesh axes of an array's dimensions after `shard` inside of jit."""
 
     def run(x):
         with on_mesh(mesh):
@@ -183,14 +186,14 @@ def laid_out(mesh, shape, *names):
 def test_names_of_activations():
     mesh = mesh_of(data=2, fsdp=2, context=2)
     rows = ("data", "fsdp")
-    assert laid_out(mesh, (4, 6, 3), "batch", "sequence", None) == (rows, "context", None)
-    assert laid_out(mesh, (8, 3), "frames", None) == (rows, None)
+    assert spec_of(mesh, (4, 6, 3), "batch", "sequence", None) == (rows, "context", None)
+    assert spec_of(mesh, (8, 3), "frames", None) == (rows, None)
     mesh = mesh_of(fsdp=2, tensor=4)
-    assert laid_out(mesh, (2, 3, 4, 5), "batch", None, "heads", None)[2] == "tensor"
-    assert laid_out(mesh, (2, 8), None, "vocab") == (None, "tensor")
-    assert laid_out(mesh, (2, 8), None, "hidden") == (None, "tensor")
-    # One decoded token has no sequence to share, one prompt no batch.
-    assert laid_out(mesh_of(fsdp=2, context=4), (1, 1, 8), "batch", "sequence", None) == (None,) * 3
+    assert spec_of(mesh, (2, 3, 4, 5), "batch", None, "heads", None)[2] == "tensor"
+    assert spec_of(mesh, (2, 8), None, "vocab") == (None, "tensor")
+    assert spec_of(mesh, (2, 8), None, "hidden") == (None, "tensor")
+    # The sequence of one decoded token cannot be split, nor the batch of one prompt.
+    assert spec_of(mesh_of(fsdp=2, context=4), (1, 1, 8), "batch", "sequence", None) == (None,) * 3
 
 
 def test_number_of_shards():
@@ -200,7 +203,7 @@ def test_number_of_shards():
         assert [num_shards(name) for name in names] == [4, 4, 2, 1, 1]
 
 
-def test_without_a_mesh_it_is_the_array_itself():
+def test_without_a_mesh_the_array_is_unchanged():
     x = jnp.ones((2, 3))
     assert shard(x, "batch", None) is x
     with on_mesh(mesh_of()):
@@ -208,7 +211,7 @@ def test_without_a_mesh_it_is_the_array_itself():
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_unknown_names_raise_with_and_without_a_mesh(devices):
+def test_unknown_names_are_errors_with_and_without_a_mesh(devices):
     with on_mesh(mesh_of(data=devices)):
         with pytest.raises(ValueError, match=r"name 'sequnce' is unknown; expected one of 'batch', 'frames'"):
             shard(jnp.ones((2, 3)), "batch", "sequnce")
@@ -218,7 +221,7 @@ def test_unknown_names_raise_with_and_without_a_mesh(devices):
         num_shards("length")
 
 
-def test_logical_axes_are_axes_of_the_mesh():
+def test_rules_use_axes_of_the_mesh():
     axes = set(mesh_of().shape)
     assert {axis for names in LOGICAL_AXES.values() for axis in names} == axes
     assert {axis for _, spec in RULES for axis in spec if axis} == {"fsdp", "tensor"}

@@ -1,4 +1,4 @@
-"""The train step on eight devices, in parts and in chunks: loss, gradient, parameters are those of one."""
+"""The train step on eight devices, in microbatches and in loss chunks: equal to one device and one batch."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from dynfocus_jax.training.step import make_train_step
 from dynfocus_jax.video_language_model import build_model
 from tests.tiny import make_sample, mesh_of, pad, shaken, stack, tiny_config
 
-FRAMES, TEXT, ROWS = 7, 13, 16  # more frames than prototypes; text and sequence that 4 devices do not divide
+FRAMES, TEXT, ROWS = 7, 13, 16  # more frames than prototypes; 4 devices do not divide text and sequence
 MESHES = (
     {"data": 8},
     {"fsdp": 8},
@@ -26,7 +26,7 @@ KEY = 5  # of the selection: with others, a gradient of the score net is roundin
 
 
 def toy(**changes):
-    """The tiny configuration's last stage, with two layers and heads that two devices can share."""
+    """Return the tiny configuration, with two layers and a number of heads that two devices can split."""
     config = tiny_config()
     config.model.language.update({"depth": 2, "kv_heads": 2})
     config.model.vision.depth = 2
@@ -37,7 +37,7 @@ def toy(**changes):
 
 @pytest.fixture(scope="module")
 def batch():
-    """Videos, an image, text alone and a padding row."""
+    """A batch of videos, an image, a text-only sample and a padding row."""
     rng = np.random.default_rng(0)
     samples = [make_sample(rng, FRAMES, TEXT - row, 1 + row, at_end=row % 2 == 0) for row in range(6)]
     samples += [make_sample(rng, 1, 9, 2), make_sample(rng, 0, 6, 3)]
@@ -56,7 +56,7 @@ def params():
 
 
 def train(config, mesh, params, batch, steps=2):
-    """The state after some steps on a batch, and the metrics of each."""
+    """Train some steps on a batch; return the state and the metrics of each step."""
     stage = config.stages[-1]
     abstract = abstract_state(config, -1, mesh)
     optimizer = make_optimizer(stage, abstract.trained)
@@ -81,7 +81,7 @@ def train(config, mesh, params, batch, steps=2):
 
 @pytest.fixture(scope="module")
 def alone(params, batch):
-    """On one device."""
+    """State and metrics of training on one device."""
     return jax.device_get(train(toy(), mesh_of(), params, batch))
 
 
@@ -90,29 +90,29 @@ def assert_same(result, expected):
     for values, wanted in zip(metrics, expected_metrics, strict=True):
         for name in wanted:
             np.testing.assert_allclose(values[name], wanted[name], rtol=1e-5, atol=1e-5, err_msg=name)
-    # The mean gradient, so to say, and what Adam made of it
+    # Adam's first moment, which stands for the gradient, and the updated parameters
     moments, wanted = trees.flatten(state.opt_state[1][0].mu), expected_state.opt_state[1][0].mu
     scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
     trained, compared, elements = trees.flatten(expected_state.trained), 0, 0
     for path, leaf in trees.flatten(wanted).items():
         np.testing.assert_allclose(moments[path], leaf, atol=1e-5 * scale, err_msg=path)
-        # Adam divides by the gradient's size: where that is nothing but rounding, so is the update.
-        sure = (np.abs(leaf) > 1e-5 * scale) | (leaf == 0)
+        # Adam divides by the size of the gradient: if that is only rounding error, so is the update.
+        is_reliable = (np.abs(leaf) > 1e-5 * scale) | (leaf == 0)
         found = np.asarray(trees.flatten(state.trained)[path])
-        np.testing.assert_allclose(found[sure], trained[path][sure], atol=1e-5, err_msg=path)
-        compared, elements = compared + sure.sum(), elements + sure.size
+        np.testing.assert_allclose(found[is_reliable], trained[path][is_reliable], atol=1e-5, err_msg=path)
+        compared, elements = compared + is_reliable.sum(), elements + is_reliable.size
     assert compared > 0.8 * elements
     for path, leaf in trees.flatten(expected_state.frozen).items():
         np.testing.assert_array_equal(trees.flatten(state.frozen)[path], leaf, err_msg=path)
 
 
-def test_the_step_is_worth_comparing(alone, params):
-    """It learns, everything in it has a gradient, and the learned selection takes part."""
+def test_the_step_is_a_meaningful_reference(alone, params):
+    """The loss falls, all parameters have a gradient, and the learned selection takes part."""
     state, metrics = alone
     assert metrics[1]["loss"] < metrics[0]["loss"]
     moments = trees.flatten(state.opt_state[1][0].mu)
     without = {path for path, leaf in moments.items() if not np.abs(leaf).max() > 0}
-    assert all("/text_mlp" in path for path in without)  # the last layer's, whose output nothing reads
+    assert all("/text_mlp" in path for path in without)  # of the last layer, whose output is not used
     assert any(path.startswith("connector/dpe/score_net") for path in moments)
     moved = {path: np.abs(params[path] - leaf).max() for path, leaf in trees.flatten(state.trained).items()}
     assert max(moved.values()) > 1e-4
@@ -124,13 +124,13 @@ def test_on_eight_devices(axes, alone, params, batch):
     assert mesh.size == 8
     state, metrics = train(toy(), mesh, params, batch)
     assert_same((state, metrics), alone)
-    # And no device holds more than its share of what is split.
-    shares = axes.get("fsdp", 1) * axes.get("tensor", 1)
+    # No device holds more than its shard.
+    shards = axes.get("fsdp", 1) * axes.get("tensor", 1)
     kernel = trees.flatten(state.trained)["language/blocks/gate/kernel"]
     moment = trees.flatten(state.opt_state[1][0].nu)["language/blocks/gate/kernel"]
     frozen = trees.flatten(state.frozen)["vision/blocks/mlp/up/kernel"]
     for leaf in (kernel, moment, frozen):
-        assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // shares}
+        assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // shards}
 
 
 @pytest.mark.parametrize(
@@ -138,34 +138,34 @@ def test_on_eight_devices(axes, alone, params, batch):
     [{"microbatches": 4}, {"loss_chunk": 5}, {"loss_chunk": 1, "microbatches": 16}, {"loss_chunk": 20}],
     ids=str,
 )
-def test_in_parts_and_chunks(changes, alone, params, batch):
+def test_microbatches_and_loss_chunks(changes, alone, params, batch):
     assert_same(train(toy(**changes), mesh_of(), params, batch), alone)
 
 
-def test_in_parts_and_chunks_on_eight_devices(alone, params, batch):
+def test_microbatches_and_loss_chunks_on_eight_devices(alone, params, batch):
     config = toy(microbatches=4, loss_chunk=6)
     config.model.language.remat = "full"
     assert_same(train(config, mesh_of(fsdp=2, tensor=2, context=2), params, batch), alone)
 
 
-def test_parameters_are_made_where_they_lie():
-    """Bit for bit those of one device; and in bfloat16 the rounded ones."""
+def test_parameters_are_initialised_on_the_mesh():
+    """They equal those of one device, bit for bit; in bfloat16 they are rounded."""
     config, mesh = toy(), mesh_of(fsdp=4, tensor=2)
     model = build_model(config)
 
-    def made(mesh):
+    def initialise(mesh):
         state = abstract_state(config, -1, mesh)
         wanted = trees.flatten(trees.merge(state.trained, state.frozen))
         return init_params(model, jax.random.key(5), wanted)
 
-    many, one = made(mesh), made(mesh_of())
+    many, one = initialise(mesh), initialise(mesh_of())
     for path, leaf in one.items():
         np.testing.assert_array_equal(many[path], leaf, err_msg=path)
     assert len(many["language/head/kernel"].addressable_shards[0].data) == 6  # of 24
     config.model.dtype = "bfloat16"
-    assert made(mesh)["vision/position"].dtype == jnp.float32  # an earlier stage trains it
+    assert initialise(mesh)["vision/position"].dtype == jnp.float32  # an earlier stage trains it
     config.stages = config.stages[-1:]
-    rounded = made(mesh)
+    rounded = initialise(mesh)
     assert rounded["vision/position"].dtype == jnp.bfloat16
     assert rounded["language/head/kernel"].dtype == jnp.float32
     np.testing.assert_array_equal(rounded["vision/position"], one["vision/position"].astype(jnp.bfloat16))

@@ -11,11 +11,11 @@ from PIL import Image
 from dynfocus_jax.config import source, stage
 from dynfocus_jax.data import pipeline
 from dynfocus_jax.data.budget import Budget
-from dynfocus_jax.data.lengths import Lengths
+from dynfocus_jax.data.lengths import SampleLengths
 from dynfocus_jax.data.media_reader import MediaReader
-from dynfocus_jax.data.order import Order
+from dynfocus_jax.data.order import BatchOrder
 from dynfocus_jax.data.samples import SampleLoader
-from dynfocus_jax.data.skipped import Skipped
+from dynfocus_jax.data.skipped import SkippedSamples
 from dynfocus_jax.data.synthetic import write_video
 from dynfocus_jax.records.mixture import Mixture
 from dynfocus_jax.text.conversation import TEMPLATES
@@ -94,16 +94,16 @@ def mixture(tmp_path_factory):
 @pytest.fixture(scope="module")
 def parts(mixture, tmp_path_factory):
     """The sample loader, and the bucket of each sample."""
-    budget = Budget.of(BUCKETS, lambda frames: 2 * frames)
+    budget = Budget.from_buckets(BUCKETS, lambda frames: 2 * frames)
     media = MediaReader(8, cache_bytes=2**24)
     load = SampleLoader(mixture[0].records, TOKENIZER, TEMPLATES["plain"], media, budget, max_query=8)
-    return load, Lengths(tmp_path_factory.mktemp("lengths") / "lengths.jsonl").buckets(load)
+    return load, SampleLengths(tmp_path_factory.mktemp("lengths") / "lengths.jsonl").assign_buckets(load)
 
 
 def read(mixture, parts, rows=None, start=0, skipped=None, count=None):
     """Return (record numbers, frames, text length) of the batches of one epoch, as one process reads them."""
     load, bucket_of = parts
-    order = Order(mixture[0].epoch, bucket_of, batch_size=BATCH, seed=SEED, epochs=1)
+    order = BatchOrder(mixture[0].epoch, bucket_of, batch_size=BATCH, seed=SEED, epochs=1)
     batches = iter(
         pipeline.make_dataset(
             load, order, seed=SEED, rows=rows, start=start, skipped=skipped or keep(mixture)
@@ -119,8 +119,8 @@ def read(mixture, parts, rows=None, start=0, skipped=None, count=None):
 
 def keep(mixture, path=None):
     """Return a list of skipped samples that already contains the refused entries."""
-    skipped = Skipped(path, max_share=0.05)
-    skipped.refuse(mixture[0].refused, COUNT)
+    skipped = SkippedSamples(path, max_share=0.05)
+    skipped.note_refused(mixture[0].refused, COUNT)
     return skipped
 
 
@@ -172,7 +172,7 @@ def test_processes_share_the_epoch(mixture, parts, whole, count):
     for step, (batch, *shape) in enumerate(whole[0]):
         for rows, part in zip(shares, read_by, strict=True):
             assert part[step] == ([batch[row] for row in rows], *shape)
-    assert {entry["id"] for own in skipped for entry in own.records} == mixture[1].keys()
+    assert {entry["id"] for own in skipped for entry in own.entries} == mixture[1].keys()
     assert sum(own.count for own in skipped) == 270
 
 

@@ -483,7 +483,9 @@ def test_queries_are_encoded_by_the_query_tokenizer(folders):
     config = configured(folders)
     tokenizer = make_tokenizer(config, folders / "no_vocabulary.json")
     record = Record("t", None, (("What shape is the red disc ?", "a red disc"),))
-    loader = SampleLoader([record], tokenizer, CHAT, MediaReader(8), Budget.of([(1, 99)]), max_query=6)
+    loader = SampleLoader(
+        [record], tokenizer, CHAT, MediaReader(8), Budget.from_buckets([(1, 99)]), max_query=6
+    )
     sample, _ = loader(0, np.random.default_rng(0))
     bert = BertTokenizer.from_pretrained(folders / "bert", truncation_side="left")
     expected = bert("What shape is the red disc ?", max_length=6, truncation=True).input_ids
@@ -501,7 +503,9 @@ def test_query_padding_is_zero(folders):
     """The text's padding id may lie outside the text encoder's vocabulary."""
     tokenizer = make_tokenizer(configured(folders, text="qwen"), folders)
     record = Record("t", None, (("red ?", "disc"),))
-    loader = SampleLoader([record], tokenizer, CHAT, MediaReader(8), Budget.of([(1, 99)]), max_query=20)
+    loader = SampleLoader(
+        [record], tokenizer, CHAT, MediaReader(8), Budget.from_buckets([(1, 99)]), max_query=20
+    )
     sample, _ = loader(0, np.random.default_rng(0))
     assert sample.query_tokens.tolist() == [3, 9, 10, 4] + [0] * 16
     assert not loader.padding().sample.query_tokens.any()

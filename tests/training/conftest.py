@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from dynfocus_jax.data.prepare import make_tokenizer, prepare
+from dynfocus_jax.data.prepare import make_tokenizer, prepare_data_root
 from dynfocus_jax.training.loop import StageRun
 from dynfocus_jax.validation import validate
 from tests.tiny import mesh_of, tiny_config
@@ -21,7 +21,7 @@ def run_stage(data_root):
             change(config)
         validate(config)
         if root is None:
-            root = prepare(config.data)
+            root = prepare_data_root(config.data)
         tokenizer = make_tokenizer(config, root / config.data.vocabulary)
         return StageRun(config, index, workdir=workdir, data_root=root, tokenizer=tokenizer, mesh=mesh_of())
 

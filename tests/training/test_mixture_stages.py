@@ -140,7 +140,7 @@ def test_other_lengths_are_refused(mixed, tmp_path):
 
 def test_samples_that_are_too_long_are_listed(mixed, consumed, tmp_path, capsys):
     budget = mixed(tmp_path / "a").data.loader.budget
-    limit = 24 + budget.visual[16]
+    limit = 24 + budget.visual_tokens[16]
     stage = mixed(tmp_path / "b", max_length=limit, on_overflow="drop_turns", epochs=1.0)
     stage.run(None)
     count = stage.data.shortened.counts["turns"]

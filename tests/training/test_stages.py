@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dynfocus_jax import trees
-from dynfocus_jax.data.prepare import prepare
+from dynfocus_jax.data.prepare import prepare_data_root
 from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.training import loop
 from dynfocus_jax.training.checkpoints import restore_params
@@ -236,7 +236,7 @@ def broken_data(data_root, tmp_path_factory):
     config = tiny_config()
     config.data.root = str(data_root)
     root = tmp_path_factory.mktemp("broken") / "data"
-    shutil.copytree(prepare(config.data), root)
+    shutil.copytree(prepare_data_root(config.data), root)
     records = json.loads((root / "train.json").read_text())
     videos = sorted({record["video"] for record in records})[:3]
     records = [record for record in records if record["video"] in videos]

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
 
 from dynfocus_jax import trees
-from dynfocus_jax.data.prepare import make_tokenizer, prepare
+from dynfocus_jax.data.prepare import make_tokenizer, prepare_data_root
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.models.llama import Llama
 from dynfocus_jax.training.checkpoints import read_params, save_params
@@ -387,7 +387,7 @@ def start(data_root, tmp_path_factory):
         change(config)
         config.initial = str(initial)
         validate(config)
-        root = prepare(config.data)
+        root = prepare_data_root(config.data)
         tokenizer = make_tokenizer(config, root / config.data.vocabulary)
         workdir = tmp_path_factory.mktemp("start")
         stages = [
