@@ -20,7 +20,6 @@ The libraries are imported in the functions that run in those processes.
 import argparse
 import datetime
 import functools
-import json
 import math
 import multiprocessing
 import os
@@ -33,14 +32,22 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script: that folder holds both packages
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs in any folder
 
-from benchmarks.connector import peak_memory, processor, seconds
+from benchmarks.reporting import (
+    add_output_argument,
+    markdown_table,
+    peak_memory,
+    processor,
+    seconds,
+    write_report,
+)
 from dynfocus_jax.config import default_config
 from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.weights.files import WeightSource
@@ -115,14 +122,14 @@ def inputs(part: str, options: argparse.Namespace, model: ConfigDict) -> tuple[n
 # --- PyTorch ------------------------------------------------------------------------------------------
 
 
-def torch_module(part: str, model: ConfigDict):
+def torch_module(part: str, model: ConfigDict) -> Any:
     """Return Hugging Face's module of the published sizes, with the depth and epsilons of `model`."""
     import torch
     import transformers
 
     depth = {"num_hidden_layers": model[part].depth}
     if part == "vision":
-        module = transformers.InstructBlipVisionModel(transformers.InstructBlipVisionConfig(**depth))
+        module: Any = transformers.InstructBlipVisionModel(transformers.InstructBlipVisionConfig(**depth))
         module.post_layernorm = torch.nn.Identity()  # belongs to the text encoder
     elif part == "text_encoder":
         section, features = model.text_encoder, model.vision.width
@@ -224,7 +231,7 @@ def start_jax(options: argparse.Namespace):
         jax.config.update("jax_default_matmul_precision", "highest")  # no TF32
     try:
         return jax.devices()[0]
-    except (RuntimeError, AssertionError):  # the latter without any CUDA plugin
+    except (RuntimeError, AssertionError):  # AssertionError: no CUDA plugin is installed
         raise UserError(f"--device gpu: jax {jax.__version__} sees no GPU; use --device cpu.") from None
 
 
@@ -271,25 +278,25 @@ def ours(options: argparse.Namespace, part: str, published: dict[str, tuple[int,
 
     model = model_section(options)
     types = {"dtype": options.dtype, "param_dtype": options.dtype}
+
+    def vision(tower, frames):
+        return tower(frames, keep_cls=True)
+
+    def text_encoder(encoder, question, features):
+        return encoder(question[None], jnp.full(1, QUESTION), features[None])[0]
+
+    def language(decoder, tokens):
+        batch, length = tokens.shape
+        hidden = decoder(decoder.embed(tokens), jnp.full(batch, length))
+        return decoder.logits(hidden)
+
     if part == "vision":
-        module = VisionTransformer(**model.vision, **types)
-
-        def method(tower, frames):
-            return tower(frames, keep_cls=True)
-
+        module, method = VisionTransformer(**model.vision, **types), vision
     elif part == "text_encoder":
-        module = QFormer(**model.text_encoder, output_width=model.vision.width, **types)
-
-        def method(encoder, question, features):
-            return encoder(question[None], jnp.full(1, QUESTION), features[None])[0]
-
+        width = model.vision.width
+        module, method = QFormer(**model.text_encoder, output_width=width, **types), text_encoder
     else:
-        module = Llama(**model.language, **types)
-
-        def method(decoder, tokens):
-            batch, length = tokens.shape
-            hidden = decoder(decoder.embed(tokens), jnp.full(batch, length))
-            return decoder.logits(hidden)
+        module, method = Llama(**model.language, **types), language
 
     dtype = DTYPES[options.dtype]
     batch = [x.astype(dtype) if x.dtype == np.float32 else x for x in inputs(part, options, model)]
@@ -298,11 +305,14 @@ def ours(options: argparse.Namespace, part: str, published: dict[str, tuple[int,
 
     def make_params():
         weights = RandomWeights(published, options.dtype)
-        quiet = {"say": lambda line: None}
-        flat = trees.flatten(load_part(weights, shapes, FAMILIES[part], **quiet))
+
+        def load(target, family):
+            return load_part(weights, target, family, say=lambda line: None)
+
+        flat = trees.flatten(load(shapes, FAMILIES[part]))
         if part == "text_encoder":
             name = "query_projection"
-            flat |= trees.flatten({name: load_part(weights, shapes[name], name, **quiet)})
+            flat |= trees.flatten({name: load(shapes[name], name)})
         # Leaf by leaf, so that each leaves host memory once it is on the device.
         placed = {path: jax.block_until_ready(jax.device_put(flat.pop(path))) for path in list(flat)}
         return trees.unflatten(placed)
@@ -368,7 +378,7 @@ def end_to_end(options: argparse.Namespace) -> dict:
         return model.init(key, small)["params"]
 
     def forward(params, batch):
-        output = model.apply({"params": params}, batch)
+        output: Any = model.apply({"params": params}, batch)
         return jnp.isfinite(output.logits).all(), output.visual.count[0]
 
     shapes = jax.eval_shape(init, jax.random.key(0))
@@ -419,7 +429,9 @@ def measure(options: argparse.Namespace, part: str) -> dict:
         sizes = f"{options.frames} frames, {QUESTION} tokens; {facts.pop('visual_tokens')} visual tokens"
         return {"input": sizes, "parameters": facts.pop("parameters"), "programs": {"ours": facts}}
     published, batch = published_shapes(part, model_section(options)), options.batch or BATCH[part]
-    reference = alone(pytorch, options, part, "float32", 0)["output"] if options.reference else None
+    reference = None
+    if options.reference:
+        reference = alone(pytorch, options, part, "float32", 0)["output"]
     programs = {
         "pytorch": alone(pytorch, options, part, options.dtype, options.runs),
         "ours": alone(ours, options, part, published),
@@ -427,8 +439,9 @@ def measure(options: argparse.Namespace, part: str) -> dict:
     outputs = {name: facts.pop("output") for name, facts in programs.items()}
     programs["ours"]["difference"] = difference(outputs["ours"], outputs["pytorch"])
     programs["ours"]["speedup"] = programs["pytorch"]["seconds"] / programs["ours"]["seconds"]
-    for name in programs if options.reference else ():
-        programs[name]["difference_from_float32"] = difference(outputs[name], reference)
+    if reference is not None:
+        for name in programs:
+            programs[name]["difference_from_float32"] = difference(outputs[name], reference)
     sizes = {
         "vision": f"{batch} frames",
         "text_encoder": f"{batch} frames, {QUESTION} tokens",
@@ -442,7 +455,7 @@ def table(results: dict[str, dict]) -> str:
     """Return a Markdown table with a row per part and program."""
     head = ["part", "input", "M parameters", "program", "seconds", "times faster", "MiB", "compile"]
     head += ["largest", "mean", "largest from float32", "mean from float32"]
-    rows = [head, ["---"] * len(head)]
+    rows = [head]
     for part, result in results.items():
         for name, facts in result["programs"].items():
             row = [part, result["input"], f"{result['parameters'] / 1e6:.0f}", name]
@@ -453,11 +466,11 @@ def table(results: dict[str, dict]) -> str:
             for kind in ("difference", "difference_from_float32"):
                 row += [f"{error:.1e}" for error in facts.get(kind, {}).values()] or ["-", "-"]
             rows.append(row)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(rows)
 
 
-def write(output: Path, options: argparse.Namespace, results: dict[str, dict]) -> str:
-    """Write the results as Markdown and JSON; return the Markdown."""
+def report(options: argparse.Namespace, results: dict[str, dict]) -> tuple[str, dict]:
+    """Return the results as Markdown and as a record for JSON."""
     about = {
         "date": str(datetime.date.today()),
         "device": next(iter(results.values()))["programs"]["ours"]["device"],
@@ -473,17 +486,14 @@ def write(output: Path, options: argparse.Namespace, results: dict[str, dict]) -
         f"Seconds, medians of {options.runs} runs, {options.dtype}, {depth}; our attention: "
         f"{about['attention']}, PyTorch's: SDPA. MiB: peak while the program runs, weights and inputs "
         "included. Largest and mean: differences from `pytorch` in the same precision, or from `pytorch` in "
-        f"float32, over the largest magnitude of the output. {about['device']}; {versions}; {about['date']}."
+        "float32, divided by the largest magnitude of the output. "
+        f"{about['device']}; {versions}; {about['date']}."
     )
-    text = f"{table(results)}\n\n{notes}\n"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
-    record = json.dumps({**about, "results": results}, indent=1)
-    output.with_suffix(".json").write_text(record + "\n", encoding="utf-8")
-    return text
+    return f"{table(results)}\n\n{notes}\n", {**about, "results": results}
 
 
 def parse_options() -> argparse.Namespace:
+    """Parse the command line and check the values that argparse cannot."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -500,11 +510,7 @@ def parse_options() -> argparse.Namespace:
         "--attention", choices=("cudnn",), help="use fused attention in our modules (gpu, bfloat16)"
     )
     parser.add_argument("--reference", choices=("float32",), help="also compare with PyTorch in this dtype")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="Markdown file; a JSON file is written beside it (default: benchmarks/results/backbones_*)",
-    )
+    add_output_argument(parser)
     options = parser.parse_args()
     for name in ("layers", "batch", "tokens", "frames", "runs"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
@@ -518,19 +524,18 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    depth = f"_{options.layers}_layers" if options.layers else ""
-    default = f"backbones_{options.device}_{options.dtype}{depth}.md"
-    output = options.output or Path(__file__).parent / "results" / default
     results: dict[str, dict] = {}
+    text = ""
     for part in options.parts:
         try:
             results[part] = measure(options, part)
         except (UserError, RunError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2 if isinstance(error, UserError) else 1)
-        text = write(output, options, results)  # after every part, since a later one may fail
         print(table({part: results[part]}), flush=True)
-    print(f"\n{text}\nwritten to {output} and {output.with_suffix('.json')}")
+        text, record = report(options, results)
+        write_report(options.output, text, record)  # after every part, since a later one may fail
+    print(f"\n{text}")
 
 
 if __name__ == "__main__":

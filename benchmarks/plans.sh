@@ -1,22 +1,28 @@
 #!/usr/bin/env bash
-# Writes the plans under benchmarks/plans: what the 7B stages need on machines of 1 to 32 chips.
+# Plan the 7B stages on machines of 1 to 32 chips, as in benchmarks/plans.
 #
-#   bash launch/local.sh --plan bash benchmarks/plans.sh          all of them
-#   bash launch/local.sh --plan bash benchmarks/plans.sh v5e      those whose file name holds "v5e"
+#   bash launch/local.sh --plan bash benchmarks/plans.sh DIR          all plans, into the folder DIR
+#   bash launch/local.sh --plan bash benchmarks/plans.sh DIR v5e      the plans whose file name contains "v5e"
 #
-# Needs no GPU, TPU or data. A TPU's programs take about ten minutes each on two idle cores, a GPU's two.
+# Needs no GPU, TPU or data. On two idle cores, a plan takes about ten minutes for TPUs and two for GPUs.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-mkdir -p benchmarks/plans
-chosen=${1:-}
+if [[ $# -eq 0 || "$1" == -h || "$1" == --help ]]; then
+  sed -n '2,7s/^# \{0,1\}//p' "$0"
+  exit 0
+fi
+root=$(cd "$(dirname "$0")/.." && pwd)
+folder=$1
+filter=${2:-}
+mkdir -p "$folder"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 plan() { # name config machine [arguments]
   local name="${1}_${3//:/_}"
-  [[ "$name" == *"$chosen"* ]] || return 0
-  PYTHONPATH=. python -m dynfocus_jax.plan --config "configs/$2" --machine "$3" \
-    --output "benchmarks/plans/$name.json" "${@:4}" 2>"benchmarks/plans/$name.log" |
-    tee "benchmarks/plans/$name.txt"
-  rm "benchmarks/plans/$name.log" # kept where a plan fails
+  [[ "$name" == *"$filter"* ]] || return 0
+  python -m dynfocus_jax.plan --config "$root/configs/$2" --machine "$3" \
+    --output "$folder/$name.json" "${@:4}" 2>"$folder/$name.log" |
+    tee "$folder/$name.txt"
+  rm "$folder/$name.log" # kept if the plan fails
 }
 
 plan align_7b align_7b.py a100-80gb:8 --steps=train
@@ -24,7 +30,7 @@ plan instruct_7b instruct_7b.py a100-80gb:8
 plan instruct_7b_lora instruct_7b.py:train=lora a100-80gb:8 --steps=train
 plan instruct_7b instruct_7b.py v5p:2x2x4
 plan instruct_7b instruct_7b.py v5e:4x8
-# One GPU: batches that it holds.
+# One GPU, with batches that fit its memory.
 plan align_7b align_7b.py h200:1 --steps=train --config.stages[0].batch_size=32
 plan instruct_7b_lora instruct_7b.py:train=lora h200:1 --steps=train --config.stages[0].batch_size=4
 plan instruct_7b instruct_7b.py h200:1 --steps=train --config.stages[0].batch_size=4

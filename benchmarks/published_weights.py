@@ -1,4 +1,4 @@
-"""The connector's parameters under their published names, and where each one stands in ours."""
+"""The connector's parameters under their published names, and the corresponding paths in our tree."""
 
 import math
 
@@ -22,7 +22,10 @@ MODULES = {
 
 
 def our_params(published: dict[str, np.ndarray]) -> dict:
-    """Our parameter tree from arrays by published name; a Linear's weight [out, in] is a kernel [in, out]."""
+    """Return our parameter tree from arrays by published name.
+
+    The weight [out, in] of a Linear becomes a kernel [in, out].
+    """
     flat = {}
     for name, value in published.items():
         module, _, kind = name.rpartition(".")
@@ -35,10 +38,15 @@ def our_params(published: dict[str, np.ndarray]) -> dict:
 def random_published(
     vision_width: int, language_width: int, gates: int, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Random float32 parameters by published name: Linears uniform in +-1 / sqrt(inputs), norms 1 and 0.
+    """Return random float32 parameters by published name.
+
+    Linear layers are uniform within ±1 / sqrt(inputs); norms have weight 1 and bias 0.
 
     Args:
-      vision_width: C; language_width: D; gates: prototypes of the last spatial level.
+      vision_width: C.
+      language_width: D.
+      gates: prototypes of the last spatial level.
+      seed: of the random numbers.
     """
     c, d = vision_width, language_width
     shapes = [(d, c), (d, d), (c, c), (d, c), (gates, gates), (2 * c,)]

@@ -1,13 +1,14 @@
-"""The published DynFocus connector in plain PyTorch: what the JAX one is compared with, in value and time.
+"""The published DynFocus connector in plain PyTorch, the reference for values and speed of the JAX one.
 
-An independent program in the published code's natural style: weighted k-means by broadcast differences and
-a loop over clusters, DPC-KNN through `torch.cdist`, a loop over the groups of every frame in the two-level
-merger, a loop over the frames that assembles the tokens. Parameters carry the published names. It computes
-what the project calls the `released` mode, with three sources of chance removed: densities that tie are
+An independent program in the style of the published code: weighted k-means by broadcast differences and a
+loop over clusters, DPC-KNN by `torch.cdist`, a loop over the groups of every frame in the two-level merger,
+and a loop over the frames that assembles the tokens. Parameters have the published names.
+
+It computes the mode `released` of this project, with three sources of randomness removed: equal densities are
 ordered by index instead of by random noise, an empty k-means cluster keeps its centroid instead of taking a
 random frame, and the perturbation noise is an argument.
 
-T frames, N patches, C vision width, D language width, P pooled tokens, K event prototypes, J kept ones,
+T frames, N patches, C vision width, D language width, P pooled tokens, K event prototypes, J selected ones,
 M spatial prototypes (M1 and M2 by level), Q text queries, S noise samples.
 """
 
@@ -19,10 +20,15 @@ from torch import Tensor, nn
 
 
 def dpc_knn(features: Tensor, num_clusters: int, k: int) -> tuple[Tensor, Tensor]:
-    """Density-peak clustering by k nearest neighbours (paper, section 3.2), with plain means as prototypes.
+    """Cluster by density peaks with k nearest neighbours (paper, Sec. 3.2); prototypes are unweighted means.
 
-    Args: features [B, N, C] of any float type; distances are float32.
-    Returns: prototypes [B, K, C], and assignment [B, N] int64: clusters numbered by importance.
+    Args:
+      features: [B, N, C], any float dtype; distances are computed in float32.
+      num_clusters: K.
+      k: number of neighbours.
+
+    Returns:
+      Prototypes [B, K, C], and the cluster of each point, int64 [B, N], numbered by descending importance.
     """
     batch, points, width = features.shape
     with torch.no_grad():
@@ -41,7 +47,7 @@ def dpc_knn(features: Tensor, num_clusters: int, k: int) -> tuple[Tensor, Tensor
         to_centers = distance.gather(1, centers[:, :, None].expand(-1, -1, points))  # [B, K, N]
         assignment = to_centers.argmin(1)
         ranks = torch.arange(num_clusters, device=x.device).expand(batch, -1)
-        assignment = assignment.scatter(1, centers, ranks)  # a centre belongs to itself
+        assignment = assignment.scatter(1, centers, ranks)  # a centre is in its own cluster
 
     flat = (assignment + num_clusters * torch.arange(batch, device=x.device)[:, None]).flatten()
     count = features.new_zeros(batch * num_clusters, 1)
@@ -52,7 +58,7 @@ def dpc_knn(features: Tensor, num_clusters: int, k: int) -> tuple[Tensor, Tensor
 
 
 def _largest(values: Tensor, k: int) -> Tensor:
-    """Indices of the k largest along the last axis, in descending order, ties by index."""
+    """Return the indices of the k largest values of the last axis, descending; ties by index."""
     return values.argsort(dim=-1, descending=True, stable=True)[..., :k]
 
 
@@ -65,12 +71,20 @@ def weighted_kmeans(
     iterations: int = 10,
     tol: float = 1e-4,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Euclidean Lloyd iterations that start at given points.
+    """Run Euclidean Lloyd iterations from given points.
 
-    An update that moves the centroids by less than `tol` in all ends the loop and is dropped, as published.
+    The loop ends at an update that moves the centroids by less than `tol` in total. That update is dropped,
+    as in the published code.
 
-    Args: features [N, D]; initial [K] int64 indices of points; weights [N], ones by default.
-    Returns: centroids [K, D], labels [N] int64, summed weights of each cluster's members [K].
+    Args:
+      features: [N, D].
+      initial: int64 [K], indices of the points to start from.
+      weights: [N]; None means 1 for all points.
+      iterations: largest number of updates.
+      tol: tolerance of the sum of all centroids' movements.
+
+    Returns:
+      Centroids [K, D], the cluster of each point, int64 [N], and the summed weights of each cluster [K].
     """
     weights = features.new_ones(len(features)) if weights is None else weights
     centroids = features[initial]
@@ -92,15 +106,17 @@ def weighted_kmeans(
 
 
 def hard_topk(scores: Tensor, k: int) -> Tensor:
-    """One-hot rows [..., k, N] of the k largest scores [..., N], in ascending order of index."""
+    """Return one-hot rows [..., k, N] of the k largest scores [..., N], in ascending order of index."""
     indices = _largest(scores, k).sort(-1).values
     return F.one_hot(indices, scores.shape[-1]).to(scores.dtype)
 
 
 class PerturbedTopK(torch.autograd.Function):
-    """Mean of `hard_topk` over Gaussian perturbations; its gradient keeps the diagonal of the Jacobian.
+    """Mean of `hard_topk` over Gaussian perturbations; the gradient uses the diagonal of the Jacobian.
 
-    `PerturbedTopK.apply(scores [B, N], noise [B, S, N], k, sigma) -> [B, k, N]` (Berthet et al. 2020).
+    `PerturbedTopK.apply(scores [B, N], noise [B, S, N], k, sigma) -> [B, k, N]`
+
+    Source: Berthet et al. 2020.
     """
 
     @staticmethod
@@ -120,7 +136,7 @@ class PerturbedTopK(torch.autograd.Function):
 
 
 class ScoreNetwork(nn.Module):
-    """Score of every prototype from its pooled features and the mean of all: [B, K, 2C] -> [B, K, 1]."""
+    """Score of every prototype from its pooled features and the mean over all: [B, K, 2C] -> [B, K, 1]."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -140,7 +156,7 @@ class ScoreNetwork(nn.Module):
 
 
 class Selection(nn.Module):
-    """Dynamic event prototype selection: the J best prototypes with their frames' spatial tokens."""
+    """Selection of the J best event prototypes, with the spatial tokens of their key frames."""
 
     def __init__(self, width: int, ratio: float, sigma: float):
         super().__init__()
@@ -148,17 +164,22 @@ class Selection(nn.Module):
         self.ratio, self.sigma = ratio, sigma
 
     def scores(self, events: Tensor) -> Tensor:
-        """Scores [K] in [0, 1] of the event prototypes [K, P, C]."""
+        """Return scores [K] in [0, 1] of the event prototypes [K, P, C]."""
         pooled = torch.cat([events.mean(1), events.amax(1)], dim=-1)
         scores = self.score_network(pooled[None])[0, :, 0]
         return (scores - scores.min()) / (scores.max() - scores.min() + 1e-5)
 
     def forward(self, events: Tensor, spatial: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keep J = ceil(ratio K) prototypes.
+        """Select J = ceil(ratio K) prototypes.
 
-        Args: events [K, P, C]; spatial [K, M, C], of the prototypes' key frames; noise [S, K] standard normal
-            for the differentiable selection of training, None for the hard one of evaluation.
-        Returns: tokens [J, P + M, C], and each slot's prototype [J] int64 (in training one may come twice).
+        Args:
+          events: [K, P, C]. spatial: [K, M, C], spatial prototypes of the key frames. noise: [S, K],
+          standard normal, for the differentiable selection of training. None selects the largest
+            scores, as in evaluation.
+
+        Returns:
+          Tokens [J, P + M, C], and the prototype of each slot, int64 [J]. In training, two slots may have the
+          same prototype.
         """
         scores = self.scores(events)
         kept = math.ceil(self.ratio * len(events))
@@ -172,7 +193,7 @@ class Selection(nn.Module):
 
 
 class Merger(nn.Module):
-    """Two levels of DPC-KNN over the patches of every frame, grouped by the second level and gated."""
+    """Two levels of DPC-KNN over the patches of each frame, grouped by the second level and gated."""
 
     def __init__(self, prototypes: tuple[int, int], neighbours: tuple[int, int]):
         super().__init__()
@@ -180,7 +201,7 @@ class Merger(nn.Module):
         self.score = nn.Linear(prototypes[1], prototypes[1])
 
     def forward(self, features: Tensor) -> Tensor:
-        """Patches [T, N, C] to [T, M1 + M2, C]: each level-2 prototype, then its level-1 members."""
+        """Return [T, M1 + M2, C] of patches [T, N, C]: each level-2 prototype, then its level-1 members."""
         fine, _ = dpc_knn(features, self.prototypes[0], self.neighbours[0])  # [T, M1, C]
         coarse, parents = dpc_knn(fine, self.prototypes[1], self.neighbours[1])  # [T, M2, C], [T, M1]
         gates = self.score(coarse.mean(-1)).softmax(-1)  # [T, M2]
@@ -195,11 +216,17 @@ class Merger(nn.Module):
 
 
 class PublishedConnector(nn.Module):
-    """Frame features and text queries of one video to language tokens (paper, sections 3.2 and 3.3).
+    """Connector from frame features and text queries of one video to language tokens (paper, 3.2 and 3.3).
 
-    Args: clusters: most event prototypes (K); ratio: share of prototypes kept; pooled_side: side of the
-        pooled patch grid (P = its square); spatial_prototypes and neighbours: M and k of the two levels;
-        sigma: scale of the perturbation.
+    Args:
+      vision_width: C.
+      language_width: D.
+      clusters: largest number of event prototypes, K.
+      ratio: retention ratio of the prototypes.
+      pooled_side: side of the pooled patch grid; P is its square.
+      spatial_prototypes: M of both levels.
+      neighbours: k of both levels.
+      sigma: scale of the perturbation.
     """
 
     def __init__(
@@ -231,11 +258,13 @@ class PublishedConnector(nn.Module):
         initial: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """Tokens [L, D] of a video, frames in time order.
+        """Return the tokens [L, D] of a video, its frames in time order.
 
-        Args: features [T, N, C], N a square; text_queries [T, Q, C]; initial [clusters] int64, the frames at
-            which k-means starts (T > clusters only; drawn at random when None); noise [S, K] for the
-            selection of training, None in evaluation.
+        Args:
+          features: [T, N, C], N a square number.
+          text_queries: [T, Q, C].
+          initial: int64 [clusters], initial frames of k-means, which runs if T > clusters. None draws them.
+          noise: [S, K] for the selection of training; None in evaluation.
         """
         spatial = self.spatial_prototypes(features)
         events, key_frames = self.event_prototypes(self.pool(features), initial)
@@ -243,7 +272,7 @@ class PublishedConnector(nn.Module):
         return self.encode(cones, key_frames[chosen], spatial, text_queries)
 
     def spatial_prototypes(self, features: Tensor) -> Tensor:
-        """Spatial prototypes [T, M1 + M2, C] of features [T, N, C]."""
+        """Return the spatial prototypes [T, M1 + M2, C] of features [T, N, C]."""
         return self.merge(features)
 
     def pool(self, features: Tensor) -> Tensor:
@@ -252,9 +281,10 @@ class PublishedConnector(nn.Module):
         return F.adaptive_avg_pool2d(grid, self.pooled_side).flatten(2).transpose(1, 2)
 
     def event_prototypes(self, pooled: Tensor, initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Temporal k-means of pooled frames [T, P, C]: prototypes [K, P, C] and key frames [K] int64.
+        """Cluster pooled frames [T, P, C] by k-means; return prototypes [K, P, C] and key frames, int64 [K].
 
-        Up to `clusters` frames are their own prototypes. A cluster's key frame is the one it started from.
+        If there are no more than `clusters` frames, each is a prototype. A cluster's key frame is its initial
+        frame.
         """
         frames = len(pooled)
         if frames <= self.clusters:
@@ -265,7 +295,7 @@ class PublishedConnector(nn.Module):
         return centroids.unflatten(1, pooled.shape[1:]), initial
 
     def rods(self, spatial: Tensor, text_queries: Tensor) -> Tensor:
-        """Two tokens a frame, [content, context]: [T, M, C] and [T, Q, C] -> [T, 2, D]."""
+        """Return two tokens per frame, [content, context]: [T, M, C] and [T, Q, C] -> [T, 2, D]."""
         content = self.mm_projector(spatial.mean(1))
         keys = self.vlm_att_key_projector(spatial)
         attention = (text_queries @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5).softmax(-1)  # [T, Q, M]
@@ -273,17 +303,17 @@ class PublishedConnector(nn.Module):
         return torch.stack([content, context], dim=1)
 
     def encode(self, cones: Tensor, cone_frames: Tensor, spatial: Tensor, text_queries: Tensor) -> Tensor:
-        """Tokens [L, D]: cones [J, P + M, C] at cone_frames [J] int64, rods at the other frames.
+        """Return the tokens [L, D]: cones [J, P + M, C] of cone_frames, int64 [J], and rods of the others.
 
-        When every frame has a cone, as a single image has, each keeps its rods, which come first. A frame
-        that training chose for several slots takes the first of them.
+        If every frame has a cone, as in a single image, every frame also has rods, before its cone. A frame
+        that training selected for several slots uses the first of them.
         """
         frames = len(spatial)
         slots = {}
         for slot, frame in enumerate(cone_frames.tolist()):
             slots.setdefault(frame, slot)
-        every = len(slots) == frames
-        rod_frames = [t for t in range(frames) if every or t not in slots]
+        all_cones = len(slots) == frames
+        rod_frames = [t for t in range(frames) if all_cones or t not in slots]
 
         cone_tokens = self.mm_projector(cones)  # [J, P + M, D]
         rod_tokens = dict(

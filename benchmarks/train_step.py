@@ -1,13 +1,13 @@
-"""The real train step of a configuration with random weights on this machine's devices: memory, time, MFU.
+"""Measure the train step of a configuration on this machine, with random weights: memory, time and MFU.
 
     python benchmarks/train_step.py --config configs/align_7b.py --config.stages[0].batch_size=32
     python benchmarks/train_step.py --config configs/instruct_7b.py:train=lora \
-        --config.stages[0].batch_size=4 --plan PLAN.json --output benchmarks/results/train_step_h200.json
+        --config.stages[0].batch_size=4 --plan PLAN.json --output train_step_h200.json
 
-State and batch are those that training has: frozen towers in the dtype of the computation, all frames and
-tokens of the bucket in use. Peak memory is what the devices report (GPU, TPU), beside what `plan` has
-predicted for the same configuration (`--plan`) and what this machine's compiler says. FLOPs are those of the
-matrix products without remat. Results are added to the output file, one entry a run.
+State and batch are as in training: frozen towers in the compute dtype, and a batch that uses all frames and
+tokens of its bucket. The script reports the peak memory that the devices measure (GPU, TPU), that which this
+machine's compiler predicts, and that which `plan` predicted for the same configuration (--plan). FLOPs are
+those of the matrix products, without recomputation by remat.
 """
 
 import datetime
@@ -18,17 +18,18 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script: that folder holds both packages
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs in any folder
 
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from benchmarks.connector import processor
+from benchmarks.reporting import processor
 from dynfocus_jax import trees
-from dynfocus_jax.batch import padding_sample
-from dynfocus_jax.command import run_command
+from dynfocus_jax.batch import Batch, padding_sample
+from dynfocus_jax.command import CONFIG_FLAG, run_command
 from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.parallel.sharding import num_row_shards, replicated, to_devices
@@ -40,15 +41,18 @@ from dynfocus_jax.training.optimizer import make_optimizer
 from dynfocus_jax.training.state import TrainState, state_shardings
 from dynfocus_jax.video_language_model import build_model
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :variant=NAME where it has any.")
-_STAGE = flags.DEFINE_integer("stage", 0, "Number of the stage.")
-_STEPS = flags.DEFINE_integer("steps", 10, "Steps that are timed, after two others.")
-_PLAN = flags.DEFINE_string("plan", None, "What `plan --output` wrote for the same configuration.")
-_OUTPUT = flags.DEFINE_string("output", None, "json file to which the result is added.")
+_STAGE = flags.DEFINE_integer("stage", 0, "Index of the stage in config.stages.")
+_STEPS = flags.DEFINE_integer("steps", 10, "Number of timed steps, after two warm-up steps.")
+_PLAN = flags.DEFINE_string(
+    "plan", None, "File written by `plan --output` for the same configuration, to compare with."
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "JSON file to which the result is appended. Default: print only."
+)
 
 
-def random_batch(config, rows: int):
-    """A host batch in which every frame and token of the stage's bucket is used."""
+def random_batch(config: ConfigDict, rows: int) -> Batch:
+    """Return a random batch in host memory that uses every frame and token of the stage's bucket."""
     stage, model, rng = config.stages[_STAGE.value], config.model, np.random.default_rng(0)
     sample = padding_sample(stage.num_frames, model.vision.image_size, stage.max_text, config.data.max_query)
     batch = jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], rows, axis=0), sample)
@@ -65,21 +69,25 @@ def random_batch(config, rows: int):
     )
 
 
-def initial_state(config, state: TrainState, mesh) -> TrainState:
-    """Random parameters and zero moments, made where they lie."""
+def initial_state(config: ConfigDict, state: TrainState, mesh: Mesh) -> TrainState:
+    """Return a state with random parameters and zero moments, created with the shardings of `state`."""
     stage = config.stages[_STAGE.value]
     params = trees.flatten(trees.merge(state.trained, state.frozen))
-    made = init_params(build_model(config, _STAGE.value), jax.random.key(0), params)
-    trained = trees.unflatten({path: made[path] for path in trees.flatten(state.trained)})
-    frozen = trees.unflatten({path: made[path] for path in trees.flatten(state.frozen)})
+    initial = init_params(build_model(config, _STAGE.value), jax.random.key(0), params)
+    trained = trees.unflatten({path: initial[path] for path in trees.flatten(state.trained)})
+    frozen = trees.unflatten({path: initial[path] for path in trees.flatten(state.frozen)})
     optimizer = make_optimizer(stage, trained)
     moments = jax.jit(optimizer.init, out_shardings=state_shardings(state).opt_state)(trained)
     step = jax.device_put(np.zeros((), np.int32), replicated(mesh))
     return TrainState(step, trained, frozen, moments)
 
 
-def planned(config) -> dict | None:
-    """The report on this stage in the plan's file."""
+def read_plan(config: ConfigDict) -> dict | None:
+    """Return the report on this stage in the file of --plan; None if --plan is not set.
+
+    Raises:
+      UserError: if the file has no such report.
+    """
     if _PLAN.value is None:
         return None
     reports = json.loads(Path(_PLAN.value).read_text(encoding="utf-8"))["steps"]
@@ -87,24 +95,28 @@ def planned(config) -> dict | None:
     for report in reports:
         if report["step"] == "train" and report["where"] == where and report["rows"] == rows:
             return report
-    raise UserError(f"{_PLAN.value} has no train step of {where} with {rows} rows; plan this configuration.")
+    raise UserError(
+        f"--plan {_PLAN.value} has no train step of {where} with {rows} rows. Run `plan` with the same "
+        "configuration."
+    )
 
 
-def chip_flops(device: jax.Device) -> float | None:
-    """Peak bfloat16 FLOP/s of a chip that `plan` knows."""
+def chip_flops(device: jax.Device) -> float | None:  # pyright: ignore[reportInvalidTypeForm] (no stubs)
+    """Return the peak bfloat16 FLOP/s of a device that `plan` knows, else None."""
     kind = device.device_kind.lower().replace(" ", "-")
     return next((chip.flops for name, chip in CHIPS.items() if name.split("-")[0] in kind), None)
 
 
 def main() -> None:
-    if _CONFIG.value is None:
-        raise UserError("--config is missing; try --config configs/align_7b.py.")
-    config = _CONFIG.value.copy_and_resolve_references()
+    config = CONFIG_FLAG.require("configs/align_7b.py")
     devices = jax.devices()
     mesh = make_mesh(mesh_shape(config.mesh, len(devices)))
-    stage, plan = config.stages[_STAGE.value], planned(config)
+    stage, plan = config.stages[_STAGE.value], read_plan(config)
     if stage.batch_size % num_row_shards(mesh):
-        raise UserError(f"a batch of {stage.batch_size} cannot be shared by {num_row_shards(mesh)} devices.")
+        raise UserError(
+            f"config.stages[{_STAGE.value}].batch_size is {stage.batch_size}, expected a multiple of "
+            f"{num_row_shards(mesh)}, the number of devices that share its rows."
+        )
 
     step = planned_train_step(config, _STAGE.value, mesh)
     state = initial_state(config, step.arguments[0], mesh)
@@ -123,7 +135,7 @@ def main() -> None:
         jax.block_until_ready(metrics)
         times.append(time.perf_counter() - started)
     if not np.isfinite(float(metrics["loss"])):
-        raise RunError("the loss is not finite, so what was measured means nothing.")
+        raise RunError("train_step: the loss is not finite, so the measurements are not valid.")
     seconds = statistics.median(times[2:])
 
     memory = devices[0].memory_stats() or {}

@@ -1,26 +1,29 @@
-"""Features as a vision tower might give them for a video: what benchmarks run on instead of white noise."""
+"""Synthetic features that resemble those of a vision tower, as benchmark input instead of white noise."""
 
 import math
 
 import numpy as np
 
-SCENE = (16, 49)  # shortest length, and one more than the longest, in frames
-WAVES = 4  # spatial frequencies a side of a scene's layout
-OBJECTS = 3
-PAN = 0.1  # drift of a scene from frame to frame
+SCENE = (16, 49)  # range of scene lengths, end excluded, frames
+WAVES = 4  # spatial frequencies of a scene's layout, per axis
+OBJECTS = 3  # per scene
+PAN = 0.1  # drift of a scene per frame
 
 
 def video_features(frames: int, patches: int, width: int, seed: int = 0) -> np.ndarray:
-    """Features [T, N, C] float32 of a made-up video.
+    """Return the features, float32 [T, N, C], of a synthetic video.
 
-    Every patch shares one offset, as in real towers. The video is cut into scenes of 16 to 48 frames; a third
+    All patches share one offset, as in real towers. The video consists of scenes of 16 to 48 frames; a third
     of them return to an earlier place. A place has a layout (smooth over the patch grid) and three objects
-    (blobs of patches with features of their own) that cross it; the whole scene drifts slowly in a direction
-    that changes, and every patch has noise. One scene in five is a still: nothing moves, and a tenth of the
-    noise is left.
+    (blobs of patches with their own features) that move across it. The whole scene drifts slowly in a
+    changing direction, and every patch has noise. One scene in five is still: nothing moves, and the noise
+    is a tenth.
 
     Args:
-      frames: T; patches: N, a square number; width: C.
+      frames: T.
+      patches: N, a square number.
+      width: C.
+      seed: of the random numbers.
     """
     rng = np.random.default_rng(seed)
 
@@ -53,8 +56,10 @@ def video_features(frames: int, patches: int, width: int, seed: int = 0) -> np.n
             pan = 0.9 * pan + 0.1 * PAN * normal(width)
             drift = drift + motion * pan
             position = position + motion * velocity
-            apart = (rows[:, None] - position[:, 0]) ** 2 + (columns[:, None] - position[:, 1]) ** 2
-            blobs = np.exp(-apart / 0.02).astype(np.float32)  # [N, objects]
+            squared_distance = (rows[:, None] - position[:, 0]) ** 2 + (
+                columns[:, None] - position[:, 1]
+            ) ** 2
+            blobs = np.exp(-squared_distance / 0.02).astype(np.float32)  # [N, objects]
             features[t] = offset + layout + drift + blobs @ objects + noise * normal(patches, width)
         start = t + 1
     return features

@@ -11,7 +11,7 @@ from dynfocus_jax.data.budget import Budget
 from dynfocus_jax.data.lengths import SampleLengths
 from dynfocus_jax.data.media_reader import MediaReader
 from dynfocus_jax.data.samples import SampleLoader
-from dynfocus_jax.data.synthetic import write_video
+from dynfocus_jax.data.synthetic_frames import write_video
 from dynfocus_jax.records.records import Record
 from dynfocus_jax.text.conversation import TEMPLATES
 from dynfocus_jax.text.tokenizers import WordTokenizer

@@ -11,7 +11,7 @@ import pytest
 
 from dynfocus_jax.data import media_reader as media_lib
 from dynfocus_jax.data.media_reader import MediaReader
-from dynfocus_jax.data.synthetic import write_video
+from dynfocus_jax.data.synthetic_frames import write_video
 from dynfocus_jax.errors import MediaError, MediaTimeout
 from dynfocus_jax.media.frame_sampling import Sampling
 from dynfocus_jax.media.video import Clip, probe, read_media

@@ -19,7 +19,7 @@ from dynfocus_jax.data.media_reader import MediaReader
 from dynfocus_jax.data.order import BatchOrder
 from dynfocus_jax.data.samples import SampleLoader
 from dynfocus_jax.data.skipped import SkippedSamples
-from dynfocus_jax.data.synthetic import write_video
+from dynfocus_jax.data.synthetic_frames import write_video
 from dynfocus_jax.errors import MediaError, UserError
 from dynfocus_jax.records.records import Record
 from dynfocus_jax.records.sources import read_records

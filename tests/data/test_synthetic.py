@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from dynfocus_jax.data import synthetic
-from dynfocus_jax.data.synthetic import (
+from dynfocus_jax.data.synthetic import NUM_FRAMES, generate_needles
+from dynfocus_jax.data.synthetic_frames import (
     COLORS,
-    NUM_FRAMES,
     QUADRANT,
     SHAPES,
-    generate_needles,
+    draw_frames,
     shape_mask,
     write_video,
 )
@@ -192,7 +192,7 @@ def test_round_trip_through_mp4(tmp_path):
     rng = np.random.default_rng(3)
     for case in range(4):
         objects = synthetic._place_needles(rng)
-        frames = synthetic._draw_frames(rng, NUM_FRAMES, objects, [[2, 3], [9]], 3)
+        frames = draw_frames(rng, NUM_FRAMES, objects, [[2, 3], [9]], 3)
         write_video(tmp_path / f"{case}.mp4", frames)
         clip = read_video(tmp_path / f"{case}.mp4", NUM_FRAMES, size=48)
         np.testing.assert_allclose(clip.times, np.arange(16) / 4, atol=1e-6)

@@ -17,7 +17,7 @@ from dynfocus_jax.data.order import BatchOrder
 from dynfocus_jax.data.pipeline import make_dataset
 from dynfocus_jax.data.samples import SampleLoader
 from dynfocus_jax.data.skipped import ShortenedSamples, SkippedSamples
-from dynfocus_jax.data.synthetic import write_video
+from dynfocus_jax.data.synthetic_frames import write_video
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.records.records import Record
 from dynfocus_jax.text.conversation import TEMPLATES

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from dynfocus_jax import trees
-from dynfocus_jax.data.synthetic import VOCABULARY, write_video
+from dynfocus_jax.data.synthetic import VOCABULARY
+from dynfocus_jax.data.synthetic_frames import write_video
 from dynfocus_jax.extract import extract_features
 from dynfocus_jax.parameters import init_params, param_shapes
 from dynfocus_jax.training.checkpoints import save_params

@@ -4,7 +4,7 @@ import av
 import numpy as np
 import pytest
 
-from dynfocus_jax.data.synthetic import write_video
+from dynfocus_jax.data.synthetic_frames import write_video
 from dynfocus_jax.errors import MediaError
 from dynfocus_jax.media.video import read_media, read_video
 

@@ -7,7 +7,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from configs import align_7b, siglip2_qwen3
-from dynfocus_jax.data.synthetic import write_video
+from dynfocus_jax.data.synthetic_frames import write_video
 from dynfocus_jax.media.images import fit_to_square, read_image
 from dynfocus_jax.media.video import read_media
 

@@ -16,7 +16,7 @@ from dynfocus_jax.data.media_reader import MediaReader
 from dynfocus_jax.data.order import BatchOrder
 from dynfocus_jax.data.samples import SampleLoader
 from dynfocus_jax.data.skipped import SkippedSamples
-from dynfocus_jax.data.synthetic import write_video
+from dynfocus_jax.data.synthetic_frames import write_video
 from dynfocus_jax.records.mixture import Mixture
 from dynfocus_jax.text.conversation import TEMPLATES
 from dynfocus_jax.text.tokenizers import WordTokenizer
