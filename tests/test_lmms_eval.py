@@ -17,7 +17,12 @@ from PIL import Image
 from dynfocus_jax.data.media_reader import MediaReader
 from dynfocus_jax.data.prepare import prepare_data_root
 from dynfocus_jax.errors import SampleError, UserError
-from dynfocus_jax.evaluation.lmms_requests import LmmsAnswerer, sampling_of, split_messages, stop_strings
+from dynfocus_jax.evaluation.lmms_requests import (
+    LmmsAnswerer,
+    read_sampling,
+    read_stop_strings,
+    split_messages,
+)
 from dynfocus_jax.serving.engine import Completion
 from dynfocus_jax.serving.token_sampling import GREEDY, SamplingParams
 from tests.commands import REPOSITORY, command
@@ -80,7 +85,7 @@ def test_turns_of_a_chat():
     expected = (("user", "be short\na"), ("assistant", "b"), ("user", "c"))
     assert split_messages(turns) == (expected, [video], False)
     assert split_messages([{"role": "user", "content": "plain"}]) == ((("user", "plain"),), [], False)
-    with pytest.raises(SampleError, match="later than with the first question"):
+    with pytest.raises(SampleError, match="comes after the first question"):
         split_messages([chat("a"), chat("b", role="assistant"), chat(video, "c")])
 
 
@@ -96,18 +101,18 @@ def test_turns_of_a_chat():
     ],
 )
 def test_sampling_of_a_task(settings, expected):
-    assert sampling_of(settings, 9) == expected
+    assert read_sampling(settings, 9) == expected
 
 
 def test_beam_search_is_refused():
     with pytest.raises(UserError, match="num_beams=5"):
-        sampling_of({"num_beams": 5}, 0)
+        read_sampling({"num_beams": 5}, 0)
 
 
 def test_stop_strings_of_a_task():
-    assert stop_strings({}) == ()
-    assert stop_strings({"until": "\n\n"}) == ("\n\n",)
-    assert stop_strings({"until": ["ASSISTANT:", "", "\n"]}) == ("ASSISTANT:", "\n")
+    assert read_stop_strings({}) == ()
+    assert read_stop_strings({"until": "\n\n"}) == ("\n\n",)
+    assert read_stop_strings({"until": ["ASSISTANT:", "", "\n"]}) == ("ASSISTANT:", "\n")
 
 
 def test_what_chats_are_about(answerer, engine, heldout, tmp_path):
@@ -271,7 +276,7 @@ def instances(model, questions, settings=None):
 
 @pytest.fixture
 def make_model(interface, monkeypatch, answerer):
-    monkeypatch.setattr(LmmsAnswerer, "of", lambda checkpoint, num_frames: answerer)
+    monkeypatch.setattr(LmmsAnswerer, "load", lambda checkpoint, num_frames: answerer)
     return lambda **arguments: model_class()(checkpoint="run", device="cpu", max_batch_size=None, **arguments)
 
 
@@ -298,7 +303,7 @@ def test_repeated_questions_are_drawn_anew(make_model, engine):
 
 
 def test_mistakes_end_in_one_sentence(interface, make_model, monkeypatch):
-    with pytest.raises(UserError, match=r"unknown field frames; known fields: checkpoint, num_frames\."):
+    with pytest.raises(UserError, match=r"unknown fields frames, expected checkpoint and num_frames\."):
         make_model(frames=4)
     with pytest.raises(UserError, match="has no checkpoint"):
         model_class()()

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 from dynfocus_jax.data.media_reader import MediaReader
-from dynfocus_jax.evaluation.benchmark_run import begin, run
+from dynfocus_jax.evaluation.benchmark_run import prepare_output, run_benchmark
 from dynfocus_jax.evaluation.benchmarks import read_benchmark
-from dynfocus_jax.evaluation.question_prompts import Clips
+from dynfocus_jax.evaluation.question_prompts import ClipReader
 from dynfocus_jax.media.frame_sampling import UNIFORM
 from dynfocus_jax.serving.engine import Completion
 from tests.media.videos import encode, numbered
@@ -80,15 +80,15 @@ def settings(name, **changes):
 
 
 def make_clips(limit=FRAMES):
-    return Clips(MediaReader(16), limit, UNIFORM)
+    return ClipReader(MediaReader(16), limit, UNIFORM)
 
 
 def evaluate(name, annotations, media, output, engine, **options):
     """The results of a benchmark with a scripted engine, in one process unless told otherwise."""
     questions = read_benchmark(name, annotations, media)
     section = options.pop("settings", settings(name))
-    begin(output, name, questions, {"checkpoint": "scripted"})
-    return run(output, name, questions, engine, make_clips(), section, **options)
+    prepare_output(output, name, questions, {"checkpoint": "scripted"})
+    return run_benchmark(output, name, questions, engine, make_clips(), section, **options)
 
 
 def videomme(tmp_path):

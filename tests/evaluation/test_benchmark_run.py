@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from dynfocus_jax.errors import RunError, UserError
-from dynfocus_jax.evaluation.answering import share_of
-from dynfocus_jax.evaluation.benchmark_run import Share, begin, report, run
+from dynfocus_jax.evaluation.answering import assign_questions
+from dynfocus_jax.evaluation.benchmark_run import Processes, prepare_output, run_benchmark, write_results
 from dynfocus_jax.evaluation.benchmarks import read_benchmark
-from dynfocus_jax.evaluation.predictions import Predictions
+from dynfocus_jax.evaluation.predictions import PredictionStore
 from tests.evaluation.miniature import (
     NEXTQA,
     Scripted,
@@ -88,22 +88,22 @@ def test_several_processes(tmp_path, processes):
     evaluate("videomme", annotations, media, tmp_path / "one", Scripted(SCRIPT))
     questions = read_benchmark("videomme", annotations, media)
     output, engines = tmp_path / "several", [Scripted(SCRIPT) for _ in range(processes)]
-    begin(output, "videomme", questions, {"checkpoint": "scripted"})
+    prepare_output(output, "videomme", questions, {"checkpoint": "scripted"})
     returned = {}
 
     def work(process):
         name = "predictions.jsonl" if process == 0 else f"predictions.{process}.jsonl"
-        share = Share(process, processes)
-        returned[process] = run(
+        share = Processes(process, processes)
+        returned[process] = run_benchmark(
             output,
             "videomme",
             questions,
             engines[process],
             make_clips(),
             settings("videomme"),
-            share=share,
+            processes=share,
             file_name=name,
-            wait=0.01,
+            poll_seconds=0.01,
         )
 
     threads = [threading.Thread(target=work, args=(process,)) for process in reversed(range(processes))]
@@ -130,7 +130,7 @@ def test_shares_are_disjoint_and_complete(tmp_path):
     ]
     annotations = write_json(tmp_path / "qa.json", rows)
     questions = read_benchmark("msrvtt_qa", annotations, videos(tmp_path / "media", "v0.mp4"))
-    shares = [share_of(questions, process, 3) for process in range(3)]
+    shares = [assign_questions(questions, process, 3) for process in range(3)]
     assert sorted(q.id for share in shares for q in share) == sorted(q.id for q in questions)
     for i, share in enumerate(shares):
         for other in shares[:i]:
@@ -152,8 +152,8 @@ def test_a_video_is_read_once(tmp_path):
     one = clips.read
     clips.read = lambda question: (read.append(question.media.name), one(question))[1]
     engine = Scripted({str(i): "x" for i in range(12)})
-    begin(tmp_path / "out", "msrvtt_qa", questions, {})
-    results = run(
+    prepare_output(tmp_path / "out", "msrvtt_qa", questions, {})
+    results = run_benchmark(
         tmp_path / "out",
         "msrvtt_qa",
         questions,
@@ -205,7 +205,7 @@ def test_predictions_of_something_else_are_not_mixed(tmp_path):
         evaluate("videomme", annotations, media, tmp_path / "out", Scripted(SCRIPT))
     questions = read_benchmark("videomme", annotations, media)
     with pytest.raises(UserError, match=r"; checkpoint: then 'scripted', now 'other'\)"):
-        begin(tmp_path / "out", "videomme", questions, {"checkpoint": "other"})
+        prepare_output(tmp_path / "out", "videomme", questions, {"checkpoint": "other"})
 
 
 def test_a_folder_that_holds_predictions_of_a_training_run(tmp_path):
@@ -220,12 +220,12 @@ def test_other_code_and_another_place_are_noted(tmp_path, monkeypatch, capsys):
     """Both are in the results; other code is said too, as it may answer otherwise."""
     annotations, media = videomme(tmp_path)
     questions = read_benchmark("videomme", annotations, media)
-    begin(tmp_path / "out", "videomme", questions, {}, "runs/a")
-    begin(tmp_path / "out", "videomme", questions, {}, "runs/moved")
+    prepare_output(tmp_path / "out", "videomme", questions, {}, "runs/a")
+    prepare_output(tmp_path / "out", "videomme", questions, {}, "runs/moved")
     assert capsys.readouterr().out == ""
     other = {"source": "other", "commit": None, "jax": "0"}
     monkeypatch.setattr("dynfocus_jax.evaluation.benchmark_run.code_version", lambda: other)
-    begin(tmp_path / "out", "videomme", questions, {}, "runs/moved")
+    prepare_output(tmp_path / "out", "videomme", questions, {}, "runs/moved")
     assert "made by other code" in capsys.readouterr().out
     made_by = json.loads((tmp_path / "out" / "run.json").read_text())["made_by"]
     assert [each["checkpoint"] for each in made_by] == ["runs/a", "runs/moved", "runs/moved"]
@@ -235,11 +235,11 @@ def test_other_code_and_another_place_are_noted(tmp_path, monkeypatch, capsys):
 def test_results_need_every_question(tmp_path):
     annotations, media = videomme(tmp_path)
     questions = read_benchmark("videomme", annotations, media)
-    begin(tmp_path / "out", "videomme", questions, {})
-    predictions = Predictions(tmp_path / "out")
+    prepare_output(tmp_path / "out", "videomme", questions, {})
+    predictions = PredictionStore(tmp_path / "out")
     predictions.add({"id": "001-1", "prediction": "A"})
     with pytest.raises(RunError, match="4 of 5 questions have no prediction, the first is '001-2'"):
-        report(tmp_path / "out", "videomme", questions, predictions, None)
+        write_results(tmp_path / "out", "videomme", questions, predictions, None)
 
 
 # ---- What cannot be evaluated ---------------------------------------------------------------------------

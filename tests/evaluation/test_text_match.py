@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynfocus_jax.evaluation.text_match import exact_match, summarize_matches, token_f1
+from dynfocus_jax.evaluation.text_match import MEASURE, exact_match, summarize_matches, token_f1
 
 # Words as they are written, and what is left of them.
 WORDS = {
@@ -64,9 +64,9 @@ def test_an_empty_prediction_is_never_right(empty):
 
 def test_no_question_leaves_the_denominator():
     summary = summarize_matches([("cat", "cat"), ("", "cat"), ("black cat", "cat"), ("dog", "cat")])
-    assert summary["questions"] == 4
-    assert summary["exact_match"] == 0.25
-    assert summary["token_f1"] == pytest.approx((1 + 2 / 3) / 4)
-    assert "offline" in summary["measure"]
-    assert "no judge" in summary["measure"]
-    assert summarize_matches([])["exact_match"] is None
+    assert summary.questions == 4
+    assert summary.exact_match == 0.25
+    assert summary.token_f1 == pytest.approx((1 + 2 / 3) / 4)
+    assert "offline" in MEASURE
+    assert "no judge" in MEASURE
+    assert summarize_matches([]).exact_match is None
