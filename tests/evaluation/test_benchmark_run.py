@@ -292,6 +292,16 @@ def test_a_missing_field(tmp_path, change, message):
     assert message in text
 
 
+def test_a_malformed_url(tmp_path):
+    annotations, media = videomme(tmp_path)
+    content = json.loads(annotations.read_text())
+    content[1]["url"] = "https://[www.youtube.com/watch?v=name002"
+    write_json(annotations, content)
+    text = user_error(lambda: read_benchmark("videomme", annotations, media))
+    assert f"{annotations}, entry 1: " in text
+    assert "expected an address" in text
+
+
 def test_a_path_that_leaves_the_media_folder(tmp_path):
     row = {
         "video": "../x.mp4",
