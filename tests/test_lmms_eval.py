@@ -1,4 +1,4 @@
-"""The plugin of lmms-eval: against its documented interface, and (slow) in the real package."""
+"""The plugin of lmms-eval, with a stand-in for its documented interface and (slow) in the real package."""
 
 import abc
 import json
@@ -32,7 +32,7 @@ SIZE = 16
 
 
 class ScriptedEngine:
-    """Answers with the question in capitals, and fails where that is asked for."""
+    """An engine that answers with the question in capitals, and fails if the question says "fail"."""
 
     config = SimpleNamespace(generation=SimpleNamespace(batch=(1, 4)))
     num_frames = 3
@@ -104,7 +104,7 @@ def test_sampling_of_a_task(settings, expected):
     assert read_sampling(settings, 9) == expected
 
 
-def test_beam_search_is_refused():
+def test_beam_search_is_not_supported():
     with pytest.raises(UserError, match="num_beams=5"):
         read_sampling({"num_beams": 5}, 0)
 
@@ -115,7 +115,7 @@ def test_stop_strings_of_a_task():
     assert read_stop_strings({"until": ["ASSISTANT:", "", "\n"]}) == ("ASSISTANT:", "\n")
 
 
-def test_what_chats_are_about(answerer, engine, heldout, tmp_path):
+def test_images_and_videos_of_chats(answerer, engine, heldout, tmp_path):
     entry = json.loads((heldout / "heldout.json").read_text())[0]
     video = str(heldout / entry["video"])
     colours = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
@@ -158,7 +158,7 @@ def test_what_chats_are_about(answerer, engine, heldout, tmp_path):
 
 @dataclass
 class Instance:
-    """As in lmms-eval 0.7, without its meta data."""
+    """`Instance` of lmms-eval 0.7, without its metadata."""
 
     arguments: tuple
     task_name: str = "task"
@@ -214,7 +214,7 @@ class CacheHook:
 
 @pytest.fixture
 def interface(monkeypatch):
-    """What of lmms-eval's documented interface a plugin meets."""
+    """A stand-in for the part of lmms-eval that plugins use."""
     contents = {
         "lmms_eval": {},
         "lmms_eval.api": {},
@@ -237,7 +237,7 @@ def interface(monkeypatch):
 
 
 def plugin() -> ModelManifest:
-    """What the entry point of pyproject.toml leads to."""
+    """Return the manifest that the entry point in pyproject.toml names."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     module, _, name = project["entry-points"]["lmms_eval.models"]["dynfocus_jax"].partition(":")
     return getattr(import_module(module), name)()
@@ -295,14 +295,14 @@ def test_answers_come_in_order(make_model, engine, batch_size, calls, caplog):
     assert model.cache_hook.kept == kept
 
 
-def test_repeated_questions_are_drawn_anew(make_model, engine):
+def test_repeated_questions_have_different_seeds(make_model, engine):
     model = make_model(batch_size=4)
     one = instances(model, ["a"], {"temperature": 1.0, "do_sample": True})
     model.generate_until(one * 3)
     assert len({request.sampling.seed for request in engine.requests}) == 3
 
 
-def test_mistakes_end_in_one_sentence(interface, make_model, monkeypatch):
+def test_errors_in_the_arguments(interface, make_model, monkeypatch):
     with pytest.raises(UserError, match=r"unknown fields frames, expected checkpoint and num_frames\."):
         make_model(frames=4)
     with pytest.raises(UserError, match="has no checkpoint"):
@@ -344,7 +344,7 @@ def results(doc, results):
 
 @pytest.mark.slow
 def test_a_task_in_the_real_package(data_root, heldout, tmp_path):
-    """All answers to a task are those of the run's own evaluation."""
+    """The answers to a task equal those of the run's own evaluation."""
     python = os.environ.get("DYNFOCUS_LMMS_EVAL_PYTHON")
     assert python, (
         "set DYNFOCUS_LMMS_EVAL_PYTHON to the Python of an environment with dynfocus_jax[lmms-eval]"

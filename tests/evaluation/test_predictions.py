@@ -1,4 +1,4 @@
-"""The append-only file of predictions: killed writers, several processes, later answers."""
+"""The append-only files of predictions: killed writers, several processes, later answers."""
 
 import json
 
@@ -12,7 +12,7 @@ def entry(name, prediction, **more):
     return {"id": name, "prediction": prediction} | more
 
 
-def test_every_entry_is_there_at_once(tmp_path):
+def test_an_entry_is_on_disk_at_once(tmp_path):
     predictions = PredictionStore(tmp_path / "deep" / "out")
     predictions.add(entry("ü", "yes"))
     assert predictions.is_answered("ü")
@@ -21,7 +21,7 @@ def test_every_entry_is_there_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20])
-def test_what_a_kill_left_unfinished_is_asked_again(tmp_path, cut):
+def test_an_unfinished_line_is_removed(tmp_path, cut):
     predictions = PredictionStore(tmp_path)
     predictions.add(entry("a", "yes"))
     predictions.add(entry("b", "no"))
@@ -34,7 +34,7 @@ def test_what_a_kill_left_unfinished_is_asked_again(tmp_path, cut):
     assert PredictionStore(tmp_path).read_all() == {"a": entry("a", "yes"), "b": entry("b", "maybe")}
 
 
-def test_a_line_that_another_process_is_writing_is_left_alone(tmp_path):
+def test_an_unfinished_line_of_another_process_is_kept(tmp_path):
     other = tmp_path / "predictions.1.jsonl"
     other.write_text(json.dumps(entry("a", "yes")) + '\n{"id": "b", "predic')
     predictions = PredictionStore(tmp_path)
@@ -45,7 +45,7 @@ def test_a_line_that_another_process_is_writing_is_left_alone(tmp_path):
     assert predictions.read_all()["b"] == entry("b", "no")
 
 
-def test_an_answer_counts_before_a_failure(tmp_path):
+def test_an_answer_precedes_a_failure(tmp_path):
     failed, answered = entry("a", None, reason="missing"), entry("a", "yes")
     (tmp_path / "predictions.jsonl").write_text(json.dumps(answered) + "\n" + json.dumps(failed) + "\n")
     (tmp_path / "predictions.2.jsonl").write_text(json.dumps(failed) + "\n")
@@ -54,7 +54,7 @@ def test_an_answer_counts_before_a_failure(tmp_path):
     assert predictions.is_answered("a")
 
 
-def test_a_failure_is_asked_again(tmp_path):
+def test_a_failed_question_is_not_answered(tmp_path):
     PredictionStore(tmp_path).add(entry("a", None, reason="missing"))
     predictions = PredictionStore(tmp_path)
     assert not predictions.is_answered("a")
@@ -62,13 +62,13 @@ def test_a_failure_is_asked_again(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[1]\n", '{"id": 1}\n', "words\n"])
-def test_another_file_of_that_name(tmp_path, content):
+def test_a_file_without_predictions(tmp_path, content):
     (tmp_path / "predictions.jsonl").write_text(content)
     with pytest.raises(UserError, match="is not a predictions file"):
         PredictionStore(tmp_path)
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be created"):
         PredictionStore(tmp_path / "file" / "out")

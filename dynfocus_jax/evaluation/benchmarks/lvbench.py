@@ -38,12 +38,12 @@ def read_lvbench(annotations: Path, media: MediaFolder) -> list[Question]:
         file = first_existing(video_paths(key, "all_videos", "videos"), "key", media)
         rows = list_of(entry.get("qa"), "qa", "questions")
         kind = text_of(entry.get("type"), "type")
-        return [_question(row, f"qa[{i}]", kind, file) for i, row in enumerate(rows)]
+        return [_parse_question(row, f"qa[{i}]", kind, file) for i, row in enumerate(rows)]
 
     return read_questions(annotations, table_entries(annotations), parse)
 
 
-def _question(value: JsonValue, where: str, kind: str, file: Path) -> Question:
+def _parse_question(value: JsonValue, where: str, kind: str, file: Path) -> Question:
     row = object_of(value, where)
     question, options = split_options(text_of(row.get("question"), f"{where}.question"), where)
     types = list_of(row.get("question_type"), f"{where}.question_type", "types")

@@ -36,12 +36,14 @@ def _read_set(file: Path, media: MediaFolder) -> list[Question]:
 
     def parse(entry: dict[str, JsonValue]) -> list[Question]:
         number = next(numbers)
-        return [_question(entry, kind, name, number, media) for kind in ("basic", "hallucination")]
+        return [_parse_question(entry, kind, name, number, media) for kind in ("basic", "hallucination")]
 
     return read_questions(file, json_list_entries(file), parse)
 
 
-def _question(entry: dict[str, JsonValue], kind: str, name: str, number: int, media: MediaFolder) -> Question:
+def _parse_question(
+    entry: dict[str, JsonValue], kind: str, name: str, number: int, media: MediaFolder
+) -> Question:
     part = object_of(entry.get(kind), kind)
     video = text_of(part.get("video"), f"{kind}.video")
     answer = text_of(part.get("answer"), f"{kind}.answer").lower().strip(".")

@@ -30,14 +30,16 @@ def read_videomme(annotations: Path, media: MediaFolder) -> list[Question]:
 
     def parse(entry: dict[str, JsonValue]) -> list[Question]:
         rows = list_of(entry.get("questions", [entry]), "questions", "questions")
-        return [_question(entry, object_of(row, f"questions[{i}]"), media) for i, row in enumerate(rows)]
+        return [
+            _parse_question(entry, object_of(row, f"questions[{i}]"), media) for i, row in enumerate(rows)
+        ]
 
     return read_questions(annotations, table_entries(annotations), parse)
 
 
-def _question(video: dict[str, JsonValue], row: dict[str, JsonValue], media: MediaFolder) -> Question:
-    options = tuple(_without_letter(option) for option in texts_of(row.get("options"), "options"))
-    names = _names(video)
+def _parse_question(video: dict[str, JsonValue], row: dict[str, JsonValue], media: MediaFolder) -> Question:
+    options = tuple(_strip_letter(option) for option in texts_of(row.get("options"), "options"))
+    names = _video_names(video)
     subtitles = [f"{folder}/{name}.srt" for folder in ("subtitle", "subtitles") for name in names]
     subtitle = next(filter(media.has, subtitles), None)
     groups = {key: (word_of(video.get(key), key),) for key in ("duration", "domain", "sub_category")}
@@ -53,7 +55,7 @@ def _question(video: dict[str, JsonValue], row: dict[str, JsonValue], media: Med
     )
 
 
-def _names(video: dict[str, JsonValue]) -> Sequence[str]:
+def _video_names(video: dict[str, JsonValue]) -> Sequence[str]:
     """Return the names that the files of a video may have."""
     url = video.get("url")
     try:
@@ -66,7 +68,7 @@ def _names(video: dict[str, JsonValue]) -> Sequence[str]:
     return names
 
 
-def _without_letter(option: str) -> str:
+def _strip_letter(option: str) -> str:
     """Return "Apples." for "A. Apples."."""
     head, dot, rest = option.partition(".")
     return rest.strip() if dot and len(head) == 1 and rest.strip() else option
