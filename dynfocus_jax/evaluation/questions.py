@@ -49,11 +49,13 @@ class Question:
         return self.answer
 
 
-Entry = Mapping[str, JsonValue] | JsonValue | InvalidEntry  # the first is a row of a csv file
+RawEntry = Mapping[str, JsonValue] | JsonValue | InvalidEntry  # the first is a row of a csv file
 ParseQuestion = Callable[[dict[str, JsonValue]], Question | Sequence[Question]]  # raises InvalidEntry
 
 
-def read_questions(path: Path, entries: Iterable[tuple[int, Entry]], parse: ParseQuestion) -> list[Question]:
+def read_questions(
+    path: Path, entries: Iterable[tuple[int, RawEntry]], parse: ParseQuestion
+) -> list[Question]:
     """Return the questions of all entries of a file, in its order.
 
     Raises:
@@ -105,13 +107,13 @@ def fingerprint(questions: Sequence[Question]) -> str:
 # ---- Files ----------------------------------------------------------------------------------------------
 
 
-def table_entries(path: Path) -> Iterator[tuple[int, Entry]]:
+def table_entries(path: Path) -> Iterator[tuple[int, RawEntry]]:
     """Yield a file's numbered entries: lines of .jsonl, rows of .parquet, or else values of a JSON list."""
     readers = {".jsonl": json_line_entries, ".parquet": _parquet_entries}
     return readers.get(path.suffix, json_list_entries)(path)
 
 
-def _parquet_entries(path: Path) -> Iterator[tuple[int, Entry]]:
+def _parquet_entries(path: Path) -> Iterator[tuple[int, RawEntry]]:
     import pyarrow  # noqa: PLC0415 (takes 0.6 s, which other formats need not wait for)
     from pyarrow import parquet  # noqa: PLC0415
 

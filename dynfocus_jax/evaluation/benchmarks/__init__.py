@@ -51,7 +51,7 @@ BENCHMARKS = {
         "VideoHallucer", videohallucer.read_videohallucer, videohallucer.measure_videohallucer
     ),
     "mvbench": Benchmark("MVBench", mvbench.read_mvbench, mvbench.measure_mvbench),
-    "nextqa": Benchmark("NExT-QA", nextqa.read_nextqa, nextqa.measure_nextqa),
+    "nextqa": Benchmark("NExT-QA", nextqa.read_nextqa_questions, nextqa.measure_nextqa),
     "nextgqa": Benchmark("NExT-GQA", nextqa.read_grounded, nextqa.measure_grounded),
     "vnbench": Benchmark("VNBench", vnbench.read_vnbench, vnbench.measure_vnbench),
 }

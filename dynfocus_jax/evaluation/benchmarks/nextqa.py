@@ -28,7 +28,7 @@ Span = tuple[float, float]  # start and end in seconds
 measure_nextqa = accuracy_by("kind", "type")
 
 
-def read_nextqa(annotations: Path, media: MediaFolder) -> list[Question]:
+def read_nextqa_questions(annotations: Path, media: MediaFolder) -> list[Question]:
     """Read the csv file of a split; videos at VIDEO.mp4, or at the paths in map_vid_vidorID.json beside it.
 
     "answer" is the number of an option in all rows or, in some releases, its text in all rows.
@@ -83,7 +83,7 @@ def read_grounded(annotations: Path, media: MediaFolder) -> list[Question]:
     table, file = annotations.with_name(f"{split}.csv"), annotations.with_name(f"gsub_{split}.json")
     spans_of_question = _read_spans(file)
     rows: dict[str, list[Question]] = {name: [] for name in spans_of_question}
-    for question in read_nextqa(table, media):
+    for question in read_nextqa_questions(table, media):
         if question.id in rows:
             rows[question.id].append(question)
     unmatched = [name for name, found in rows.items() if len(found) != 1]
