@@ -1,17 +1,23 @@
-"""The entry point of lmms-eval's plugins: makes the model `dynfocus_jax` known to it.
+"""The plugin of lmms-eval, which registers the model `dynfocus_jax`.
 
     pip install '.[lmms-eval]'
     lmms-eval --model dynfocus_jax --model_args checkpoint=runs/instruct --tasks videomme --batch_size 4
 
-lmms-eval loads this whichever model it runs: neither JAX nor the model is imported here.
+lmms-eval imports this module whatever model it runs, so neither JAX nor the model is imported here.
 """
 
+from typing import TYPE_CHECKING
 
-def manifest():
-    """Return the manifest that lmms-eval asks plugins for: the model's names and the class to import."""
-    from lmms_eval.models.registry_v2 import ModelManifest  # noqa: PLC0415 (an optional dependency)
+# lmms-eval is an optional dependency, which pyright may not find
+if TYPE_CHECKING:
+    from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 
-    return ModelManifest(
+
+def manifest() -> "ModelManifest":
+    """Return the manifest of the plugin: the model's names and the path of its class."""
+    from lmms_eval.models import registry_v2  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
+
+    return registry_v2.ModelManifest(
         model_id="dynfocus_jax",
         chat_class_path="dynfocus_jax.evaluation.lmms_model.DynFocus",
         aliases=("dynfocus",),

@@ -28,7 +28,7 @@ from absl import flags
 from dynfocus_jax.command import CONFIG_FLAG, run_command
 from dynfocus_jax.data.prepare import check_initial_checkpoint, make_tokenizer, prepare_data_root
 from dynfocus_jax.errors import UserError
-from dynfocus_jax.evaluation.held_out import check_features, evaluate_run, format_evaluation
+from dynfocus_jax.evaluation.held_out import check_held_out_features, evaluate_held_out, format_held_out
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.parallel.processes import connect_processes, is_process_zero, print_once, process_zero_first
 from dynfocus_jax.parallel.sharding import num_row_shards
@@ -69,7 +69,7 @@ def main() -> None:
     if held_out is not None and not (data_root / held_out).is_file():
         raise UserError(f"config.evaluation.annotations is {held_out!r}, which is not a file in {data_root}.")
     if held_out is not None:
-        check_features(config, data_root)
+        check_held_out_features(config, data_root)
     seconds = {"data": time.perf_counter() - started}
 
     # --- Stages ---------------------------------------------------------------------------------------
@@ -108,14 +108,14 @@ def main() -> None:
     if config.evaluation.annotations is None:
         return
     started = time.perf_counter()
-    results = evaluate_run(
+    results = evaluate_held_out(
         config, params, data_root=data_root, tokenizer=tokenizer, workdir=workdir, mesh=mesh
     )
     seconds["evaluation"] = time.perf_counter() - started
     results["seconds_by_stage"] = {name: round(value, 1) for name, value in seconds.items()}
     if is_process_zero():
         (workdir / "eval.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print_once(format_evaluation(results))
+    print_once(format_held_out(results))
     picture = ", focus.png" if (workdir / "focus.png").is_file() else ""
     print_once(f"results are in {workdir}: eval.json, predictions.jsonl{picture}")
 

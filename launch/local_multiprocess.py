@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Run a command as several processes on this machine, each with its own virtual CPU devices.
+"""Run a command as several processes on this machine, each with virtual CPU devices of its own.
 
     python launch/local_multiprocess.py --processes 2 --devices 4 -- \\
         python -m dynfocus_jax.train --config configs/toy.py --workdir runs/toy
 
-For trying out on one machine what runs on many: meshes, data order, checkpoints. The command must take
-`--config`; it is started once a process with --config.distributed.* set (a free port of this machine) and
-JAX_NUM_CPU_DEVICES. Lines of process i come with the prefix "[i] ". SIGTERM and SIGINT are passed on. When a
-process fails all others are killed, and its exit code is this one's (128 + signal if a signal ended it).
+Use it to test a run on many machines on one: meshes, data order and checkpoints. The command must have the
+option --config. It is started once per process, with --config.distributed.* and JAX_NUM_CPU_DEVICES set; the
+processes connect on a free port of this machine. Every line of process i has the prefix "[i] ". SIGTERM and
+SIGINT are passed on to all processes. If a process fails, all others are killed, and the exit code is that of
+the failed process (128 + signal if a signal ended it).
 
-Assumes a POSIX machine whose cores the processes share, and a Python with the package's requirements.
+Assumes a POSIX machine, and a Python with the package's requirements.
 """
 
 import argparse
@@ -27,13 +28,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--processes", type=_positive, default=2, help="how many (default 2)")
-    parser.add_argument("--devices", type=_positive, default=1, help="virtual devices of each (default 1)")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- COMMAND ...")
+    parser.add_argument("--processes", type=_positive, default=2, help="number of processes (default 2)")
+    parser.add_argument(
+        "--devices", type=_positive, default=1, help="virtual devices of each process (default 1)"
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="command to run, after --")
     options = parser.parse_args()
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not command:
-        parser.error("there is no command; write -- python -m dynfocus_jax.train ...")
+        parser.error("the command is missing. Add it after --, such as -- python -m dynfocus_jax.train ...")
 
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -75,7 +78,7 @@ def main() -> int:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number greater than 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer greater than 0")
     return int(text)
 
 
@@ -85,12 +88,13 @@ def _free_port() -> int:
 
 
 def _flags(address: str, count: int, index: int) -> list[str]:
+    """Return the options of the command that connect process `index` to the others."""
     fields = {"mode": "explicit", "address": address, "num_processes": count, "process_id": index}
     return [f"--config.distributed.{name}={value}" for name, value in fields.items()]
 
 
 def _wait(processes: list[subprocess.Popen]) -> int:
-    """Waits until all have ended well, or one has failed: its exit code."""
+    """Wait until all processes have succeeded or one has failed; return the exit code."""
     running = dict(enumerate(processes))
     while running:
         for index, process in list(running.items()):
@@ -99,15 +103,16 @@ def _wait(processes: list[subprocess.Popen]) -> int:
                 continue
             del running[index]
             if code:
-                how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+                reason = f"exit code {code}" if code > 0 else signal.Signals(-code).name
                 others = "; ending the others" if running else ""
-                print(f"process {index} failed ({how}){others}", file=sys.stderr, flush=True)
+                print(f"process {index} failed ({reason}){others}", file=sys.stderr, flush=True)
                 return code if code > 0 else 128 - code
         time.sleep(0.05)
     return 0
 
 
 def _forward(source: TextIO, target: TextIO, prefix: str) -> None:
+    """Copy lines with a prefix, until the source is closed."""
     for line in source:
         target.write(f"{prefix}{line.rstrip()}\n")
         target.flush()

@@ -4,16 +4,18 @@
 #   bash launch/tpu_vm.sh NAME ZONE --config configs/instruct_7b.py --workdir /mnt/shared/runs/instruct_7b \
 #       --config.data.root=/mnt/shared/data --config.mesh.fsdp=16
 #
-# Run it on your own machine, in a terminal that stays (tmux): it copies the committed state of this repository
-# to every host of the TPU VM, sets up an environment there the first time, starts the same command on all of
-# them and shows their output. The slice must exist, for example:
+# Run it on your own machine, in a terminal that stays open (tmux). It copies the committed state of this
+# repository to every host of the TPU VM, installs the requirements there, starts the same training command on
+# all hosts, and shows their output. Create the slice first, for example:
 #
 #   gcloud compute tpus tpu-vm create NAME --zone=ZONE --accelerator-type=v5p-32 --version=v2-alpha-tpuv5
 #
-# Assumes: gcloud, logged in, with a project set; Python 3.11 or newer on the hosts ($TPU_PYTHON, default
-# python3); data and workdir on a file system that all hosts have mounted under the same path (Filestore, NFS).
-# The hosts find each other by the TPU's own metadata (config.distributed.mode=auto). A run that was interrupted
-# goes on when the same command is given again; runs of it that still live on the hosts are to be ended first:
+# Assumes:
+# - gcloud, logged in and with a project;
+# - Python 3.11 or newer on the hosts ($TPU_PYTHON, default python3);
+# - data and workdir on a file system that all hosts mount under the same path (Filestore, NFS).
+# The hosts find each other with the TPU's metadata (config.distributed.mode=auto). Run the same command again to
+# resume an interrupted run. If processes of it are still running on the hosts, end them first:
 #
 #   gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all --command='pkill -f "[d]ynfocus_jax.train"'
 set -euo pipefail
@@ -31,7 +33,7 @@ trap 'rm -f "$archive"' EXIT
 git archive --format=tar.gz --output="$archive" HEAD
 gcloud compute tpus tpu-vm scp "$archive" "$name:dynfocus_jax.tar.gz" --zone="$zone" --worker=all
 
-# Quoted here, once more by %q, since a shell on the host reads it.
+# %q quotes the arguments for the shell on the hosts.
 arguments=$(printf '%q ' "$@")
 remote=$(
   cat <<EOF

@@ -1,4 +1,4 @@
-"""`python -m dynfocus_jax.evaluate` as a user runs it: whole, killed with kill -9, and as two processes."""
+"""`python -m dynfocus_jax.evaluate` from the command line: uninterrupted, killed, and in two processes."""
 
 import json
 import os
@@ -23,7 +23,7 @@ LAUNCHER = REPOSITORY / "launch" / "local_multiprocess.py"
 
 
 def make_run(workdir, seed=0):
-    """What a training run leaves, with parameters that nobody has trained."""
+    """Write the checkpoint of a training run, with random parameters."""
     workdir.mkdir(exist_ok=True)
     config = tiny_config()
     config.evaluation.media_frames = FRAMES
@@ -45,7 +45,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def benchmark(tmp_path_factory):
-    """24 questions of NExT-QA's kind about four videos, one of which is missing."""
+    """Questions about four videos, one of which is missing."""
     folder = tmp_path_factory.mktemp("benchmark")
     rows = [
         {
@@ -76,9 +76,9 @@ def flags(checkpoint, benchmark, output, *more):
 
 
 @pytest.fixture(scope="module")
-def whole(checkpoint, benchmark, tmp_path_factory):
-    """(folder, stdout) of a run that was left alone."""
-    output = tmp_path_factory.mktemp("whole") / "out"
+def uninterrupted(checkpoint, benchmark, tmp_path_factory):
+    """(folder, stdout) of an uninterrupted run."""
+    output = tmp_path_factory.mktemp("uninterrupted") / "out"
     code, stdout, stderr = command("evaluate", *flags(checkpoint, benchmark, output))
     assert code == 0, stderr
     return output, stdout
@@ -89,8 +89,8 @@ def entries_of(folder: Path) -> list[dict]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
-def test_a_run(whole):
-    output, stdout = whole
+def test_a_run(uninterrupted):
+    output, stdout = uninterrupted
     results = json.loads((output / "results.json").read_text())
     assert (results["questions"], results["answered"]) == (QUESTIONS, 18)
     assert all("v3.mp4: no such file" in each["reason"] for each in results["failed"])
@@ -108,7 +108,7 @@ def test_a_run(whole):
     assert (output / "table.txt").read_text().strip() in stdout
 
 
-def test_killed_and_resumed(whole, checkpoint, benchmark, tmp_path):
+def test_killed_and_resumed(uninterrupted, checkpoint, benchmark, tmp_path):
     arguments = flags(checkpoint, benchmark, tmp_path)
     process = subprocess.Popen(
         [sys.executable, "-m", "dynfocus_jax.evaluate", *arguments],
@@ -126,21 +126,23 @@ def test_killed_and_resumed(whole, checkpoint, benchmark, tmp_path):
     (tmp_path / "predictions.jsonl").open("a").write('{"id": "half a li')
     code, _, stderr = command("evaluate", *arguments)
     assert code == 0, stderr
-    assert (tmp_path / "results.json").read_bytes() == (whole[0] / "results.json").read_bytes()
+    assert (tmp_path / "results.json").read_bytes() == (uninterrupted[0] / "results.json").read_bytes()
     assert len({entry["id"] for entry in entries_of(tmp_path)}) == QUESTIONS
 
 
-def test_predictions_of_other_weights_are_not_mixed(whole, benchmark, tmp_path):
-    """The same settings and step, other weights: refused. Nothing in the folder changes."""
-    before = {path.name: path.read_bytes() for path in whole[0].iterdir()}
-    code, _, stderr = command("evaluate", *flags(make_run(tmp_path / "other", seed=1), benchmark, whole[0]))
+def test_predictions_of_other_weights_are_not_mixed(uninterrupted, benchmark, tmp_path):
+    """A run with the same settings and step but other weights is refused, and changes nothing."""
+    before = {path.name: path.read_bytes() for path in uninterrupted[0].iterdir()}
+    code, _, stderr = command(
+        "evaluate", *flags(make_run(tmp_path / "other", seed=1), benchmark, uninterrupted[0])
+    )
     assert code == 2
     assert "has predictions made with other settings (checkpoint.weights: then" in stderr
     assert len(stderr.strip().splitlines()) == 1
-    assert {path.name: path.read_bytes() for path in whole[0].iterdir()} == before
+    assert {path.name: path.read_bytes() for path in uninterrupted[0].iterdir()} == before
 
 
-def test_two_processes(whole, checkpoint, benchmark, tmp_path):
+def test_two_processes(uninterrupted, checkpoint, benchmark, tmp_path):
     arguments = flags(checkpoint, benchmark, tmp_path)
     launched = [sys.executable, str(LAUNCHER), "--processes=2", "--", sys.executable, "-m"]
     done = subprocess.run(
@@ -152,7 +154,7 @@ def test_two_processes(whole, checkpoint, benchmark, tmp_path):
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "results.json").read_bytes() == (whole[0] / "results.json").read_bytes()
+    assert (tmp_path / "results.json").read_bytes() == (uninterrupted[0] / "results.json").read_bytes()
     of_first = {json.loads(line)["id"] for line in (tmp_path / "predictions.jsonl").open()}
     of_second = {json.loads(line)["id"] for line in (tmp_path / "predictions.1.jsonl").open()}
     assert of_first.isdisjoint(of_second)
@@ -160,7 +162,7 @@ def test_two_processes(whole, checkpoint, benchmark, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ("--benchmark=videome", "'videome' is not known"),
         ("--annotations=", "--annotations is missing"),
@@ -171,10 +173,10 @@ def test_two_processes(whole, checkpoint, benchmark, tmp_path):
         ("--config.mlvu.sampling.kind=odd", "config.data.sampling.kind"),
     ],
 )
-def test_mistakes_end_in_one_sentence(checkpoint, benchmark, tmp_path, change, said):
+def test_errors_in_the_flags(checkpoint, benchmark, tmp_path, change, message):
     code, _, stderr = command(
         "evaluate", *flags(checkpoint, benchmark, tmp_path, change), OPENAI_API_KEY="", timeout=300
     )
     assert code == 2
-    assert said in stderr
+    assert message in stderr
     assert len(stderr.strip().splitlines()) == 1

@@ -1,4 +1,4 @@
-"""The plugin of lmms-eval: against its documented interface, and (slow) in the real package."""
+"""The plugin of lmms-eval, with a stand-in for its documented interface and (slow) in the real package."""
 
 import abc
 import json
@@ -17,7 +17,12 @@ from PIL import Image
 from dynfocus_jax.data.media_reader import MediaReader
 from dynfocus_jax.data.prepare import prepare_data_root
 from dynfocus_jax.errors import SampleError, UserError
-from dynfocus_jax.evaluation.lmms_requests import LmmsAnswerer, sampling_of, split_messages, stop_strings
+from dynfocus_jax.evaluation.lmms_requests import (
+    LmmsAnswerer,
+    read_sampling,
+    read_stop_strings,
+    split_messages,
+)
 from dynfocus_jax.serving.engine import Completion
 from dynfocus_jax.serving.token_sampling import GREEDY, SamplingParams
 from tests.commands import REPOSITORY, command
@@ -27,7 +32,7 @@ SIZE = 16
 
 
 class ScriptedEngine:
-    """Answers with the question in capitals, and fails where that is asked for."""
+    """An engine that answers with the question in capitals, and fails if the question says "fail"."""
 
     config = SimpleNamespace(generation=SimpleNamespace(batch=(1, 4)))
     num_frames = 3
@@ -80,7 +85,7 @@ def test_turns_of_a_chat():
     expected = (("user", "be short\na"), ("assistant", "b"), ("user", "c"))
     assert split_messages(turns) == (expected, [video], False)
     assert split_messages([{"role": "user", "content": "plain"}]) == ((("user", "plain"),), [], False)
-    with pytest.raises(SampleError, match="later than with the first question"):
+    with pytest.raises(SampleError, match="comes after the first question"):
         split_messages([chat("a"), chat("b", role="assistant"), chat(video, "c")])
 
 
@@ -96,21 +101,21 @@ def test_turns_of_a_chat():
     ],
 )
 def test_sampling_of_a_task(settings, expected):
-    assert sampling_of(settings, 9) == expected
+    assert read_sampling(settings, 9) == expected
 
 
-def test_beam_search_is_refused():
+def test_beam_search_is_not_supported():
     with pytest.raises(UserError, match="num_beams=5"):
-        sampling_of({"num_beams": 5}, 0)
+        read_sampling({"num_beams": 5}, 0)
 
 
 def test_stop_strings_of_a_task():
-    assert stop_strings({}) == ()
-    assert stop_strings({"until": "\n\n"}) == ("\n\n",)
-    assert stop_strings({"until": ["ASSISTANT:", "", "\n"]}) == ("ASSISTANT:", "\n")
+    assert read_stop_strings({}) == ()
+    assert read_stop_strings({"until": "\n\n"}) == ("\n\n",)
+    assert read_stop_strings({"until": ["ASSISTANT:", "", "\n"]}) == ("ASSISTANT:", "\n")
 
 
-def test_what_chats_are_about(answerer, engine, heldout, tmp_path):
+def test_images_and_videos_of_chats(answerer, engine, heldout, tmp_path):
     entry = json.loads((heldout / "heldout.json").read_text())[0]
     video = str(heldout / entry["video"])
     colours = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
@@ -153,7 +158,7 @@ def test_what_chats_are_about(answerer, engine, heldout, tmp_path):
 
 @dataclass
 class Instance:
-    """As in lmms-eval 0.7, without its meta data."""
+    """`Instance` of lmms-eval 0.7, without its metadata."""
 
     arguments: tuple
     task_name: str = "task"
@@ -209,7 +214,7 @@ class CacheHook:
 
 @pytest.fixture
 def interface(monkeypatch):
-    """What of lmms-eval's documented interface a plugin meets."""
+    """A stand-in for the part of lmms-eval that plugins use."""
     contents = {
         "lmms_eval": {},
         "lmms_eval.api": {},
@@ -232,7 +237,7 @@ def interface(monkeypatch):
 
 
 def plugin() -> ModelManifest:
-    """What the entry point of pyproject.toml leads to."""
+    """Return the manifest that the entry point in pyproject.toml names."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     module, _, name = project["entry-points"]["lmms_eval.models"]["dynfocus_jax"].partition(":")
     return getattr(import_module(module), name)()
@@ -271,7 +276,7 @@ def instances(model, questions, settings=None):
 
 @pytest.fixture
 def make_model(interface, monkeypatch, answerer):
-    monkeypatch.setattr(LmmsAnswerer, "of", lambda checkpoint, num_frames: answerer)
+    monkeypatch.setattr(LmmsAnswerer, "load", lambda checkpoint, num_frames: answerer)
     return lambda **arguments: model_class()(checkpoint="run", device="cpu", max_batch_size=None, **arguments)
 
 
@@ -290,15 +295,15 @@ def test_answers_come_in_order(make_model, engine, batch_size, calls, caplog):
     assert model.cache_hook.kept == kept
 
 
-def test_repeated_questions_are_drawn_anew(make_model, engine):
+def test_repeated_questions_have_different_seeds(make_model, engine):
     model = make_model(batch_size=4)
     one = instances(model, ["a"], {"temperature": 1.0, "do_sample": True})
     model.generate_until(one * 3)
     assert len({request.sampling.seed for request in engine.requests}) == 3
 
 
-def test_mistakes_end_in_one_sentence(interface, make_model, monkeypatch):
-    with pytest.raises(UserError, match=r"unknown field frames; known fields: checkpoint, num_frames\."):
+def test_errors_in_the_arguments(interface, make_model, monkeypatch):
+    with pytest.raises(UserError, match=r"unknown fields frames, expected checkpoint and num_frames\."):
         make_model(frames=4)
     with pytest.raises(UserError, match="has no checkpoint"):
         model_class()()
@@ -339,7 +344,7 @@ def results(doc, results):
 
 @pytest.mark.slow
 def test_a_task_in_the_real_package(data_root, heldout, tmp_path):
-    """All answers to a task are those of the run's own evaluation."""
+    """The answers to a task equal those of the run's own evaluation."""
     python = os.environ.get("DYNFOCUS_LMMS_EVAL_PYTHON")
     assert python, (
         "set DYNFOCUS_LMMS_EVAL_PYTHON to the Python of an environment with dynfocus_jax[lmms-eval]"

@@ -1,1 +1,1 @@
-"""Measures of a trained model's answers and of its choice of frames."""
+"""Evaluation of a trained model: published benchmarks, held-out questions, lmms-eval."""

@@ -1,24 +1,25 @@
-"""The questions of one process, answered batch by batch; every one of them gets an entry."""
+"""Answers to the questions of one process, batch by batch. Every question gets a line in the predictions."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from dynfocus_jax.errors import MediaError, SampleError
-from dynfocus_jax.evaluation.grading import grade_one
-from dynfocus_jax.evaluation.predictions import Predictions
-from dynfocus_jax.evaluation.question_prompts import Clips, guidance_of, prompt_of
+from dynfocus_jax.evaluation.grading import grade_answer
+from dynfocus_jax.evaluation.predictions import PredictionStore
+from dynfocus_jax.evaluation.question_prompts import ClipReader, make_guidance, make_prompt
 from dynfocus_jax.evaluation.questions import Question
 from dynfocus_jax.media.video import Clip
 from dynfocus_jax.serving.engine import Completion, Request
 
 
-class Answerer(Protocol):
-    """The part of `serving.engine.Engine` that answering needs."""
+class GenerationEngine(Protocol):
+    """The part of `serving.engine.Engine` that answering uses."""
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """An answer for each request, in their order."""
+        """Return a completion for each request, in their order."""
+        ...
 
 
 class Progress(NamedTuple):
@@ -28,38 +29,43 @@ class Progress(NamedTuple):
     failed: int = 0
 
 
-def share_of(questions: Sequence[Question], process: int, processes: int) -> list[Question]:
-    """The questions of a process: those about the same video are together, and nobody else has them.
+def assign_questions(questions: Sequence[Question], process: int, num_processes: int) -> list[Question]:
+    """Return the questions of a process: all questions about some of the videos, video by video.
 
-    It depends on all questions, not on what is answered already, so no two runs or processes overlap.
+    The assignment depends on all questions, answered or not, so processes and repeated runs never overlap.
     """
     videos = {path: number for number, path in enumerate(dict.fromkeys(q.media for q in questions))}
-    mine = [question for question in questions if videos[question.media] % processes == process]
-    return sorted(mine, key=lambda question: videos[question.media])
+    assigned = [question for question in questions if videos[question.media] % num_processes == process]
+    return sorted(assigned, key=lambda question: videos[question.media])
 
 
-def answer(
+def answer_questions(
     benchmark: str,
     questions: Sequence[Question],
-    engine: Answerer,
-    clips: Clips,
-    settings: Mapping,
-    predictions: Predictions,
+    engine: GenerationEngine,
+    clips: ClipReader,
+    settings: Mapping[str, Any],
+    predictions: PredictionStore,
     *,
     batch_size: int,
     threads: int,
-    progress: Callable[[Progress], None] = lambda done: None,
+    progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
-    """Answer those of `questions` that have no answer yet, and add an entry for each.
+    """Answer the questions that have no answer yet, and add a line to the predictions for each.
 
-    settings: the benchmark's section of configs/benchmarks.py. What cannot be read or answered gets an entry
-    without a prediction, with its reason.
+    If a video cannot be read or the model cannot answer, the question's line has the reason instead of a
+    prediction.
+
+    Args:
+      settings: the benchmark's section of configs/benchmarks.py.
+      threads: threads that read videos.
+      progress: called after each question.
     """
     done = Progress()
 
-    def add(question: Question, prediction: str | None, reason: str = "", **more) -> None:
+    def add(question: Question, prediction: str | None, reason: str, **details: Any) -> None:
         nonlocal done
-        predictions.add(entry_of(benchmark, question, prediction, reason) | more)
+        predictions.add(make_entry(benchmark, question, prediction, reason) | details)
         done = Progress(done.answered + (prediction is not None), done.failed + (prediction is None))
         progress(done)
 
@@ -69,26 +75,23 @@ def answer(
             if completion.finish_reason == "error":
                 add(question, None, completion.error or "the model gave no answer")
             else:
-                counts = {
-                    "visual_tokens": completion.visual_tokens,
-                    "prompt_tokens": completion.prompt_tokens,
-                }
-                add(question, completion.text, finish_reason=completion.finish_reason, **counts)
+                add(
+                    question,
+                    completion.text,
+                    "",
+                    finish_reason=completion.finish_reason,
+                    visual_tokens=completion.visual_tokens,
+                    prompt_tokens=completion.prompt_tokens,
+                )
 
-    def ask(question: Question, clip: Future) -> Request | str:
-        """The request, or why there is none."""
-        try:
-            return request_of(question, clip.result(), clips, settings)
-        except (MediaError, SampleError, OSError) as error:
-            return str(error)
-
-    todo = [question for question in questions if not predictions.answered(question.id)]
+    unanswered = [question for question in questions if not predictions.is_answered(question.id)]
     batch: list[tuple[Question, Request]] = []
     with ThreadPoolExecutor(threads) as pool:
-        for question, clip in _ahead(pool, clips.read, todo, max(2 * threads, batch_size)):
-            request = ask(question, clip)
-            if isinstance(request, str):
-                add(question, None, request)
+        for question, clip in _read_ahead(pool, clips.read, unanswered, max(2 * threads, batch_size)):
+            try:
+                request = make_request(question, clip.result(), clips, settings)
+            except (MediaError, SampleError, OSError) as error:
+                add(question, None, str(error))
                 continue
             batch.append((question, request))
             if len(batch) == batch_size:
@@ -99,8 +102,8 @@ def answer(
     return done
 
 
-def request_of(question: Question, clip: Clip, clips: Clips, settings: Mapping) -> Request:
-    """Return the greedy request of a question.
+def make_request(question: Question, clip: Clip, clips: ClipReader, settings: Mapping[str, Any]) -> Request:
+    """Return the request of a question, decoded greedily.
 
     Raises:
       MediaError: the subtitles cannot be read.
@@ -108,17 +111,17 @@ def request_of(question: Question, clip: Clip, clips: Clips, settings: Mapping) 
     lines = clips.subtitles(question, clip) if settings["subtitles"] else []
     return Request(
         question.id,
-        (("user", prompt_of(question, settings, lines)),),
+        (("user", make_prompt(question, settings, lines)),),
         clip=clip,
         max_new_tokens=settings["free_max_new_tokens" if question.form == "open" else "max_new_tokens"],
         answer_start=settings["answer_start"] if question.form == "choice" else "",
-        query=guidance_of(question, settings),
+        query=make_guidance(question, settings),
     )
 
 
-def entry_of(benchmark: str, question: Question, prediction: str | None, reason: str) -> dict:
-    """A line of the predictions."""
-    graded = grade_one(question, prediction, reason)
+def make_entry(benchmark: str, question: Question, prediction: str | None, reason: str) -> dict[str, Any]:
+    """Return a question's line of the predictions."""
+    graded = grade_answer(question, prediction, reason)
     return {
         "id": question.id,
         "benchmark": benchmark,
@@ -132,19 +135,19 @@ def entry_of(benchmark: str, question: Question, prediction: str | None, reason:
     }
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, read: Callable[[Question], Clip], questions: Sequence[Question], ahead: int
-) -> Iterator[tuple[Question, Future]]:
-    """Questions with their clips, in order, those of `ahead` questions being read.
+def _read_ahead(
+    pool: ThreadPoolExecutor, read: Callable[[Question], Clip], questions: Sequence[Question], count: int
+) -> Iterator[tuple[Question, Future[Clip]]]:
+    """Yield questions with their clips, in order, while the clips of the next `count` questions are read.
 
-    Questions in a row about the same seconds of a video share a clip: hours of video are read once.
+    Consecutive questions about the same span of a video share a clip, so that long videos are read once.
     """
-    waiting: deque[tuple[Question, Future]] = deque()
+    waiting: deque[tuple[Question, Future[Clip]]] = deque()
     last, clip = None, Future()
     for question in questions:
         if (question.media, question.span) != last:
             last, clip = (question.media, question.span), pool.submit(read, question)
         waiting.append((question, clip))
-        if len(waiting) > ahead:
+        if len(waiting) > count:
             yield waiting.popleft()
     yield from waiting

@@ -1,18 +1,23 @@
-"""An evaluation on one benchmark: shares the questions over processes, answers them, and reports."""
+"""Evaluation on one benchmark: distributes questions over processes, answers them and writes the results."""
 
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dynfocus_jax.errors import RunError, UserError
-from dynfocus_jax.evaluation.answering import Answerer, Progress, answer, share_of
+from dynfocus_jax.evaluation.answering import (
+    GenerationEngine,
+    Progress,
+    answer_questions,
+    assign_questions,
+)
 from dynfocus_jax.evaluation.benchmarks import BENCHMARKS
-from dynfocus_jax.evaluation.grading import grade
+from dynfocus_jax.evaluation.grading import grade_answers
 from dynfocus_jax.evaluation.judge import Judge
-from dynfocus_jax.evaluation.predictions import Predictions
-from dynfocus_jax.evaluation.question_prompts import Clips
+from dynfocus_jax.evaluation.predictions import PredictionStore
+from dynfocus_jax.evaluation.question_prompts import ClipReader
 from dynfocus_jax.evaluation.questions import Question, fingerprint
 from dynfocus_jax.evaluation.results import format_results, summarize_results, write_json
 from dynfocus_jax.parallel.processes import print_once
@@ -22,26 +27,29 @@ from dynfocus_jax.version import code_version
 RESULTS, RUN, SUBMISSION, TABLE = "results.json", "run.json", "submission.json", "table.txt"
 
 
-class Share(NamedTuple):
-    """This process's number among all processes."""
+class Processes(NamedTuple):
+    """This process's number, and the number of all processes."""
 
-    process: int = 0
-    processes: int = 1
-
-
-ALONE = Share()
+    index: int = 0
+    count: int = 1
 
 
-def begin(
-    output: Path, name: str, questions: Sequence[Question], about: Mapping, checkpoint: str = ""
+SINGLE_PROCESS = Processes()
+
+
+def prepare_output(
+    output: Path, name: str, questions: Sequence[Question], about: Mapping[str, Any], checkpoint: str = ""
 ) -> None:
-    """Keep what the predictions of a folder depend on, and takes old results away. Process 0 calls it.
+    """Write run.json, which describes the predictions of a folder, and delete earlier results.
 
-    about: of the weights, the model and how it is asked, JSON-able; the same in every run of a folder.
-    checkpoint: where the weights are; this and the code may change, and are kept of every run.
+    Only process 0 calls this.
+
+    Args:
+      about: weights, model and prompts, as JSON values; equal in all runs that share a folder.
+      checkpoint: path of the weights. It and the code may differ between runs; all of them are recorded.
 
     Raises:
-      UserError: the folder holds predictions of something else.
+      UserError: the folder has predictions made with other settings, or cannot be written.
     """
     described = json.loads(json.dumps({"benchmark": name, "questions": fingerprint(questions), **about}))
     maker = {"checkpoint": checkpoint, "code": code_version()}
@@ -51,11 +59,11 @@ def begin(
         makers = kept.pop("made_by", [])
         changed = differences(kept, described) if kept else []
         if not kept and any(output.glob("predictions*.jsonl")):  # such as those of a training run
-            changed = [f"there is no {RUN} that says of what they are"]
+            changed = [f"there is no {RUN} that describes them"]
         if changed:
             raise UserError(
                 f"--output {str(output)!r} has predictions made with other settings "
-                f"({_short('; '.join(changed[:3]))}); choose another folder, or remove this one."
+                f"({_shorten('; '.join(changed[:3]))}); choose another folder, or remove this one."
             )
         if any(each["code"]["source"] != maker["code"]["source"] for each in makers):
             print_once(f"note: {output} has predictions made by other code; they may differ")
@@ -65,36 +73,39 @@ def begin(
         for stale in (RESULTS, TABLE, SUBMISSION, *(path.name for path in output.glob("finished.*"))):
             (output / stale).unlink(missing_ok=True)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"--output {str(output)!r} cannot be used ({error}); choose another folder."
-        ) from None
+        raise UserError(f"--output {str(output)!r} cannot be used: {error}. Choose another folder.") from None
 
 
-def run(
+def run_benchmark(
     output: Path,
     name: str,
     questions: Sequence[Question],
-    engine: Answerer,
-    clips: Clips,
-    settings: Mapping,
+    engine: GenerationEngine,
+    clips: ClipReader,
+    settings: Mapping[str, Any],
     *,
-    share: Share = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     judge: Judge | None = None,
     batch_size: int = 16,
     threads: int = 2,
-    progress: Callable[[Progress], None] = lambda done: None,
+    progress: Callable[[Progress], None] = lambda progress: None,
     file_name: str = "predictions.jsonl",
-    wait: float = 1.0,
-) -> dict:
-    """Answer this process's questions; the first process waits for the others and writes the results.
+    poll_seconds: float = 1.0,
+) -> dict[str, Any]:
+    """Answer this process's questions and return the results of all processes.
 
-    Every process returns the results. The folder is one that all processes see.
+    The first process waits for the others and writes the results; the others wait for the results.
+
+    Args:
+      output: a folder that all processes see.
+      settings: the benchmark's section of configs/benchmarks.py.
+      file_name: file of this process's predictions.
+      poll_seconds: interval at which the processes check each other's files.
     """
-    predictions = Predictions(output, file_name)
-    mine = share_of(questions, *share)
-    answer(
+    predictions = PredictionStore(output, file_name)
+    answer_questions(
         name,
-        mine,
+        assign_questions(questions, *processes),
         engine,
         clips,
         settings,
@@ -103,32 +114,32 @@ def run(
         threads=threads,
         progress=progress,
     )
-    if share.process > 0:
-        (output / f"finished.{share.process}").touch()
-        _await([output / RESULTS], wait)
+    if processes.index > 0:
+        (output / f"finished.{processes.index}").touch()
+        _wait_for([output / RESULTS], poll_seconds)
         return json.loads((output / RESULTS).read_text(encoding="utf-8"))
-    others = [output / f"finished.{number}" for number in range(1, share.processes)]
-    _await(others, wait)
-    results = report(output, name, questions, predictions, judge)
+    others = [output / f"finished.{number}" for number in range(1, processes.count)]
+    _wait_for(others, poll_seconds)
+    results = write_results(output, name, questions, predictions, judge)
     for path in others:
         path.unlink()
     return results
 
 
-def report(
+def write_results(
     output: Path,
     name: str,
     questions: Sequence[Question],
-    predictions: Predictions,
+    predictions: PredictionStore,
     judge: Judge | None,
-) -> dict:
-    """Write and returns the results of all questions.
+) -> dict[str, Any]:
+    """Write and return the results of all questions.
 
     Raises:
-      RunError: a question has no entry, the judge does not answer, or the results cannot be written.
+      RunError: a question has no entry, the judge does not reply, or the results cannot be written.
     """
     benchmark = BENCHMARKS[name]
-    graded = grade(questions, predictions.all())
+    graded = grade_answers(questions, predictions.read_all())
     results = summarize_results(name, benchmark, graded, judge)
     results["code"] = code_version()
     results["predictions"] = json.loads((output / RUN).read_text(encoding="utf-8"))
@@ -136,17 +147,19 @@ def report(
         if benchmark.submission is not None:
             write_json(output / SUBMISSION, benchmark.submission(graded))
         (output / TABLE).write_text(format_results(results) + "\n", encoding="utf-8")
-        write_json(output / RESULTS, results)  # last: the others wait for it
+        write_json(output / RESULTS, results)  # last: the other processes wait for it
     except OSError as error:
-        raise RunError(f"the results cannot be written to {output} ({error.strerror}); make room.") from None
+        raise RunError(
+            f"the results cannot be written to {output}: {error.strerror}. Free disk space and run again."
+        ) from None
     return results
 
 
-def _await(files: Sequence[Path], seconds: float) -> None:
-    """Wait until the files exist, checking at an interval; a process that dies ends the others."""
+def _wait_for(files: Sequence[Path], seconds: float) -> None:
+    """Wait until all files exist. If a process dies, the launcher ends the others."""
     while not all(path.exists() for path in files):
         time.sleep(seconds)
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     return text if len(text) <= 300 else text[:297] + "..."

@@ -1,50 +1,62 @@
-"""Answers beside what is right. Every question is there: what was not answered or understood is wrong."""
+"""Comparison of answers with the right ones. Unanswered and unparsed questions count as wrong."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from dynfocus_jax.errors import RunError
-from dynfocus_jax.evaluation import parsing
+from dynfocus_jax.evaluation.parsing import parse_letter, parse_span, parse_yes_no
 from dynfocus_jax.evaluation.questions import Question
 
 NOT_UNDERSTOOD = "not understood"
 
+ParsedAnswer = str | tuple[float, float]  # a letter, "yes" or "no", a text; start and end in seconds
 
-class Graded(NamedTuple):
-    """A question with its answer."""
+
+class GradedAnswer(NamedTuple):
+    """A question with its answer.
+
+    prediction: the model's words; None if it gave no answer. parsed: None if the words could not be parsed.
+    correct: None for open answers and spans, and if the right answer is not published. reason: why there is
+    no parsed answer; "" if there is one.
+    """
 
     question: Question
-    prediction: str | None  # the model's words; None: there are none, `reason` says why
-    parsed: object  # what they mean: a letter, "yes" or "no", a text, (start, end); None: unknown
-    correct: bool | None  # None: open answers, which a judge or an offline measure grades
-    reason: str  # why there is no parsed answer; "" where there is
+    prediction: str | None
+    parsed: ParsedAnswer | None
+    correct: bool | None
+    reason: str
 
 
-def understand(question: Question, prediction: str) -> object:
-    """Parse an answer; return None if it cannot be understood."""
+def parse_answer(question: Question, prediction: str) -> ParsedAnswer | None:
+    """Parse the model's words by the form of the question; return None if that fails."""
     if question.form == "choice":
-        return parsing.letter(prediction, question.options)
+        return parse_letter(prediction, question.options)
     if question.form == "yes_no":
-        return parsing.yes_or_no(prediction)
+        return parse_yes_no(prediction)
     if question.form == "span":
-        return parsing.span(prediction)
+        return parse_span(prediction)
     return prediction.strip() or None
 
 
-def grade_one(question: Question, prediction: str | None, reason: str = "") -> Graded:
-    """A prediction of the model, or None and why there is none."""
-    if prediction is None:
-        return Graded(question, None, None, _unless_open(question, lambda: False), reason)
-    parsed = understand(question, prediction)
-    if parsed is None:
-        return Graded(question, prediction, None, _unless_open(question, lambda: False), NOT_UNDERSTOOD)
-    if question.form == "span":
-        return Graded(question, prediction, parsed, None, "")
-    return Graded(question, prediction, parsed, _unless_open(question, lambda: parsed == question.answer), "")
+def grade_answer(question: Question, prediction: str | None, reason: str = "") -> GradedAnswer:
+    """Grade the model's words.
+
+    prediction: None if the model gave no answer, for `reason`.
+    """
+    parsed = None if prediction is None else parse_answer(question, prediction)
+    if prediction is not None:
+        reason = NOT_UNDERSTOOD if parsed is None else ""
+    has_key = question.form in ("choice", "yes_no") and question.answer is not None
+    correct = parsed == question.answer if has_key else None
+    return GradedAnswer(question, prediction, parsed, correct, reason)
 
 
-def grade(questions: Sequence[Question], entries: Mapping[str, Mapping]) -> list[Graded]:
-    """All questions, in their order, with their entries of the predictions.
+def grade_answers(
+    questions: Sequence[Question], entries: Mapping[str, Mapping[str, Any]]
+) -> list[GradedAnswer]:
+    """Grade all questions, in their order.
+
+    entries: lines of the predictions by question id.
 
     Raises:
       RunError: a question has no entry.
@@ -56,11 +68,6 @@ def grade(questions: Sequence[Question], entries: Mapping[str, Mapping]) -> list
             "start the evaluation again to answer them."
         )
     return [
-        grade_one(question, entries[question.id]["prediction"], entries[question.id].get("reason", ""))
+        grade_answer(question, entries[question.id]["prediction"], entries[question.id].get("reason", ""))
         for question in questions
     ]
-
-
-def _unless_open(question: Question, correct: Callable[[], bool]) -> bool | None:
-    """Return None for questions without a public key (open answers, hidden keys)."""
-    return None if question.form in ("open", "span") or question.answer is None else correct()

@@ -1,7 +1,9 @@
-"""Evaluation of a training run: answers to the held-out questions, measures, the focus picture."""
+"""Evaluation of a training run on held-out questions: answers, measures, a picture of the frames in focus."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -16,7 +18,7 @@ from dynfocus_jax.data.prepare import make_media_reader
 from dynfocus_jax.data.samples import SampleLoader
 from dynfocus_jax.data.skipped import SkippedSamples
 from dynfocus_jax.errors import MediaError
-from dynfocus_jax.evaluation.exact_match import Prediction, predict, summarize_predictions
+from dynfocus_jax.evaluation.exact_match import Prediction, collect_predictions, summarize_predictions
 from dynfocus_jax.features.compatibility import check_vision_weights
 from dynfocus_jax.features.store import open_features
 from dynfocus_jax.parallel.processes import is_process_zero, process_file_name
@@ -24,16 +26,19 @@ from dynfocus_jax.parallel.sharding import local_rows, to_devices
 from dynfocus_jax.records.sources import read_records
 from dynfocus_jax.serving.engine import Engine
 from dynfocus_jax.text.conversation import TEMPLATES
+from dynfocus_jax.text.tokenizers import Tokenizer
 from dynfocus_jax.visualize.focus import FocusStrip, draw_focus
 
 
-def evaluate_run(
-    config: ConfigDict, params: dict, *, data_root: Path, tokenizer, workdir: Path, mesh: Mesh
-) -> dict:
+def evaluate_held_out(
+    config: ConfigDict, params: dict, *, data_root: Path, tokenizer: Tokenizer, workdir: Path, mesh: Mesh
+) -> dict[str, Any]:
     """Answer all questions of `config.evaluation.annotations`; write predictions.jsonl and focus.png.
 
-    The devices of the mesh share each batch of questions. All processes return the results, the first writes.
-    params: as the last stage has left them on the mesh; see `Engine` for which of them are copied.
+    The devices of the mesh share each batch of questions. All processes return the results; the first one
+    writes the files.
+
+    params: the parameters on the mesh after the last stage. `Engine` copies those whose layout differs.
     """
     evaluation = config.evaluation
     records = read_records(data_root / evaluation.annotations, data_root)
@@ -63,31 +68,30 @@ def evaluate_run(
     check_vision_weights(media.features, trees.flatten(params), mesh)
     engine = Engine(config, params, tokenizer, mesh)
     answers = (engine.answer_batch(to_devices(batch, mesh), evaluation.max_new_tokens) for batch in batches)
-    predictions = predict(answers, records, tokenizer.decode)
+    predictions = collect_predictions(answers, records, tokenizer.decode)
     if is_process_zero():
         _write_predictions(workdir / "predictions.jsonl", predictions)
         pixels = media if media.features is None else make_media_reader(config)
-        strips = _strips(predictions, evaluation, pixels)
+        strips = _choose_strips(predictions, evaluation, pixels)
         if strips:
             draw_focus(workdir / "focus.png", strips)
     return summarize_predictions(predictions, len(records))
 
 
-def check_features(config: ConfigDict, data_root: Path) -> None:
-    """Check that features exist for the held-out questions too; raise UserError otherwise.
-
-    Raises:
-      UserError: they are not.
-    """
+def check_held_out_features(config: ConfigDict, data_root: Path) -> None:
+    """Check that the features of a run include its held-out questions; raise UserError if not."""
     features, evaluation = open_features(config, data_root), config.evaluation
     if features is not None:
         records = read_records(data_root / evaluation.annotations, data_root)
         features.check_coverage(records, [evaluation.media_frames], config.data.max_skip_share)
 
 
-def _strips(predictions: list[Prediction], evaluation: ConfigDict, media: MediaReader) -> list[FocusStrip]:
-    """One question for each of the first videos, of another type each where there are several."""
-    strips, seen_media, seen_kinds = [], set(), set()
+def _choose_strips(
+    predictions: list[Prediction], evaluation: ConfigDict, media: MediaReader
+) -> list[FocusStrip]:
+    """Return one question about each of the first videos, of different types if possible."""
+    strips: list[FocusStrip] = []
+    seen_media, seen_kinds = set(), set()
     kinds = {prediction.record.kind for prediction in predictions}
     for prediction in predictions:
         record = prediction.record
@@ -100,7 +104,7 @@ def _strips(predictions: list[Prediction], evaluation: ConfigDict, media: MediaR
         seen_media.add(record.media)
         try:
             clip = media.read(record, evaluation.media_frames, np.random.default_rng(0))
-        except MediaError:  # features may be all that is left of a video
+        except MediaError:  # the video may have been deleted after its features were extracted
             continue
         seen_kinds.add(record.kind)
         count = len(clip.frames)
@@ -108,8 +112,8 @@ def _strips(predictions: list[Prediction], evaluation: ConfigDict, media: MediaR
             FocusStrip(
                 clip.frames,
                 clip.times,
-                prediction.frame_scores[:count],
-                prediction.focus[:count],
+                prediction.focus.scores[:count],
+                prediction.focus.chosen[:count],
                 record.turns[-1][0],
                 prediction.answer,
                 record.turns[-1][1],
@@ -128,16 +132,16 @@ def _write_predictions(path: Path, predictions: list[Prediction]) -> None:
                 "answer": prediction.record.turns[-1][1],
                 "prediction": prediction.answer,
                 "correct": prediction.correct,
-                "focus": None if prediction.focus is None else prediction.focus.nonzero()[0].tolist(),
+                "focus": None if prediction.focus is None else prediction.focus.chosen.nonzero()[0].tolist(),
                 "needles": [frame for turn in prediction.record.needle_frames[-1:] for frame in turn],
             }
             file.write(json.dumps(entry) + "\n")
 
 
-def format_evaluation(results: dict) -> str:
-    """The short table that a run ends with."""
+def format_held_out(results: Mapping[str, Any]) -> str:
+    """Return the short table that a training run prints at its end."""
 
-    def percent(value):
+    def percent(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.1f} %"
 
     rows = [

@@ -1,4 +1,4 @@
-"""Prompts for a judge of open answers, and parsers of its replies."""
+"""Prompts for a judge of open answers, and the parser of its replies."""
 
 import hashlib
 import re
@@ -12,66 +12,69 @@ from dynfocus_jax.errors import UserError, suggest
 
 
 class Marks(NamedTuple):
-    """Parsed reply of a judge. correct: None if the rubric has no yes or no; scores: by key."""
+    """The marks in a judge's reply. correct: None if the rubric has no yes or no. scores: by key."""
 
     correct: bool | None
     scores: dict[str, float]
 
 
 class Rubric(NamedTuple):
-    """One published way to mark an answer: the two messages and the keys and range of the scores."""
+    """A published way to mark an answer: the prompt, and the keys and range of the scores."""
 
     name: str
-    source: str  # where its words are from
+    source: str  # of the prompt
     system: Template
     user: Template
     keys: tuple[str, ...]
-    yes_no: bool
+    yes_no: bool  # whether the reply also says if the answer is correct
     lowest: float
     highest: float
 
     @property
     def version(self) -> str:
-        """The name with a digest of the words: two results with the same version were asked the same."""
+        """The name with a digest of the prompt: results with the same version had the same prompt."""
         words = "\0".join((self.system.template, self.user.template))
         return f"{self.name}@{hashlib.sha256(words.encode()).hexdigest()[:8]}"
 
     @property
     def fields(self) -> frozenset[str]:
-        """Fields of a question that the prompt needs."""
+        """Names of the prompt's fields."""
         return frozenset(self.user.get_identifiers())
 
     def messages(self, fields: dict[str, str]) -> list[dict[str, str]]:
-        """The chat that is sent; `fields` are inserted as they are and never read as a template."""
+        """Return the chat to send. The fields' values are inserted verbatim, and not parsed as templates."""
         return [
             {"role": "system", "content": self.system.substitute()},
             {"role": "user", "content": self.user.substitute(fields)},
         ]
 
     def read(self, reply: str) -> Marks | None:
-        """Parse the reply's last {...} with all keys; return None without one or if a value is out of range.
+        """Parse the last {...} of a reply that has all keys; return None if there is none or it is invalid.
 
-        The braces hold a Python or JSON dictionary, or what judges write for one (doubled quotes, sums).
+        The braces hold a Python or JSON dictionary, or what judges write for one (doubled quotes, sums). A
+        score out of range is invalid.
         """
-        wanted = (*(("pred",) if self.yes_no else ()), *self.keys)
-        said = _last_values(reply, wanted)
-        if said is None:
+        values = _last_values(reply, ("pred", *self.keys) if self.yes_no else self.keys)
+        if values is None:
             return None
         correct = None
         if self.yes_no:
-            word = said["pred"].lower()
+            word = values["pred"].lower()
             if word not in ("yes", "no"):
                 return None
             correct = word == "yes"
-        scores = {key: _number(said[key]) for key in self.keys}
-        if any(score is None or not self.lowest <= score <= self.highest for score in scores.values()):
-            return None
+        scores = {}
+        for key in self.keys:
+            score = _parse_number(values[key])
+            if score is None or not self.lowest <= score <= self.highest:
+                return None
+            scores[key] = score
         return Marks(correct, scores)
 
 
 @cache
 def rubrics() -> dict[str, Rubric]:
-    """All rubrics by name."""
+    """Return all rubrics by name."""
     published = tomllib.loads((Path(__file__).parent / "judge_prompts.toml").read_text(encoding="utf-8"))
     return {
         name: Rubric(
@@ -89,14 +92,14 @@ def rubrics() -> dict[str, Rubric]:
 
 
 def rubric_named(name: str) -> Rubric:
-    """Raise UserError if there is none of that name."""
+    """Return a rubric by name; raise UserError if there is none of that name."""
     if name not in rubrics():
-        raise UserError(f"there is no rubric {name!r} for the judge{suggest(name, rubrics())}.")
+        raise UserError(f"the judge has no rubric {name!r}{suggest(name, rubrics())}.")
     return rubrics()[name]
 
 
 def _last_values(reply: str, keys: tuple[str, ...]) -> dict[str, str] | None:
-    """The value of each key, bare, in the last innermost {...} that names each of them exactly once."""
+    """Return the value of each key, unquoted, in the last innermost {...} that has each key exactly once."""
     found = None
     for group in re.findall(r"\{[^{}]*\}", reply):
         values = {key: re.findall(rf"""(?<!\w){key}['"]*\s*:\s*['"]*([^,'"{{}}]*)""", group) for key in keys}
@@ -105,5 +108,5 @@ def _last_values(reply: str, keys: tuple[str, ...]) -> dict[str, str] | None:
     return found
 
 
-def _number(text: str) -> float | None:
+def _parse_number(text: str) -> float | None:
     return float(text) if re.fullmatch(r"-?\d+(\.\d+)?", text, re.ASCII) else None

@@ -1,11 +1,13 @@
-"""lmms-eval's chats and settings as requests to the engine."""
+"""Conversion of lmms-eval's chats and generation settings to requests for the engine."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
 from dynfocus_jax.data.media_reader import MediaReader
@@ -15,29 +17,59 @@ from dynfocus_jax.media.images import fit_to_square
 from dynfocus_jax.media.video import Clip
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
 from dynfocus_jax.records.records import Record
-from dynfocus_jax.serving.engine import Completion, Engine, Request
+from dynfocus_jax.serving.engine import Completion, Request
 from dynfocus_jax.serving.load import load_engine, load_run
 from dynfocus_jax.serving.token_sampling import GREEDY, SamplingParams
 from dynfocus_jax.validation import validate
 
-LmmsChat = tuple[str, Sequence[Mapping], Mapping, int]  # id, messages, generation settings, seed
+Json = Mapping[str, Any]
+LmmsChat = tuple[str, Sequence[Json], Json, int]  # id, messages, generation settings, seed
+
+
+class VisualPart(NamedTuple):
+    """An image or video of a chat."""
+
+    kind: str  # "image" or "video"
+    source: Any  # a path, or a picture
+    span: tuple[float, float] | None  # seconds of a video that are meant; None: all
+
+
+class ParsedChat(NamedTuple):
+    """A chat, with its texts and its images and videos apart."""
+
+    turns: tuple[tuple[str, str], ...]  # (role, text)
+    visuals: list[Json]
+    visual_at_end: bool  # whether the images and videos come after the text of their message
+
+
+class BatchEngine(Protocol):
+    """The part of `serving.engine.Engine` that the answerer uses."""
+
+    config: ConfigDict
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Return a completion for each request, in their order."""
+        ...
 
 
 class LmmsAnswerer:
-    """Reads what chats are about and answers them together.
+    """Reads the images and videos of chats, and answers the chats in batches.
 
-    engine: what answers; media: what reads files; num_frames: of a video; layout, mean: of a picture, see
-    `media.images.fit_to_square`.
+    Args:
+      engine: the generation engine.
+      media: reads files.
+      num_frames: frames of a video.
+      layout, mean: how a picture becomes a square, see `media.images.fit_to_square`.
     """
 
     def __init__(
-        self, engine: Engine, media: MediaReader, num_frames: int, layout: str, mean: Sequence[float]
+        self, engine: BatchEngine, media: MediaReader, num_frames: int, layout: str, mean: Sequence[float]
     ):
         self._engine, self._media, self._num_frames = engine, media, num_frames
         self._layout, self._mean = layout, mean
 
     @classmethod
-    def of(cls, checkpoint: Path, num_frames: int | None) -> "LmmsAnswerer":
+    def load(cls, checkpoint: Path, num_frames: int | None) -> "LmmsAnswerer":
         """Load a run's checkpoint onto all devices of this machine.
 
         Raises:
@@ -47,7 +79,7 @@ class LmmsAnswerer:
         run.config.data.sampling.pick = "middle"  # the same frames each time
         if num_frames is not None:
             if not isinstance(num_frames, int):
-                raise UserError(f"num_frames is {num_frames!r}; expected a whole number.")
+                raise UserError(f"num_frames is {num_frames!r}, expected a whole number.")
             run.config.generation.num_frames = num_frames
             validate(run.config)
         mesh = make_mesh(mesh_shape(run.config.mesh, jax.local_device_count()), jax.local_devices())
@@ -56,28 +88,30 @@ class LmmsAnswerer:
         return cls(engine, make_media_reader(run.config), engine.num_frames, layout, mean)
 
     @property
-    def most_at_once(self) -> int:
+    def max_batch_size(self) -> int:
         """Largest number of questions that the engine answers together."""
         return self._engine.config.generation.batch[-1]
 
     def answer(self, chats: Sequence[LmmsChat]) -> list[Completion]:
-        """The answers, in order; one with an `error` where a chat cannot be read or answered.
+        """Return the completions, in order; with an `error` if a chat cannot be read or answered.
 
         Raises:
-          UserError: the task asks for what the engine does not do (beam search).
+          UserError: the task needs beam search, which the engine does not support.
         """
         with ThreadPoolExecutor(max(1, min(8, len(chats)))) as pool:
-            read = list(pool.map(lambda chat: self._request(*chat), chats))
-        answers = iter(self._engine.generate([each for each in read if isinstance(each, Request)]))
-        return [next(answers) if isinstance(each, Request) else each for each in read]
+            requests = list(pool.map(lambda chat: self._make_request(*chat), chats))
+        valid = [request for request in requests if isinstance(request, Request)]
+        completions = iter(self._engine.generate(valid))
+        return [next(completions) if isinstance(each, Request) else each for each in requests]
 
-    def _request(
-        self, name: str, messages: Sequence[Mapping], settings: Mapping, seed: int
+    def _make_request(
+        self, name: str, messages: Sequence[Json], settings: Json, seed: int
     ) -> Request | Completion:
-        sampling = sampling_of(settings, seed)
+        """Return the request of a chat, or a completion with an error if the chat cannot be read."""
+        sampling = read_sampling(settings, seed)
         try:
             turns, visuals, visual_at_end = split_messages(messages)
-            clip = self._clip(visuals)
+            clip = self._read_clip(visuals)
         except (MediaError, SampleError, OSError) as error:
             return Completion(name, error=str(error))
         return Request(
@@ -86,79 +120,81 @@ class LmmsAnswerer:
             clip=clip,
             sampling=sampling,
             max_new_tokens=settings.get("max_new_tokens"),
-            stop=stop_strings(settings),
+            stop=read_stop_strings(settings),
             visual_at_end=visual_at_end,
         )
 
-    def _clip(self, visuals: Sequence[Mapping]) -> Clip | None:
+    def _read_clip(self, visuals: Sequence[Json]) -> Clip | None:
         if not visuals:
             return None
         if len(visuals) > 1:
-            raise SampleError(f"there are {len(visuals)} images or videos in the chat; the model takes one")
-        kind, source, span = _source(visuals[0])
+            raise SampleError(f"the chat has {len(visuals)} images or videos, expected at most one.")
+        kind, source, span = _parse_visual(visuals[0])
         if kind == "image" and isinstance(source, Image.Image):
             picture = fit_to_square(source.convert("RGB"), self._media.size, self._layout, self._mean)
             return Clip(np.asarray(picture)[None], np.zeros(1), np.zeros(1, np.int32))
         if kind not in ("image", "video") or not isinstance(source, str | Path):
             raise SampleError(
-                f"the chat is about {kind} as {type(source).__name__}; the model takes files and pictures"
+                f"the chat has a {kind} of type {type(source).__name__}, expected a file or a picture."
             )
         record = Record(str(source), Path(source), (), modality=kind, span=span)
         return self._media.read(record, self._num_frames if kind == "video" else 1, np.random.default_rng(0))
 
 
-def _source(visual: Mapping) -> tuple[str, object, tuple[float, float] | None]:
-    """Kind, picture or file, and the seconds that are meant, of a video of which a part is.
+def _parse_visual(visual: Json) -> VisualPart:
+    """Parse an image or video of a message.
 
-    Tasks write the seconds beside the file, or both in its place.
+    For a part of a video, tasks give the seconds beside the file, or the file and its seconds in place of the
+    file.
     """
-    source, about = visual["url"], dict(visual)
+    source = visual["url"]
+    start, end = visual.get("start_time"), visual.get("end_time")
     if isinstance(source, Mapping):
-        about |= {"start_time": source.get("video_start"), "end_time": source.get("video_end")}
+        start, end = source.get("video_start"), source.get("video_end")
         source = next((source[key] for key in ("url", "path", "video") if key in source), source)
-    start, end = about.get("start_time"), about.get("end_time")
-    if (start is None) != (end is None):
-        raise SampleError(f"of a part of {source} only one end is given; both are needed")
-    return visual["type"], source, None if start is None else (float(start), float(end))
+    if start is None and end is None:
+        return VisualPart(visual["type"], source, None)
+    if start is None or end is None:
+        raise SampleError(f"the span of {source} has only one end, expected start and end.")
+    return VisualPart(visual["type"], source, (float(start), float(end)))
 
 
-def split_messages(messages: Sequence[Mapping]) -> tuple[tuple[tuple[str, str], ...], list[Mapping], bool]:
-    """The turns of a chat as (role, text), its images and videos, and whether these come after their text.
-
-    What the system says goes before the first question.
+def split_messages(messages: Sequence[Json]) -> ParsedChat:
+    """Split a chat into its texts and its images and videos. System messages precede the first question.
 
     Raises:
-      SampleError: an image or video comes later than with the first question.
+      SampleError: a message after the first question has an image or video.
     """
     turns: list[tuple[str, str]] = []
-    visuals: list[Mapping] = []
-    system, at_end = [], False
+    visuals: list[Json] = []
+    system: list[str] = []
+    at_end = False
     for message in messages:
         content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts: list[Json] = [{"type": "text", "text": content}] if isinstance(content, str) else content
         text = "\n".join(part["text"] for part in parts if part["type"] == "text")
         if message["role"] == "system":
             system.append(text)
             continue
-        seen = [part for part in parts if part["type"] != "text"]
-        if seen and turns:
-            raise SampleError("an image or video comes later than with the first question of the chat")
-        if seen:
-            visuals, at_end = seen, parts[0]["type"] == "text" and parts[-1]["type"] != "text"
+        in_message = [part for part in parts if part["type"] != "text"]
+        if in_message and turns:
+            raise SampleError("an image or video comes after the first question of the chat, expected in it.")
+        if in_message:
+            visuals, at_end = in_message, parts[0]["type"] == "text" and parts[-1]["type"] != "text"
         turns.append((message["role"], "\n".join([*system, text])))
         system = []
-    return tuple(turns), visuals, at_end
+    return ParsedChat(tuple(turns), visuals, at_end)
 
 
-def sampling_of(settings: Mapping, seed: int) -> SamplingParams:
+def read_sampling(settings: Json, seed: int) -> SamplingParams:
     """Return a task's sampling settings: greedy, unless it sets a temperature and allows sampling.
 
     Raises:
-      UserError: it wants beam search.
+      UserError: the task needs beam search.
     """
     if (settings.get("num_beams") or 1) > 1:
         raise UserError(
-            f"the task asks for beam search (num_beams={settings['num_beams']}), which there is not; give "
+            f"the task asks for beam search (num_beams={settings['num_beams']}), which is not supported; use "
             "lmms-eval --gen_kwargs num_beams=1."
         )
     temperature = settings.get("temperature") or 0.0
@@ -167,7 +203,7 @@ def sampling_of(settings: Mapping, seed: int) -> SamplingParams:
     return SamplingParams(temperature, settings.get("top_k") or 0, settings.get("top_p") or 1.0, seed)
 
 
-def stop_strings(settings: Mapping) -> tuple[str, ...]:
-    """The strings that end an answer."""
+def read_stop_strings(settings: Json) -> tuple[str, ...]:
+    """Return the strings that end an answer."""
     until = settings.get("until") or ()
     return tuple(text for text in ([until] if isinstance(until, str) else until) if text)

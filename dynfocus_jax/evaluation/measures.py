@@ -1,95 +1,103 @@
-"""Measures of closed questions. A share is of all questions that were asked, answered or not."""
+"""Measures of closed questions. All questions are in the denominator, answered or not."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from dynfocus_jax.evaluation.grading import Graded
+from dynfocus_jax.evaluation.grading import GradedAnswer
+
+MeasureRow = dict[str, float | None]  # {measure: value}; with "questions", their number, in a table
 
 
-class Measured(NamedTuple):
-    """Results of a benchmark.
+class Measurement(NamedTuple):
+    """Measures of a benchmark.
 
-    overall: {measure: value}, shares from 0 to 1 and scores as the benchmark has them; None: not measured.
-    by: {group: {category: {"questions": number, measure: value}}}.
+    overall: fractions from 0 to 1, and scores on the benchmark's own scale; None: not measured.
+    by: {group: {category: its measures and number of questions}}.
     """
 
-    overall: dict[str, float | None]
-    by: dict[str, dict[str, dict[str, float | None]]]
+    overall: MeasureRow
+    by: dict[str, dict[str, MeasureRow]]
 
 
-Measure = Callable[[Sequence[Graded]], Measured]
+Statistic = Callable[[Sequence[GradedAnswer]], float | None]
+Measure = Callable[[Sequence[GradedAnswer]], Measurement]
 
 
-def mean(values: Iterable[float]) -> float | None:
-    """None of nothing."""
+def mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean; None of no values, or if one of them was not measured."""
     values = list(values)
-    return sum(values) / len(values) if values else None
+    measured = [value for value in values if value is not None]
+    return sum(measured) / len(measured) if measured and len(measured) == len(values) else None
 
 
-def accuracy(graded: Sequence[Graded]) -> float | None:
-    """The share of right answers."""
+def accuracy(graded: Sequence[GradedAnswer]) -> float | None:
+    """Return the fraction of correct answers."""
     return mean(float(bool(each.correct)) for each in graded)
 
 
-def categories(graded: Sequence[Graded], group: str) -> dict[str, list[Graded]]:
-    """{category: its questions}, in the order of the annotations; a question may be in several."""
-    found: dict[str, list[Graded]] = defaultdict(list)
+def all_correct(graded: Sequence[GradedAnswer]) -> float | None:
+    """Return the fraction of units whose answers are all correct."""
+    return mean(float(all(each.correct for each in unit)) for unit in group_by_unit(graded).values())
+
+
+def group_by_category(graded: Sequence[GradedAnswer], group: str) -> dict[str, list[GradedAnswer]]:
+    """Return {category: its questions}, in the annotations' order; a question may have several categories."""
+    found: dict[str, list[GradedAnswer]] = defaultdict(list)
     for each in graded:
         for category in each.question.groups.get(group, ()):
             found[category].append(each)
     return dict(found)
 
 
-def wholes(graded: Sequence[Graded]) -> dict[str, list[Graded]]:
-    """{name: questions that are judged as a whole}."""
-    found: dict[str, list[Graded]] = defaultdict(list)
+def group_by_unit(graded: Sequence[GradedAnswer]) -> dict[str, list[GradedAnswer]]:
+    """Return {unit: its questions}; the questions of a unit are scored together."""
+    found: dict[str, list[GradedAnswer]] = defaultdict(list)
     for each in graded:
-        found[each.question.belongs_to].append(each)
+        found[each.question.unit].append(each)
     return dict(found)
 
 
-def all_right(graded: Sequence[Graded]) -> float | None:
-    """The share of wholes in which every answer is right."""
-    return mean(float(all(each.correct for each in whole)) for whole in wholes(graded).values())
-
-
-def tabulate(
-    graded: Sequence[Graded], group: str, **measures: Callable[[Sequence[Graded]], float | None]
-) -> dict[str, dict[str, float | None]]:
-    """{category: {"questions": number, measure: value}}."""
+def tabulate(graded: Sequence[GradedAnswer], group: str, **statistics: Statistic) -> dict[str, MeasureRow]:
+    """Return {category: {"questions": number, name: value of the statistic}}."""
     return {
-        category: {"questions": len(members)} | {name: of(members) for name, of in measures.items()}
-        for category, members in categories(graded, group).items()
+        category: {"questions": len(members)} | {name: of(members) for name, of in statistics.items()}
+        for category, members in group_by_category(graded, group).items()
     }
 
 
 def accuracy_by(*groups: str) -> Measure:
-    """Accuracy over all questions, and by each group."""
+    """Return the measure of accuracy over all questions, and by each group."""
 
-    def measure(graded: Sequence[Graded]) -> Measured:
+    def measure(graded: Sequence[GradedAnswer]) -> Measurement:
         by = {group: tabulate(graded, group, accuracy=accuracy) for group in groups}
-        return Measured({"accuracy": accuracy(graded)}, by)
+        return Measurement({"accuracy": accuracy(graded)}, by)
 
     return measure
 
 
 def mean_over(
-    group: str, *, named: str, members: int | None = None, of: Callable = accuracy, also: Sequence[str] = ()
+    group: str,
+    *,
+    name: str,
+    num_categories: int | None = None,
+    statistic: Statistic = accuracy,
+    also_by: Sequence[str] = (),
 ) -> Measure:
-    """The mean of the accuracies of a group's categories, however many questions each has.
+    """Return the measure that averages a statistic over a group's categories, with equal weights.
 
-    members: how many categories the benchmark has, where a file may hold fewer.
+    name: of the mean. num_categories: how many the benchmark has, if a file may hold fewer. also_by: groups
+    that are tabulated besides.
     """
 
-    def measure(graded: Sequence[Graded]) -> Measured:
-        by = {each: tabulate(graded, each, accuracy=of) for each in (group, *also)}
-        name = of_all(named, len(by[group]), members)
-        return Measured({name: mean(row["accuracy"] for row in by[group].values())}, by)
+    def measure(graded: Sequence[GradedAnswer]) -> Measurement:
+        by = {each: tabulate(graded, each, accuracy=statistic) for each in (group, *also_by)}
+        full_name = name_mean(name, len(by[group]), num_categories)
+        return Measurement({full_name: mean(row["accuracy"] for row in by[group].values())}, by)
 
     return measure
 
 
-def of_all(name: str, found: int, members: int | None) -> str:
-    """The name of a mean; it says so where this is over fewer categories than the benchmark has."""
-    return name if members is None or found == members else f"{name} of {found} of {members}"
+def name_mean(name: str, found: int, expected: int | None) -> str:
+    """Return the name of a mean; it says if the mean is over fewer categories than the benchmark has."""
+    return name if expected is None or found == expected else f"{name} of {found} of {expected}"

@@ -1,89 +1,99 @@
-"""Free answers: marked by a judge, and measured offline. The two never share a name."""
+"""Measures of open answers: the marks of a judge, and text match. They are reported under different names."""
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
-from dynfocus_jax.evaluation import judge as judging
-from dynfocus_jax.evaluation import text_match
-from dynfocus_jax.evaluation.grading import Graded
+from dynfocus_jax.evaluation.grading import GradedAnswer
+from dynfocus_jax.evaluation.judge import Judge, JudgeItem, Verdict, summarize_verdicts
 from dynfocus_jax.evaluation.judge_prompts import rubric_named
-from dynfocus_jax.evaluation.measures import categories, mean, of_all, wholes
+from dynfocus_jax.evaluation.measures import group_by_category, group_by_unit, mean, name_mean
+from dynfocus_jax.evaluation.text_match import MEASURE, summarize_matches
 
 
-def offline(graded: Sequence[Graded]) -> dict | None:
-    """Exact match and token F1 over all free answers, and by the groups of their questions; None of none."""
-    answers = _free(graded)
+def measure_text_match(graded: Sequence[GradedAnswer]) -> dict[str, Any] | None:
+    """Return exact match and token F1 over all open answers, and by group; None if there are none."""
+    answers = _open_answers(graded)
     if not answers:
         return None
 
-    def measured(members: Sequence[Graded]) -> dict:
-        return text_match.summarize_matches((each.prediction or "", each.question.answer) for each in members)
+    def summarize(members: Sequence[GradedAnswer]) -> dict[str, float | None]:
+        pairs = ((each.prediction or "", each.question.reference) for each in members)
+        return summarize_matches(pairs)._asdict()
 
-    overall = measured(answers)
-    about = {"measure": overall.pop("measure")}
+    groups = dict.fromkeys(group for each in answers for group in each.question.groups)
     by = {
         group: {
-            category: {key: value for key, value in measured(members).items() if key != "measure"}
-            for category, members in categories(answers, group).items()
+            category: summarize(members) for category, members in group_by_category(answers, group).items()
         }
-        for group in dict.fromkeys(group for each in answers for group in each.question.groups)
+        for group in groups
     }
-    return about | {"overall": overall, "by": by}
+    return {"measure": MEASURE, "overall": summarize(answers), "by": by}
 
 
-def judged(graded: Sequence[Graded], judge: judging.Judge, mean_name: str, dimensions: int) -> dict | None:
-    """Return the judge's results for all free answers, by dimension; None if there are none.
+def judge_answers(
+    graded: Sequence[GradedAnswer], judge: Judge, mean_name: str, num_dimensions: int
+) -> dict[str, Any] | None:
+    """Let a judge mark all open answers; return its results by dimension, None if there are no answers.
 
-    mean_name: of the mean over the benchmark's `dimensions`.
+    mean_name: name of the mean over the benchmark's `num_dimensions` dimensions.
 
     Raises:
-      RunError: the judge cannot be reached, or does not answer.
+      RunError: the judge cannot be reached or does not reply.
     """
-    answers = _free(graded)
+    answers = _open_answers(graded)
     if not answers:
         return None
-    dimension_of, items = [], []
-    for whole in wholes(answers).values():
-        for dimension, rubric in whole[0].question.about["rubrics"].items():
-            asked = _items(whole, rubric)
-            dimension_of += [dimension] * len(asked)
-            items += asked
-    verdicts: dict[str, list[judging.Verdict]] = defaultdict(list)
-    for dimension, verdict in zip(dimension_of, judge.grade(items), strict=True):
+    dimension_of_item: list[str] = []
+    items: list[JudgeItem] = []
+    for unit in group_by_unit(answers).values():
+        for dimension, rubric in unit[0].question.rubrics.items():
+            unit_items = _make_items(unit, rubric)
+            dimension_of_item += [dimension] * len(unit_items)
+            items += unit_items
+    verdicts: dict[str, list[Verdict]] = defaultdict(list)
+    for dimension, verdict in zip(dimension_of_item, judge.grade(items), strict=True):
         verdicts[dimension].append(verdict)
-    by = {dimension: judging.summarize_verdicts(members) for dimension, members in verdicts.items()}
+    by = {dimension: summarize_verdicts(members) for dimension, members in verdicts.items()}
     failed = [{"dimension": name} | each for name, summary in by.items() for each in summary.pop("failed")]
     overall = {name: summary["score"] for name, summary in by.items()}
     if len(overall) > 1:
-        overall[of_all(mean_name, len(overall), dimensions)] = mean(overall.values())
+        overall[name_mean(mean_name, len(overall), num_dimensions)] = mean(overall.values())
     elif "accuracy" in (only := next(iter(by.values()))):
         overall = {"judged_accuracy": only["accuracy"], "judged_score": only["score"]}
     return {"judge": judge.record(), "overall": overall, "by": {"dimension": by}, "failed": failed}
 
 
-def _free(graded: Sequence[Graded]) -> list[Graded]:
+def _open_answers(graded: Sequence[GradedAnswer]) -> list[GradedAnswer]:
     return [each for each in graded if each.question.form == "open"]
 
 
-def _items(whole: Sequence[Graded], rubric: str) -> list[judging.JudgeItem]:
-    """Return the judge's items for a group of questions: one for all, or one for each."""
+def _make_items(unit: Sequence[GradedAnswer], rubric: str) -> list[JudgeItem]:
+    """Return the judge's items for the questions of a unit: one for all, or one for each.
 
-    def fields(each: Graded) -> dict[str, str]:
-        known = {"question": each.question.question, "answer": each.question.answer}
-        known |= {key: value for key, value in each.question.about.items() if isinstance(value, str)}
-        return known | {"prediction": each.prediction or ""}
+    A rubric for several questions has the fields "question_1", "prediction_1", "question_2" and so on.
+    """
+    needed = sorted(rubric_named(rubric).fields)
 
-    wanted = rubric_named(rubric).fields
-    if "question_1" in wanted:
-        numbered = {
-            f"{key}_{number}": value
-            for number, each in enumerate(whole, start=1)
-            for key, value in fields(each).items()
-        }
-        known = numbered | {"answer": whole[0].question.answer}
-        name = whole[0].question.belongs_to
-        return [judging.JudgeItem(name, rubric, {key: known[key] for key in sorted(wanted)})]
-    return [
-        judging.JudgeItem(each.question.id, rubric, {key: fields(each)[key] for key in sorted(wanted)})
-        for each in whole
-    ]
+    def make_item(name: str, known: dict[str, str]) -> JudgeItem:
+        return JudgeItem(name, rubric, {key: known[key] for key in needed})
+
+    if "question_1" not in needed:
+        return [make_item(each.question.id, _judge_fields(each)) for each in unit]
+    numbered = {
+        f"{key}_{number}": value
+        for number, each in enumerate(unit, start=1)
+        for key, value in _judge_fields(each).items()
+    }
+    question = unit[0].question
+    return [make_item(question.unit, numbered | {"answer": question.reference})]
+
+
+def _judge_fields(graded: GradedAnswer) -> dict[str, str]:
+    question = graded.question
+    return {
+        "question": question.question,
+        "answer": question.reference,
+        **question.extra,
+        "prediction": graded.prediction or "",
+    }

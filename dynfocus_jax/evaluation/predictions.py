@@ -1,13 +1,14 @@
-"""Predictions: a line of JSON a question, appended as they come, by one or several processes.
+"""Predictions on disk: a JSON line per question, appended as they are made, by one or several processes.
 
-The files are predictions.jsonl of process 0, predictions.3.jsonl of process 3, in one folder. A run that was
-killed leaves at most an unfinished last line; a later run, of any number of processes, reads all files and
-asks only what has no answer yet. What could not be answered (a video that was missing) is asked again.
+The files are predictions.jsonl of process 0, predictions.3.jsonl of process 3, in one folder. A process that
+is killed leaves at most an unfinished last line. A later run, with any number of processes, reads all files
+and asks only the questions without an answer, including those whose video could not be read before.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from dynfocus_jax.errors import RunError, UserError
 from dynfocus_jax.json_lines import append_json_line, read_json_lines
@@ -15,64 +16,69 @@ from dynfocus_jax.json_lines import append_json_line, read_json_lines
 NAME = "predictions.jsonl"
 
 
-class Predictions:
-    """The predictions in a folder, of which this process adds to one file.
+class PredictionStore:
+    """The predictions in a folder. Each process appends to a file of its own.
 
-    name: that file, of this process alone.
+    name: this process's file.
+
+    Raises:
+      UserError: the folder cannot be created, or one of its files has no predictions.
     """
 
     def __init__(self, folder: Path, name: str = NAME):
-        self._folder, self._own = folder, folder / name
+        self._folder, self._file = folder, folder / name
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--output {str(folder)!r} cannot be made ({error.strerror}).") from None
-        _checked(self._own, lambda: read_json_lines(self._own))  # cuts off what a kill left unfinished
-        self._entries = self.all()
+            raise UserError(
+                f"--output {str(folder)!r} cannot be created: {error.strerror}. Choose another folder."
+            ) from None
+        _read_checked(self._file, read_json_lines)  # removes an unfinished last line
+        self._entries = self.read_all()
 
-    def all(self) -> dict[str, dict]:
-        """{question id: its entry} of all processes, as the files are now.
+    def read_all(self) -> dict[str, dict[str, Any]]:
+        """Return {question id: entry} of all processes, from the files as they are now.
 
-        Of several entries an answered one counts before one that is not, then the last.
+        If a question has several entries, the last one counts; one with an answer precedes one without.
         """
-        entries: dict[str, dict] = {}
+        entries: dict[str, dict[str, Any]] = {}
         for path in sorted(self._folder.glob("predictions*.jsonl")):
-            for entry in _checked(path, lambda path=path: _whole_lines(path)):
+            for entry in _read_checked(path, _read_finished_lines):
                 known = entries.get(entry["id"])
                 if known is None or entry["prediction"] is not None or known["prediction"] is None:
                     entries[entry["id"]] = entry
         return entries
 
-    def answered(self, question_id: str) -> bool:
-        """Whether there is an answer, of whatever process, as of the start or of this process since."""
+    def is_answered(self, question_id: str) -> bool:
+        """Whether any process had answered a question at the start, or this process has since."""
         entry = self._entries.get(question_id)
         return entry is not None and entry["prediction"] is not None
 
-    def add(self, entry: Mapping) -> None:
-        """Append an entry; it has at least "id" and "prediction", None where there is no answer.
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Append an entry, with at least "id" and "prediction"; the latter is None if there is no answer.
 
         Raises:
-          RunError: it cannot be written.
+          RunError: the file cannot be written.
         """
         try:
-            append_json_line(self._own, dict(entry))
+            append_json_line(self._file, dict(entry))
         except OSError as error:
             raise RunError(
-                f"{self._own} cannot be written ({error.strerror}); free disk space and start again. "
-                "Existing predictions are kept."
+                f"{self._file} cannot be written: {error.strerror}. Free disk space and start again; the "
+                "predictions so far are kept."
             ) from None
         self._entries[entry["id"]] = dict(entry)
 
 
-def _whole_lines(path: Path) -> Iterable[dict]:
-    """The finished lines; another process may be writing the next one."""
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    return [json.loads(line) for line in whole.splitlines() if line.strip()]
+def _read_finished_lines(path: Path) -> Iterable[Any]:
+    """Return all lines but an unfinished last one, which another process may be writing."""
+    finished = path.read_bytes().rpartition(b"\n")[0]
+    return [json.loads(line) for line in finished.splitlines() if line.strip()]
 
 
-def _checked(path: Path, read):
+def _read_checked(path: Path, read: Callable[[Path], Iterable[Any]]) -> list[dict[str, Any]]:
     try:
-        entries = read()
+        entries = list(read(path))
         if all(isinstance(entry, dict) and {"id", "prediction"} <= entry.keys() for entry in entries):
             return entries
     except ValueError:

@@ -1,8 +1,9 @@
-"""Prompts of benchmark questions, with their frames and subtitles."""
+"""Prompts, frames and subtitles of benchmark questions."""
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,52 +18,64 @@ from dynfocus_jax.media.video import Clip
 from dynfocus_jax.records.prompts import LETTERS
 from dynfocus_jax.records.records import Record
 
-_SUBTITLES = "This video's subtitles are listed below:\n{}\n"  # as Video-MME has it
+_SUBTITLES = "This video's subtitles are listed below:\n{}\n"  # Video-MME's words
 
 
-def prompt_of(question: Question, settings: Mapping, subtitles: Sequence[str] = ()) -> str:
-    """The text of the user's turn; `settings` is the benchmark's section of configs/benchmarks.py.
+def make_prompt(question: Question, settings: Mapping[str, Any], subtitles: Sequence[str] = ()) -> str:
+    """Return the text of the user's turn.
+
+    settings: the benchmark's section of configs/benchmarks.py.
 
     Raises:
-      UserError: the prompt has a field that there is not.
+      UserError: the prompt's template has an unknown field.
     """
     key = {"open": "free_prompt", "span": "when_prompt"}.get(question.form, "prompt")
-    text = _filled(settings[key], question, settings, bool(subtitles))
+    text = _fill(settings[key], question, settings, with_subtitles=bool(subtitles))
     return (_SUBTITLES.format("\n".join(subtitles)) if subtitles else "") + text
 
 
-def guidance_of(question: Question, settings: Mapping) -> str:
+def make_guidance(question: Question, settings: Mapping[str, Any]) -> str:
     """Return the text encoder's input: the question without instructions, which would fill its few tokens.
 
     Raises:
-      UserError: as `prompt_of`.
+      UserError: the template has an unknown field.
     """
-    return _filled(settings["guidance"], question, settings, False)
+    return _fill(settings["guidance"], question, settings, with_subtitles=False)
 
 
-def _filled(template: str, question: Question, settings: Mapping, subtitled: bool) -> str:
+def _fill(template: str, question: Question, settings: Mapping[str, Any], *, with_subtitles: bool) -> str:
     letters = list(LETTERS[: len(question.options)])
     try:
         lines = [
             settings["option"].format(letter=letter, option=option)
             for letter, option in zip(letters, question.options, strict=True)
         ]
-        # "A or B", "A, B, or C"
-        named = " or ".join(letters) if len(letters) < 3 else f"{', '.join(letters[:-1])}, or {letters[-1]}"
-        seen = "video and the subtitles" if subtitled else "video"
-        fields = {"question": question.question, "options": "\n".join(lines), "letters": named, "seen": seen}
-        return template.format(**fields)
+        return template.format(
+            question=question.question,
+            options="\n".join(lines),
+            letters=_join_letters(letters),
+            seen="video and the subtitles" if with_subtitles else "video",
+        )
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(
-            f"a prompt in the config has a field that there is not ({error}); there are question, options, "
-            "letters and seen, of an option letter and option."
+            f"a prompt in the config is invalid ({error}), expected no fields but question, options, letters "
+            "and seen; in `option`, letter and option."
         ) from None
 
 
-class Clips:
-    """Reads what questions are about: videos, and folders of frames.
+def _join_letters(letters: Sequence[str]) -> str:
+    """Return "A or B", "A, B, or C"."""
+    return " or ".join(letters) if len(letters) < 3 else f"{', '.join(letters[:-1])}, or {letters[-1]}"
 
-    limit: frames of a clip, at most; sampling: which; size, layout, mean: of a frame, as the `reader`'s.
+
+class ClipReader:
+    """Reads the clips of questions, from videos and from folders of frames.
+
+    Args:
+      reader: reads videos.
+      limit: largest number of frames of a clip.
+      sampling: rule that chooses the frames.
+      layout, mean: how a frame becomes a square, as in `reader`.
     """
 
     def __init__(
@@ -78,41 +91,45 @@ class Clips:
         self._layout, self._mean = layout, tuple(mean)
 
     def read(self, question: Question) -> Clip:
-        """The frames of a question.
+        """Return the clip of a question.
 
         Raises:
-          MediaError: they cannot be read.
+          MediaError: it cannot be read.
         """
-        rate = question.about.get("frames_per_second")
+        rate = question.frames_per_second
         if rate is not None and not question.media.is_file():
             return self._read_folder(question.media, rate, question.span)
         record = Record(question.id, question.media, (), modality="video", span=question.span)
         return self._reader.read(record, self._limit, np.random.default_rng(0))
 
     def subtitles(self, question: Question, clip: Clip) -> list[str]:
-        """The lines on the screen at the times of the clip's frames, each once.
+        """Return the subtitles shown at the times of the clip's frames, each once.
 
         Raises:
           MediaError: the file cannot be read.
         """
         if question.subtitles is None:
             return []
-        return [each.text for each in read_subtitles(question.subtitles) if _seen(each, clip.times)]
+        return [each.text for each in read_subtitles(question.subtitles) if _is_shown(each, clip.times)]
 
     def _read_folder(self, folder: Path, rate: float, span: tuple[float, float] | None) -> Clip:
-        """Images as frames, in the order of their names, `rate` a second."""
+        """Read a folder's images, ordered by name, as a video of `rate` frames per second."""
         try:
             names = sorted(name for name in os.listdir(folder) if Path(name).suffix.lower() in IMAGE_SUFFIXES)
         except OSError as error:
-            raise MediaError(f"{folder}: no such folder of frames ({error.strerror}), check it") from None
+            raise MediaError(
+                f"{folder}: the folder of frames cannot be read: {error.strerror}. Check the path."
+            ) from None
         times = np.arange(len(names)) / rate
-        begin, end = (0.0, len(names) / rate) if span is None else span
-        inside = np.flatnonzero((times >= begin) & (times < end))
+        duration = len(names) / rate
+        start, end = (0.0, duration) if span is None else span
+        inside = np.flatnonzero((times >= start) & (times < end))
         if not len(inside):
-            raise MediaError(f"{folder}: has {len(names)} frames, none from {begin:g} to {end:g} s, check it")
-        chosen = inside[
-            choose_frames(times[inside], min(end, len(names) / rate), self._sampling, self._limit)
-        ]
+            raise MediaError(
+                f"{folder}: none of its {len(names)} frames is between {start:g} and {end:g} s; check the "
+                "folder."
+            )
+        chosen = inside[choose_frames(times[inside], min(end, duration), self._sampling, self._limit)]
         files = MediaFolder(folder)
         try:
             frames = [
@@ -124,5 +141,5 @@ class Clips:
         return Clip(np.stack(frames), times[chosen], chosen.astype(np.int32))
 
 
-def _seen(subtitle: Subtitle, times: np.ndarray) -> bool:
+def _is_shown(subtitle: Subtitle, times: np.ndarray) -> bool:
     return bool(np.any((times >= subtitle.start) & (times < subtitle.end)))

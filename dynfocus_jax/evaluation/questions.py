@@ -1,58 +1,75 @@
-"""Questions of a benchmark, and reading them from its annotation files without losing one."""
+"""Benchmark questions, and readers of annotation files that drop none of them."""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from dynfocus_jax.errors import UserError
-from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.entries import InvalidEntry, json_line_entries, json_list_entries
-from dynfocus_jax.records.fields import ASSUMED_SUFFIXES, ensure, kind_of, path_of, text_of
+from dynfocus_jax.records.entries import InvalidEntry, JsonValue, json_line_entries, json_list_entries
+from dynfocus_jax.records.fields import ASSUMED_SUFFIXES, ensure, kind_of, object_of, text_of
 from dynfocus_jax.records.prompts import LETTERS
+
+Form = Literal["choice", "yes_no", "open", "span"]  # of an answer: determines how it is parsed
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question about one video: one answer of the model, one record of the predictions."""
+    """A question about a video: one request to the model, one line of the predictions."""
 
     id: str
-    media: Path  # a video, or a folder of frames; whether it is there shows when it is read
+    media: Path  # a video, or a folder of frames; it need not exist
     question: str  # without options and instructions
-    answer: str | None  # what is right: a letter, "yes" or "no", a text; None: the benchmark keeps it
-    form: str  # "choice" | "yes_no" | "open" | "span": how the model's words are understood
+    # The right letter, "yes" or "no", or text. None for a "span", and if the benchmark does not publish it.
+    answer: str | None
+    form: Form
     options: tuple[str, ...] = ()  # of a "choice", without their letters
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # {"duration": ("short",)}
-    belongs_to: str = ""  # what is judged as a whole (a pair, the tries of a needle); left out: itself
+    unit: str = ""  # shared by questions that are scored together (a pair, the tries of a needle); "": the id
     span: tuple[float, float] | None = None  # seconds of the video that are shown; None: all
     subtitles: Path | None = None
-    about: Mapping[str, object] = field(default_factory=dict)  # what only its benchmark's measure needs
+    frames_per_second: float | None = None  # of a folder of frames
+    rubrics: Mapping[str, str] = field(default_factory=dict)  # of the judge, by dimension
+    true_spans: tuple[tuple[float, float], ...] = ()  # seconds in which the answer is seen
+    extra: Mapping[str, str] = field(default_factory=dict)  # fields for the judge's prompt or the submission
 
     def __post_init__(self):
-        if not self.belongs_to:
-            object.__setattr__(self, "belongs_to", self.id)
+        if self.form == "open" and self.answer is None:
+            raise ValueError(f"open question {self.id!r} has no answer")
+        if not self.unit:
+            object.__setattr__(self, "unit", self.id)
+
+    @property
+    def reference(self) -> str:
+        """The right answer of a question whose benchmark publishes it, such as any open question."""
+        if self.answer is None:
+            raise ValueError(f"question {self.id!r} has no published answer")
+        return self.answer
 
 
-ParseQuestion = Callable[[dict], Question | Sequence[Question]]  # raises InvalidEntry
+RawEntry = Mapping[str, JsonValue] | JsonValue | InvalidEntry  # the first is a row of a csv file
+ParseQuestion = Callable[[dict[str, JsonValue]], Question | Sequence[Question]]  # raises InvalidEntry
 
 
-def read_questions(path: Path, entries: Iterable[tuple[int, object]], parse: ParseQuestion) -> list[Question]:
-    """The questions of all entries of a file, in its order.
+def read_questions(
+    path: Path, entries: Iterable[tuple[int, RawEntry]], parse: ParseQuestion
+) -> list[Question]:
+    """Return the questions of all entries of a file, in its order.
 
     Raises:
-      UserError: an entry is not what it should be. None is left out: it would leave the denominator too.
+      UserError: an entry is invalid (skipping it would change the denominator), or the file has no questions.
     """
     questions: list[Question] = []
     for number, entry in entries:
         try:
             if isinstance(entry, InvalidEntry):
                 raise entry
-            ensure(isinstance(entry, dict), f"is {kind_of(entry)}, expected an object")
-            parsed = parse(entry)
+            parsed = parse(object_of(entry))
         except InvalidEntry as error:
             raise UserError(
-                f"annotation file {path}, entry {number}: {error}; every entry counts, so correct the file."
+                f"annotation file {path}, entry {number}: {error}. Correct the file: no entry is skipped."
             ) from None
         questions += [parsed] if isinstance(parsed, Question) else parsed
     if not questions:
@@ -60,8 +77,8 @@ def read_questions(path: Path, entries: Iterable[tuple[int, object]], parse: Par
     return questions
 
 
-def with_unique_ids(questions: Sequence[Question]) -> list[Question]:
-    """The second question of an id becomes "id#2", and so on: all of them are asked and counted."""
+def make_ids_unique(questions: Sequence[Question]) -> list[Question]:
+    """Rename the second question with an id to "id#2", and so on, so that all are asked and counted."""
     taken = {question.id for question in questions}
     seen: dict[str, int] = {}
     unique = []
@@ -73,15 +90,15 @@ def with_unique_ids(questions: Sequence[Question]) -> list[Question]:
                 number += 1
             taken.add(name)
         seen[question.id] = number
-        alone = question.belongs_to == question.id
-        unique.append(replace(question, id=name, belongs_to=name if alone else question.belongs_to))
+        alone = question.unit == question.id
+        unique.append(replace(question, id=name, unit=name if alone else question.unit))
     return unique
 
 
 def fingerprint(questions: Sequence[Question]) -> str:
-    """16 hexadecimal digits of everything that is asked and what is right."""
+    """Return 16 hexadecimal digits that depend on all questions, options and answers."""
     lines = (
-        json.dumps([q.id, q.question, q.options, q.answer, q.form, dict(q.groups), q.belongs_to, q.span])
+        json.dumps([q.id, q.question, q.options, q.answer, q.form, dict(q.groups), q.unit, q.span])
         for q in questions
     )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
@@ -90,13 +107,13 @@ def fingerprint(questions: Sequence[Question]) -> str:
 # ---- Files ----------------------------------------------------------------------------------------------
 
 
-def table_entries(path: Path) -> Iterator[tuple[int, object]]:
-    """The entries of a JSON list or, by the suffix, of the lines of .jsonl or the rows of .parquet."""
+def table_entries(path: Path) -> Iterator[tuple[int, RawEntry]]:
+    """Yield a file's numbered entries: lines of .jsonl, rows of .parquet, or else values of a JSON list."""
     readers = {".jsonl": json_line_entries, ".parquet": _parquet_entries}
     return readers.get(path.suffix, json_list_entries)(path)
 
 
-def _parquet_entries(path: Path) -> Iterator[tuple[int, object]]:
+def _parquet_entries(path: Path) -> Iterator[tuple[int, RawEntry]]:
     import pyarrow  # noqa: PLC0415 (takes 0.6 s, which other formats need not wait for)
     from pyarrow import parquet  # noqa: PLC0415
 
@@ -106,17 +123,17 @@ def _parquet_entries(path: Path) -> Iterator[tuple[int, object]]:
             yield from enumerate(rows)
     except (OSError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"annotation file {path} cannot be read as parquet ({reason}).") from None
+        raise UserError(f"annotation file {path} cannot be read as parquet: {reason}.") from None
 
 
 def annotation_files(annotations: Path, names: Sequence[str]) -> list[Path]:
-    """The files of a benchmark that has several: the one that is named, or those in the folder that is.
+    """Return the files of a benchmark that has several.
 
-    They are in the folder, in one of their own name, or below "json". (A mean over fewer of them than the
-    benchmark has is reported under another name.)
+    annotations: one of the files, or a folder that holds some of them: directly, each in a folder of its own
+    name, or in the folder "json". (A mean over some of the files is reported under another name.)
 
     Raises:
-      UserError: there are none.
+      UserError: the folder has none of the files.
     """
     if annotations.is_file():
         return [annotations]
@@ -133,53 +150,52 @@ def annotation_files(annotations: Path, names: Sequence[str]) -> list[Path]:
 # ---- Fields ---------------------------------------------------------------------------------------------
 
 
-def media_file(folder: MediaFolder, key: str, names: Sequence[str]) -> Path:
-    """The first of several places at which there is something, or else the first place."""
-    return path_of(next(filter(folder.has, names), names[0]), key, folder)
+def video_paths(name: str, *folders: str) -> list[str]:
+    """Return the paths at which a video may be, directly and in each of `folders`.
 
-
-def with_suffixes(name: str, *folders: str) -> list[str]:
-    """Path of a video that is named without its suffix (or with it): in each folder, below `folders`."""
+    The name may lack its suffix; then all usual suffixes are tried.
+    """
     names = (
         [name] if name.lower().endswith(ASSUMED_SUFFIXES) else [name + suffix for suffix in ASSUMED_SUFFIXES]
     )
     return [f"{parent}/{each}" if parent else each for parent in ("", *folders) for each in names]
 
 
-def word_of(value: object, key: str) -> str:
-    """A short field that is a text or a number."""
+def word_of(value: JsonValue, key: str) -> str:
+    """Return a short field that is a text or a number."""
     return text_of(str(value) if type(value) in (int, float) else value, key)
 
 
-def texts_of(value: object, key: str) -> tuple[str, ...]:
-    """A list of at least two texts or numbers."""
-    found = f"a list of {len(value)}" if isinstance(value, list) else kind_of(value)
-    ensure(
-        isinstance(value, list) and 1 < len(value) <= len(LETTERS),
-        f'field "{key}" is {found}, expected a list of 2 to {len(LETTERS)} options',
-    )
+def texts_of(value: JsonValue, key: str) -> tuple[str, ...]:
+    """Return a list of at least two texts or numbers."""
+    if not isinstance(value, list) or not 1 < len(value) <= len(LETTERS):
+        found = f"a list of {len(value)}" if isinstance(value, list) else kind_of(value)
+        raise InvalidEntry(f'field "{key}" is {found}, expected a list of 2 to {len(LETTERS)} options')
     return tuple(word_of(each, f"{key}[{i}]") for i, each in enumerate(value))
 
 
-def letter_of(answer: object, key: str, options: Sequence[str]) -> str:
-    """The letter of the right option, where a file gives letters: "B", "(B)"."""
+def letter_of(answer: JsonValue, key: str, options: Sequence[str]) -> str:
+    """Return the letter of the right option, in a file that has the letter: "B", "(B)"."""
     letter = word_of(answer, key).strip("().: ")
     last = LETTERS[len(options) - 1]
-    good = len(letter) == 1 and letter in LETTERS[: len(options)]
-    ensure(good, f'field "{key}" is {kind_of(answer)}, expected a letter from A to {last}')
+    is_letter = len(letter) == 1 and letter in LETTERS[: len(options)]
+    ensure(is_letter, f'field "{key}" is {kind_of(answer)}, expected a letter from A to {last}')
     return letter
 
 
-def letter_of_text(answer: object, key: str, options: Sequence[str]) -> str:
-    """The letter of the right option, where a file gives its text."""
+def letter_of_text(answer: JsonValue, key: str, options: Sequence[str]) -> str:
+    """Return the letter of the right option, in a file that has the option's text."""
     text = word_of(answer, key)
     if text in options:
         return LETTERS[options.index(text)]
-    alike = [i for i, option in enumerate(options) if _plain(option) == _plain(text)]
-    ensure(len(alike) == 1, f'field "{key}" is {kind_of(answer)}, none of {len(options)} options')
-    return LETTERS[alike[0]]
+    equal = [i for i, option in enumerate(options) if _normalise(option) == _normalise(text)]
+    ensure(
+        len(equal) == 1,
+        f'field "{key}" is {kind_of(answer)}, expected the text of one of the {len(options)} options',
+    )
+    return LETTERS[equal[0]]
 
 
-def _plain(text: str) -> str:
-    """Without case, doubled spaces and the last full stop, in which answers and options may differ."""
+def _normalise(text: str) -> str:
+    """Remove case, extra spaces and the final full stop, in which answers and options may differ."""
     return " ".join(text.casefold().split()).rstrip(".")

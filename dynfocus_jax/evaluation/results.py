@@ -1,30 +1,33 @@
-"""The results of an evaluation: results.json, and the table by category."""
+"""Results of an evaluation: the content of results.json, and the table by category."""
 
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from dynfocus_jax.evaluation import open_answers
 from dynfocus_jax.evaluation.benchmarks import Benchmark
-from dynfocus_jax.evaluation.grading import NOT_UNDERSTOOD, Graded
+from dynfocus_jax.evaluation.grading import NOT_UNDERSTOOD, GradedAnswer
 from dynfocus_jax.evaluation.judge import Judge
+from dynfocus_jax.evaluation.open_answers import judge_answers, measure_text_match
 
-_LISTED = 5  # questions of a kind that the table names; results.json names all
+_MAX_LISTED = 5  # questions per list in the table; results.json has all
 
 
-def summarize_results(name: str, benchmark: Benchmark, graded: Sequence[Graded], judge: Judge | None) -> dict:
-    """Everything that is measured of a benchmark's answers; `graded` are all of its questions.
+def summarize_results(
+    name: str, benchmark: Benchmark, graded: Sequence[GradedAnswer], judge: Judge | None
+) -> dict[str, Any]:
+    """Return all measures of a benchmark's answers; `graded` has all of its questions.
 
-    The same answers give the same results, in whatever order, runs or processes they were given.
+    The results do not depend on the order in which the answers were given, nor on the number of processes.
 
     Raises:
-      RunError: the judge does not answer.
+      RunError: the judge does not reply.
     """
     failed = [each for each in graded if each.prediction is None]
-    unclear = [each for each in graded if each.reason == NOT_UNDERSTOOD]
+    unparsed = [each for each in graded if each.reason == NOT_UNDERSTOOD]
     closed = [each for each in graded if each.question.form != "open"]
-    results: dict = {
+    results: dict[str, Any] = {
         "benchmark": benchmark.title,
         "name": name,
         "questions": len(graded),
@@ -32,23 +35,21 @@ def summarize_results(name: str, benchmark: Benchmark, graded: Sequence[Graded],
         "failed": [{"id": each.question.id, "reason": each.reason} for each in failed],
         "not_understood": [
             {"id": each.question.id, "prediction": each.prediction, "answer": each.question.answer}
-            for each in unclear
+            for each in unparsed
         ],
     }
     if benchmark.measure is not None and closed:
-        measured = benchmark.measure(closed)
-        results["closed"] = {"overall": measured.overall, "by": measured.by}
-    if (offline := open_answers.offline(graded)) is not None:
-        results["offline"] = offline
+        measurement = benchmark.measure(closed)
+        results["closed"] = {"overall": measurement.overall, "by": measurement.by}
+    if (text_match := measure_text_match(graded)) is not None:
+        results["offline"] = text_match
         if judge is not None:
-            results["judged"] = open_answers.judged(
-                graded, judge, benchmark.judged_mean, benchmark.dimensions
-            )
+            results["judged"] = judge_answers(graded, judge, benchmark.judged_mean, benchmark.num_dimensions)
     return results
 
 
-def write_json(path: Path, content: object) -> None:
-    """A file that is there as a whole or not at all."""
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     draft.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(draft, path)
@@ -57,32 +58,35 @@ def write_json(path: Path, content: object) -> None:
 # ---- Table ----------------------------------------------------------------------------------------------
 
 
-def format_results(results: Mapping) -> str:
-    """Return the table of results: every measure by category and overall, and missing answers."""
-    failed, unclear = results["failed"], results["not_understood"]
+def format_results(results: Mapping[str, Any]) -> str:
+    """Return the table of results: every measure by category and overall, and the missing answers."""
+    failed, unparsed = results["failed"], results["not_understood"]
     lines = [
         f"{results['benchmark']}: {results['questions']} questions, {results['answered']} answered, "
-        f"{len(unclear)} of them not understood, {len(failed)} failed; all count"
+        f"{len(unparsed)} of them not understood, {len(failed)} failed; all count"
     ]
     if "closed" in results:
-        lines += _blocks(results["closed"])
-    unmarked = []
+        lines += _format_measures(results["closed"])
+    without_marks = []
     if "judged" in results:
         judged = results["judged"]
-        lines += ["", f"judged by {judged['judge']['model']}", *_blocks(judged, scores=True)]
-        unmarked = [f"{each['id']} ({each['dimension']}): {each['reason']}" for each in judged["failed"]]
+        lines += ["", f"judged by {judged['judge']['model']}", *_format_measures(judged, scores=True)]
+        without_marks = [f"{each['id']} ({each['dimension']}): {each['reason']}" for each in judged["failed"]]
     if "offline" in results:
-        lines += ["", results["offline"]["measure"], *_blocks(results["offline"])]
-    lines += _listing("failed", [f"{each['id']}: {each['reason']}" for each in failed])
-    lines += _listing("not understood", [f"{each['id']}: {each['prediction']!r}" for each in unclear])
-    lines += _listing("not marked by the judge", unmarked)
+        lines += ["", results["offline"]["measure"], *_format_measures(results["offline"])]
+    lines += _format_list("failed", [f"{each['id']}: {each['reason']}" for each in failed])
+    lines += _format_list("not understood", [f"{each['id']}: {each['prediction']!r}" for each in unparsed])
+    lines += _format_list("not marked by the judge", without_marks)
     return "\n".join(lines)
 
 
-def _blocks(part: Mapping, *, scores: bool = False) -> list[str]:
-    """A block a group: its categories, a line each. scores: what is no accuracy is no share of 1."""
+def _format_measures(part: Mapping[str, Any], *, scores: bool = False) -> list[str]:
+    """Return a table per group, with a line per category, and the overall measures.
 
-    def shown(name: str, value: float | None) -> str:
+    scores: only accuracies are fractions, shown as percentages; other measures are scores.
+    """
+
+    def show(name: str, value: float | None) -> str:
         if value is None:
             return "-"
         if name == "questions":
@@ -101,16 +105,17 @@ def _blocks(part: Mapping, *, scores: bool = False) -> list[str]:
             "  ".join([group.ljust(width), *(column.rjust(max(9, len(column))) for column in columns)]),
         ]
         for category, row in zip(rows, numeric, strict=True):
-            cells = (shown(column, row.get(column)).rjust(max(9, len(column))) for column in columns)
+            cells = (show(column, row.get(column)).rjust(max(9, len(column))) for column in columns)
             lines.append("  ".join([category.ljust(width), *cells]))
     overall = ", ".join(
-        f"{name} {shown(name, value)}" for name, value in part["overall"].items() if name != "questions"
+        f"{name} {show(name, value)}" for name, value in part["overall"].items() if name != "questions"
     )
     return [*lines, "", f"overall: {overall}"]
 
 
-def _listing(title: str, entries: list[str]) -> list[str]:
+def _format_list(title: str, entries: list[str]) -> list[str]:
     if not entries:
         return []
-    more = [f"  ... and {len(entries) - _LISTED} more, see results.json"] if len(entries) > _LISTED else []
-    return ["", f"{title}:", *(f"  {entry}" for entry in entries[:_LISTED]), *more]
+    num_hidden = len(entries) - _MAX_LISTED
+    more = [f"  ... and {num_hidden} more, see results.json"] if num_hidden > 0 else []
+    return ["", f"{title}:", *(f"  {entry}" for entry in entries[:_MAX_LISTED]), *more]

@@ -8,14 +8,14 @@ from typing import TypeVar
 
 from dynfocus_jax.errors import MediaError, MediaTimeout
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
 class CallTimeout(Exception):
     """A function did not return within its time limit."""
 
 
-def call_with_timeout(function: Callable[[], Result], seconds: float) -> Result:
+def call_with_timeout(function: Callable[[], T], seconds: float) -> T:
     """Call a function in a new thread and return its result, or raise its exception.
 
     Args:
@@ -26,7 +26,7 @@ def call_with_timeout(function: Callable[[], Result], seconds: float) -> Result:
       CallTimeout: if the function does not return in time. Its thread continues, because a decoder that hangs
         cannot be stopped, but does not keep the process alive.
     """
-    results: list[Result] = []
+    results: list[T] = []
     exceptions: list[BaseException] = []
 
     def call() -> None:

@@ -60,7 +60,7 @@ VIDEO_SUFFIXES = frozenset(
 )
 _LARGE_FILE = 2**26  # bytes; reading them takes 0.1 s from memory, 1 s from a slow disk
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
 class Clip(NamedTuple):
@@ -344,9 +344,7 @@ def _is_video(path: str | Path, modality: str) -> bool:
     raise MediaError(f"{path}: unknown file type {suffix!r}, expected one of {known}.")
 
 
-def _read_with_deadline(
-    path: str | Path, read: Callable[[Deadline], Result], timeout: float | None
-) -> Result:
+def _read_with_deadline(path: str | Path, read: Callable[[Deadline], T], timeout: float | None) -> T:
     """Return the result of `read`; turn errors of libav into MediaError."""
     check_exists(path)
     deadline = Deadline(path, timeout)

@@ -15,7 +15,7 @@ from dynfocus_jax.video_language_model import build_model, make_init, stage_sect
 from dynfocus_jax.weights.export import export_part, merge_lora
 from dynfocus_jax.weights.files import open_weights
 from dynfocus_jax.weights.merge import MergedPart, merge_part
-from dynfocus_jax.weights.settings import check_settings
+from dynfocus_jax.weights.settings import check_config_json
 from dynfocus_jax.weights.tables import FAMILIES
 
 
@@ -143,7 +143,7 @@ def _read_file(
         )
     source = open_weights(path)
     if part != "connector":
-        check_settings(path, part, config.model[part])
+        check_config_json(path, part, config.model[part])
     targets: dict[str, tuple[dict, str | None]] = {part: (shapes[part], None)}  # subtree -> shapes, family
     connector = find_connector(stage_section(config).connector.kind)
     own = connector.families(trees.flatten(shapes["connector"]))

@@ -18,7 +18,7 @@ from dynfocus_jax.published_names import Family
 from dynfocus_jax.sections import to_dict
 from dynfocus_jax.video_language_model import stage_section
 from dynfocus_jax.weights.merge import published_arrays
-from dynfocus_jax.weights.settings import make_settings, read_settings
+from dynfocus_jax.weights.settings import make_config_json, read_config_json
 from dynfocus_jax.weights.tables import FAMILIES
 
 
@@ -67,8 +67,8 @@ def export_part(
         settings |= {"mm_hidden_size": model.vision.width, "hidden_size": model.language.width}
     else:
         source = config.weights[part]
-        found = source and read_settings(source, part)
-        settings = make_settings(family, part, config.model[part], dtype, found[1] if found else {})
+        found = source and read_config_json(source, part)
+        settings = make_config_json(family, part, config.model[part], dtype, found[1] if found else {})
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     write_safetensors(folder, arrays, shard_bytes)

@@ -79,7 +79,7 @@ _CLASSES = {
 _FIELDS = {"language": _LANGUAGE, "vision": _VISION, "text_encoder": _QFORMER}
 
 
-def read_settings(weights: str | Path, part: str) -> tuple[Path, dict] | None:
+def read_config_json(weights: str | Path, part: str) -> tuple[Path, dict] | None:
     """Return the config.json beside published weights and its section for a part; None if there is none.
 
     For a GGUF file, return the file itself and the settings in it.
@@ -115,7 +115,7 @@ def read_settings(weights: str | Path, part: str) -> tuple[Path, dict] | None:
     return (file, whole) if fits[part] else None
 
 
-def check_settings(weights: str | Path, part: str, section: Mapping) -> None:
+def check_config_json(weights: str | Path, part: str, section: Mapping) -> None:
     """Check our settings against the config.json beside published weights, where shapes do not show them.
 
     Args:
@@ -126,7 +126,7 @@ def check_settings(weights: str | Path, part: str, section: Mapping) -> None:
     Raises:
       UserError: a list of all fields that differ.
     """
-    found = read_settings(weights, part)
+    found = read_config_json(weights, part)
     if found is None:
         return
     file, published = found
@@ -163,7 +163,7 @@ def _rope_settings(published: Mapping) -> dict:
     return ours | {_ROPE[name]: rope[name] for name in _ROPE_FIELDS.get(kind, ()) if name in rope}
 
 
-def make_settings(family: str, part: str, section: Mapping, dtype: str, published: Mapping) -> dict:
+def make_config_json(family: str, part: str, section: Mapping, dtype: str, published: Mapping) -> dict:
     """Return the config.json of an exported part.
 
     Args:

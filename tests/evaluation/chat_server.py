@@ -1,11 +1,11 @@
-"""A chat-completions endpoint on this machine that misbehaves as it is told."""
+"""A local chat-completions endpoint that misbehaves in the ways a test chooses."""
 
 import json
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.message import Message
@@ -13,12 +13,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 @dataclass
-class Asked:
-    """What arrived: the seconds of a monotonic clock, the path, the headers and the body."""
+class ChatRequest:
+    """A request to the endpoint: its time on a monotonic clock in seconds, path, headers and body."""
 
     at: float
     path: str
-    headers: Message  # looked up in any case
+    headers: Message  # case-insensitive
     body: dict
 
     @property
@@ -28,17 +28,19 @@ class Asked:
 
 @dataclass
 class ChatServer:
-    """`behaviour(asked, count)` acts on the handler; count is how often this very question came before."""
+    """The endpoint's address and the requests so far."""
 
     url: str
-    asked: list[Asked] = field(default_factory=list)
+    requests: list[ChatRequest] = field(default_factory=list)
 
 
-Behaviour = Callable[[BaseHTTPRequestHandler, Asked, int], None]
+# Replies to a request through its handler; the number is how often the same question came before.
+Behaviour = Callable[[BaseHTTPRequestHandler, ChatRequest, int], None]
 
 
 @contextmanager
-def chat_server(behaviour: Behaviour):
+def chat_server(behaviour: Behaviour) -> Iterator[ChatServer]:
+    """Run an endpoint on a free port."""
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -46,13 +48,13 @@ def chat_server(behaviour: Behaviour):
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked = Asked(time.monotonic(), self.path, self.headers, body)
+            request = ChatRequest(time.monotonic(), self.path, self.headers, body)
             with lock:
-                count = sum(earlier.question == asked.question for earlier in server.asked)
-                server.asked.append(asked)
+                count = sum(earlier.question == request.question for earlier in server.requests)
+                server.requests.append(request)
             try:
-                behaviour(self, asked, count)
-            except OSError:  # the other side has hung up
+                behaviour(self, request, count)
+            except OSError:  # the client closed the connection
                 self.close_connection = True
 
         def log_message(self, *_):
@@ -91,7 +93,7 @@ def say(handler: BaseHTTPRequestHandler, text: str | None) -> None:
 
 
 def reset(handler: BaseHTTPRequestHandler) -> None:
-    """Ends the connection with a TCP reset."""
+    """End the connection with a TCP reset."""
     handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     handler.connection.shutdown(socket.SHUT_RD)
     handler.close_connection = True
@@ -101,7 +103,7 @@ def reset(handler: BaseHTTPRequestHandler) -> None:
 
 
 def drip(handler: BaseHTTPRequestHandler, seconds: float) -> None:
-    """A reply that comes a byte at a time."""
+    """Send a reply byte by byte for some seconds, and close the connection before its end."""
     handler.send_response(200)
     handler.send_header("Content-Length", "100000")
     handler.end_headers()
@@ -113,7 +115,7 @@ def drip(handler: BaseHTTPRequestHandler, seconds: float) -> None:
 
 
 def flood(handler: BaseHTTPRequestHandler) -> None:
-    """A reply of unknown length, of 64 MiB unless the other side hangs up."""
+    """Send a reply of unknown length: 64 MiB, unless the client closes the connection."""
     handler.close_connection = True
     handler.send_response(200)
     handler.end_headers()

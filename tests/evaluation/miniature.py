@@ -1,4 +1,4 @@
-"""Miniature benchmarks: videos, annotation files as published, and a model that says what a test wants."""
+"""Miniature benchmarks: videos, annotation files in the published formats, and a scripted engine."""
 
 import csv
 import json
@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 from dynfocus_jax.data.media_reader import MediaReader
-from dynfocus_jax.evaluation.benchmark_run import begin, run
+from dynfocus_jax.evaluation.benchmark_run import prepare_output, run_benchmark
 from dynfocus_jax.evaluation.benchmarks import read_benchmark
-from dynfocus_jax.evaluation.question_prompts import Clips
+from dynfocus_jax.evaluation.question_prompts import ClipReader
 from dynfocus_jax.media.frame_sampling import UNIFORM
 from dynfocus_jax.serving.engine import Completion
 from tests.media.videos import encode, numbered
@@ -21,8 +21,8 @@ NEXTQA += ["a0", "a1", "a2", "a3", "a4"]
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "benchmarks.py"
 
 
-class Scripted:
-    """An engine that answers each question with its words in `script`, keeping what it was asked.
+class ScriptedEngine:
+    """An engine that answers each question with its words in `script`, and records the requests.
 
     fails: ids whose completion is an error.
     """
@@ -35,13 +35,13 @@ class Scripted:
         return [self._complete(request) for request in requests]
 
     def _complete(self, request):
-        assert len(request.clip.frames) == FRAMES  # every question has its own video in front of it
+        assert len(request.clip.frames) == FRAMES  # each question has a video
         if request.id in self.fails:
             return Completion(request.id, error="the conversation is too long")
         return Completion(request.id, self.script[request.id], (1, 2), "stop", 8, 10)
 
-    def asked(self, question_id):
-        """The text of the user's turn of a question."""
+    def prompt(self, question_id):
+        """Return the text of the user's turn of a question."""
         (request,) = [each for each in self.requests if each.id == question_id]
         ((role, text),) = request.messages
         assert role == "user"
@@ -49,7 +49,7 @@ class Scripted:
 
 
 def videos(folder, *names):
-    """Small videos of those names below the folder."""
+    """Write small videos with these names below the folder, and return it."""
     source = folder / ".source.mp4"
     folder.mkdir(parents=True, exist_ok=True)
     if not source.exists():
@@ -73,26 +73,29 @@ def write_csv(path, header, rows):
 
 
 def settings(name, **changes):
-    """The section of a benchmark in configs/benchmarks.py."""
+    """Return a benchmark's section of configs/benchmarks.py, with changes."""
     section = runpy.run_path(str(CONFIG))["get_config"]()[name]
     section.update(changes)
     return section
 
 
 def make_clips(limit=FRAMES):
-    return Clips(MediaReader(16), limit, UNIFORM)
+    return ClipReader(MediaReader(16), limit, UNIFORM)
 
 
 def evaluate(name, annotations, media, output, engine, **options):
-    """The results of a benchmark with a scripted engine, in one process unless told otherwise."""
+    """Evaluate a benchmark with a scripted engine and return the results."""
     questions = read_benchmark(name, annotations, media)
     section = options.pop("settings", settings(name))
-    begin(output, name, questions, {"checkpoint": "scripted"})
-    return run(output, name, questions, engine, make_clips(), section, **options)
+    prepare_output(output, name, questions, {"checkpoint": "scripted"})
+    return run_benchmark(output, name, questions, engine, make_clips(), section, **options)
 
 
 def videomme(tmp_path):
-    """(annotations, media): two videos with five questions; a third is missing; one id occurs twice."""
+    """Write five questions about three videos, one of which is missing, and return (annotations, media).
+
+    One id occurs twice.
+    """
 
     def video(number, duration, domain, *questions):
         return {

@@ -1,4 +1,4 @@
-"""Running a benchmark: interrupted, by several processes, with failures, and what it says when it cannot."""
+"""Runs of a benchmark: interrupted, by several processes, with failures, and with errors in the input."""
 
 import json
 import os
@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from dynfocus_jax.errors import RunError, UserError
-from dynfocus_jax.evaluation.answering import share_of
-from dynfocus_jax.evaluation.benchmark_run import Share, begin, report, run
+from dynfocus_jax.evaluation.answering import assign_questions
+from dynfocus_jax.evaluation.benchmark_run import Processes, prepare_output, run_benchmark, write_results
 from dynfocus_jax.evaluation.benchmarks import read_benchmark
-from dynfocus_jax.evaluation.predictions import Predictions
+from dynfocus_jax.evaluation.predictions import PredictionStore
 from tests.evaluation.miniature import (
     NEXTQA,
-    Scripted,
+    ScriptedEngine,
     evaluate,
     make_clips,
     settings,
@@ -42,7 +42,7 @@ def entries_of(folder):
 
 
 def test_killed_and_resumed(tmp_path):
-    """kill -9 between two answers: the results are those of a run that was left alone, byte for byte."""
+    """After kill -9 between two answers, the results equal those of an uninterrupted run, byte for byte."""
     annotations, media = videomme(tmp_path)
     command = [sys.executable, "-m", "tests.evaluation.slow_run", annotations, media, tmp_path / "killed"]
     process = subprocess.Popen(
@@ -58,22 +58,22 @@ def test_killed_and_resumed(tmp_path):
     before = entries_of(tmp_path / "killed")
     assert 1 <= len(before) < 5
     assert not (tmp_path / "killed" / "results.json").exists()
-    engine = Scripted(SCRIPT)
+    engine = ScriptedEngine(SCRIPT)
     evaluate("videomme", annotations, media, tmp_path / "killed", engine)
     assert {each.id for each in engine.requests} == set(SCRIPT) - {each["id"] for each in before}
-    evaluate("videomme", annotations, media, tmp_path / "alone", Scripted(SCRIPT))
-    assert results_of(tmp_path / "killed") == results_of(tmp_path / "alone")
+    evaluate("videomme", annotations, media, tmp_path / "uninterrupted", ScriptedEngine(SCRIPT))
+    assert results_of(tmp_path / "killed") == results_of(tmp_path / "uninterrupted")
 
 
-def test_nothing_is_asked_twice(tmp_path):
-    """A second run of a finished one asks only what failed; once that can be read, it counts."""
+def test_a_second_run_asks_only_failed_questions(tmp_path):
+    """A question whose video appears after the first run is answered and counts."""
     annotations, media = videomme(tmp_path)
-    evaluate("videomme", annotations, media, tmp_path / "out", Scripted(SCRIPT))
-    again = Scripted(SCRIPT)
+    evaluate("videomme", annotations, media, tmp_path / "out", ScriptedEngine(SCRIPT))
+    again = ScriptedEngine(SCRIPT)
     evaluate("videomme", annotations, media, tmp_path / "out", again)
     assert again.requests == []
     videos(media, "data/name003.mp4")
-    later = Scripted({"003-1": "A"})
+    later = ScriptedEngine({"003-1": "A"})
     results = evaluate("videomme", annotations, media, tmp_path / "out", later)
     assert [each.id for each in later.requests] == ["003-1"]
     assert results["failed"] == []
@@ -83,27 +83,27 @@ def test_nothing_is_asked_twice(tmp_path):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes(tmp_path, processes):
-    """Each answers its own questions, nobody another's, and the results are those of one."""
+    """Each process answers its own questions, and the results equal those of one process."""
     annotations, media = videomme(tmp_path)
-    evaluate("videomme", annotations, media, tmp_path / "one", Scripted(SCRIPT))
+    evaluate("videomme", annotations, media, tmp_path / "one", ScriptedEngine(SCRIPT))
     questions = read_benchmark("videomme", annotations, media)
-    output, engines = tmp_path / "several", [Scripted(SCRIPT) for _ in range(processes)]
-    begin(output, "videomme", questions, {"checkpoint": "scripted"})
+    output, engines = tmp_path / "several", [ScriptedEngine(SCRIPT) for _ in range(processes)]
+    prepare_output(output, "videomme", questions, {"checkpoint": "scripted"})
     returned = {}
 
     def work(process):
         name = "predictions.jsonl" if process == 0 else f"predictions.{process}.jsonl"
-        share = Share(process, processes)
-        returned[process] = run(
+        share = Processes(process, processes)
+        returned[process] = run_benchmark(
             output,
             "videomme",
             questions,
             engines[process],
             make_clips(),
             settings("videomme"),
-            share=share,
+            processes=share,
             file_name=name,
-            wait=0.01,
+            poll_seconds=0.01,
         )
 
     threads = [threading.Thread(target=work, args=(process,)) for process in reversed(range(processes))]
@@ -116,31 +116,31 @@ def test_several_processes(tmp_path, processes):
     asked = [each.id for engine in engines for each in engine.requests]
     assert sorted(asked) == sorted(SCRIPT)
     assert sorted(each["id"] for each in entries_of(output)) == sorted([*SCRIPT, "003-1"])
-    # Another number of processes goes on from there.
-    last = Scripted(SCRIPT)
+    # A run with another number of processes resumes.
+    last = ScriptedEngine(SCRIPT)
     evaluate("videomme", annotations, media, output, last)
     assert last.requests == []
     assert results_of(output) == results_of(tmp_path / "one")
 
 
-def test_shares_are_disjoint_and_complete(tmp_path):
+def test_processes_get_disjoint_and_complete_questions(tmp_path):
     rows = [
         {"video_name": f"v{i % 5}", "question": "who?", "question_id": str(i), "answer": "x"}
         for i in range(23)
     ]
     annotations = write_json(tmp_path / "qa.json", rows)
     questions = read_benchmark("msrvtt_qa", annotations, videos(tmp_path / "media", "v0.mp4"))
-    shares = [share_of(questions, process, 3) for process in range(3)]
+    shares = [assign_questions(questions, process, 3) for process in range(3)]
     assert sorted(q.id for share in shares for q in share) == sorted(q.id for q in questions)
     for i, share in enumerate(shares):
         for other in shares[:i]:
             assert {q.media for q in share}.isdisjoint(q.media for q in other)
         names = [q.media for q in share]
-        assert names == sorted(names, key=names.index)  # what is about one video is together
+        assert names == sorted(names, key=names.index)  # questions about a video are adjacent
 
 
 def test_a_video_is_read_once(tmp_path):
-    """However many questions there are about it, and wherever a batch ends; a missing one fails for each."""
+    """Also if its questions are in several batches. Each question about a missing video fails."""
     rows = [
         {"video_name": f"v{i % 3}", "question": "who?", "question_id": str(i), "answer": "x"}
         for i in range(12)
@@ -151,9 +151,9 @@ def test_a_video_is_read_once(tmp_path):
     clips, read = make_clips(), []
     one = clips.read
     clips.read = lambda question: (read.append(question.media.name), one(question))[1]
-    engine = Scripted({str(i): "x" for i in range(12)})
-    begin(tmp_path / "out", "msrvtt_qa", questions, {})
-    results = run(
+    engine = ScriptedEngine({str(i): "x" for i in range(12)})
+    prepare_output(tmp_path / "out", "msrvtt_qa", questions, {})
+    results = run_benchmark(
         tmp_path / "out",
         "msrvtt_qa",
         questions,
@@ -168,9 +168,9 @@ def test_a_video_is_read_once(tmp_path):
     assert results["answered"] == 8
 
 
-def test_an_answer_that_fails_is_recorded_and_wrong(tmp_path):
+def test_a_failed_answer_is_recorded_and_wrong(tmp_path):
     annotations, media = videomme(tmp_path)
-    engine = Scripted(SCRIPT, fails=["001-1"])
+    engine = ScriptedEngine(SCRIPT, fails=["001-1"])
     results = evaluate("videomme", annotations, media, tmp_path / "out", engine)
     assert results["closed"]["overall"] == {"accuracy": 0.0}
     assert [each["id"] for each in results["failed"]] == ["001-1", "003-1"]
@@ -181,51 +181,51 @@ def test_an_answer_that_fails_is_recorded_and_wrong(tmp_path):
     assert entry["answer"] == "A"
 
 
-def test_a_broken_video_and_one_that_was_cut(tmp_path):
-    """The questions about the next video are not answered with this one's frames."""
+def test_damaged_and_truncated_videos(tmp_path):
+    """Questions about the next video are not answered with frames of the damaged one."""
     annotations, media = videomme(tmp_path)
     whole = (media / "name002.mp4").read_bytes()
     (media / "name002.mp4").write_bytes(whole[: len(whole) // 2])
     (media / "data" / "name001.mp4").write_text("words")
     videos(media, "data/name003.mp4")
-    engine = Scripted(SCRIPT | {"003-1": "A"})
+    engine = ScriptedEngine(SCRIPT | {"003-1": "A"})
     results = evaluate("videomme", annotations, media, tmp_path / "out", engine)
     assert [each.id for each in engine.requests] == ["003-1"]
     assert results["closed"]["overall"] == {"accuracy": 1 / 5}
     assert len(entries_of(tmp_path / "out")) == 5
 
 
-def test_predictions_of_something_else_are_not_mixed(tmp_path):
+def test_predictions_of_other_questions_are_not_mixed(tmp_path):
     annotations, media = videomme(tmp_path)
-    evaluate("videomme", annotations, media, tmp_path / "out", Scripted(SCRIPT))
+    evaluate("videomme", annotations, media, tmp_path / "out", ScriptedEngine(SCRIPT))
     content = json.loads(annotations.read_text())
     content[0]["questions"][0]["question"] = "Another?"
     write_json(annotations, content)
     with pytest.raises(UserError, match=r"made with other settings \(questions: then "):
-        evaluate("videomme", annotations, media, tmp_path / "out", Scripted(SCRIPT))
+        evaluate("videomme", annotations, media, tmp_path / "out", ScriptedEngine(SCRIPT))
     questions = read_benchmark("videomme", annotations, media)
     with pytest.raises(UserError, match=r"; checkpoint: then 'scripted', now 'other'\)"):
-        begin(tmp_path / "out", "videomme", questions, {"checkpoint": "other"})
+        prepare_output(tmp_path / "out", "videomme", questions, {"checkpoint": "other"})
 
 
-def test_a_folder_that_holds_predictions_of_a_training_run(tmp_path):
+def test_a_folder_with_the_predictions_of_a_training_run(tmp_path):
     annotations, media = videomme(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "predictions.jsonl").write_text('{"id": "heldout-0", "prediction": "square"}\n')
     with pytest.raises(UserError, match=r"made with other settings \(there is no run\.json"):
-        evaluate("videomme", annotations, media, tmp_path / "out", Scripted(SCRIPT))
+        evaluate("videomme", annotations, media, tmp_path / "out", ScriptedEngine(SCRIPT))
 
 
-def test_other_code_and_another_place_are_noted(tmp_path, monkeypatch, capsys):
-    """Both are in the results; other code is said too, as it may answer otherwise."""
+def test_changes_of_code_and_checkpoint_path_are_recorded(tmp_path, monkeypatch, capsys):
+    """A change of the code is also printed, as answers may differ."""
     annotations, media = videomme(tmp_path)
     questions = read_benchmark("videomme", annotations, media)
-    begin(tmp_path / "out", "videomme", questions, {}, "runs/a")
-    begin(tmp_path / "out", "videomme", questions, {}, "runs/moved")
+    prepare_output(tmp_path / "out", "videomme", questions, {}, "runs/a")
+    prepare_output(tmp_path / "out", "videomme", questions, {}, "runs/moved")
     assert capsys.readouterr().out == ""
     other = {"source": "other", "commit": None, "jax": "0"}
     monkeypatch.setattr("dynfocus_jax.evaluation.benchmark_run.code_version", lambda: other)
-    begin(tmp_path / "out", "videomme", questions, {}, "runs/moved")
+    prepare_output(tmp_path / "out", "videomme", questions, {}, "runs/moved")
     assert "made by other code" in capsys.readouterr().out
     made_by = json.loads((tmp_path / "out" / "run.json").read_text())["made_by"]
     assert [each["checkpoint"] for each in made_by] == ["runs/a", "runs/moved", "runs/moved"]
@@ -235,17 +235,17 @@ def test_other_code_and_another_place_are_noted(tmp_path, monkeypatch, capsys):
 def test_results_need_every_question(tmp_path):
     annotations, media = videomme(tmp_path)
     questions = read_benchmark("videomme", annotations, media)
-    begin(tmp_path / "out", "videomme", questions, {})
-    predictions = Predictions(tmp_path / "out")
+    prepare_output(tmp_path / "out", "videomme", questions, {})
+    predictions = PredictionStore(tmp_path / "out")
     predictions.add({"id": "001-1", "prediction": "A"})
     with pytest.raises(RunError, match="4 of 5 questions have no prediction, the first is '001-2'"):
-        report(tmp_path / "out", "videomme", questions, predictions, None)
+        write_results(tmp_path / "out", "videomme", questions, predictions, None)
 
 
-# ---- What cannot be evaluated ---------------------------------------------------------------------------
+# ---- Errors in the input --------------------------------------------------------------------------------
 
 
-def one_sentence(call):
+def user_error(call):
     with pytest.raises(UserError) as caught:
         call()
     text = str(caught.value)
@@ -253,13 +253,13 @@ def one_sentence(call):
     return text
 
 
-def test_files_that_are_missing(tmp_path):
+def test_missing_files(tmp_path):
     annotations, media = videomme(tmp_path)
     empty = tmp_path / "empty"
     empty.mkdir()
 
     def read(name, annotations, media):
-        return one_sentence(lambda: read_benchmark(name, annotations, media))
+        return user_error(lambda: read_benchmark(name, annotations, media))
 
     assert "--benchmark 'videome' is not known" in read("videome", annotations, media)
     assert "does not exist" in read("videomme", tmp_path / "no.json", media)
@@ -270,7 +270,7 @@ def test_files_that_are_missing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda q: q.pop("answer"), 'field "answer" is missing'),
         (lambda q: q.update(answer="E"), 'field "answer" is'),
@@ -281,15 +281,25 @@ def test_files_that_are_missing(tmp_path):
         (lambda q: q.pop("task_type"), 'field "task_type" is missing'),
     ],
 )
-def test_a_field_that_is_missing(tmp_path, change, said):
-    """Nothing is left out in silence: an entry that cannot be asked ends the run, by its number."""
+def test_a_missing_field(tmp_path, change, message):
+    """No entry is skipped: an invalid one ends the run with an error that has its number."""
     annotations, media = videomme(tmp_path)
     content = json.loads(annotations.read_text())
     change(content[1]["questions"][0])
     write_json(annotations, content)
-    text = one_sentence(lambda: read_benchmark("videomme", annotations, media))
+    text = user_error(lambda: read_benchmark("videomme", annotations, media))
     assert f"{annotations}, entry 1: " in text
-    assert said in text
+    assert message in text
+
+
+def test_a_malformed_url(tmp_path):
+    annotations, media = videomme(tmp_path)
+    content = json.loads(annotations.read_text())
+    content[1]["url"] = "https://[www.youtube.com/watch?v=name002"
+    write_json(annotations, content)
+    text = user_error(lambda: read_benchmark("videomme", annotations, media))
+    assert f"{annotations}, entry 1: " in text
+    assert "expected an address" in text
 
 
 def test_a_path_that_leaves_the_media_folder(tmp_path):
@@ -301,22 +311,22 @@ def test_a_path_that_leaves_the_media_folder(tmp_path):
         "question_type": "ego",
     }
     annotations = write_json(tmp_path / "3_ego.json", [row])
-    text = one_sentence(lambda: read_benchmark("mlvu", annotations, videos(tmp_path / "media", "x.mp4")))
+    text = user_error(lambda: read_benchmark("mlvu", annotations, videos(tmp_path / "media", "x.mp4")))
     assert '".."' in text
 
 
-def test_csv_without_a_column_and_files_that_do_not_fit(tmp_path):
+def test_csv_without_a_column_and_files_that_do_not_match(tmp_path):
     media = videos(tmp_path / "media", "1.mp4")
     columns = [column for column in NEXTQA if column != "a4"]
     annotations = write_csv(tmp_path / "test.csv", columns, [])
-    assert "no column 'a4'" in one_sentence(lambda: read_benchmark("nextqa", annotations, media))
+    assert "no column 'a4'" in user_error(lambda: read_benchmark("nextqa", annotations, media))
     write_csv(tmp_path / "test.csv", NEXTQA, [])
-    assert "contains no questions" in one_sentence(lambda: read_benchmark("nextqa", annotations, media))
+    assert "contains no questions" in user_error(lambda: read_benchmark("nextqa", annotations, media))
     row = ["1", 9, 9, 9, "why", 0, "0", "CW", "a", "b", "c", "d", "e"]
     write_csv(tmp_path / "test.csv", NEXTQA, [row])
-    assert "gsub_test.json: cannot be read" in one_sentence(
+    assert "gsub_test.json: cannot be read" in user_error(
         lambda: read_benchmark("nextgqa", annotations, media)
     )
     write_json(tmp_path / "gsub_test.json", {"1": {"location": {"5": [[0, 1]]}}})
-    text = one_sentence(lambda: read_benchmark("nextgqa", annotations, media))
+    text = user_error(lambda: read_benchmark("nextgqa", annotations, media))
     assert "has 0 rows for '1_5'" in text

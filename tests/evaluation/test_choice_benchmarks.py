@@ -1,6 +1,6 @@
-"""Multiple choice in the published file formats, with a model whose right score is known by hand.
+"""Multiple choice in the published file formats, with scripted answers and scores worked out by hand.
 
-In each there are an answer that cannot be understood, a video that is missing, and an id that occurs twice.
+Each benchmark has an answer that cannot be parsed, a missing video, and an id that occurs twice.
 """
 
 import json
@@ -12,7 +12,15 @@ from pyarrow import parquet
 
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.evaluation.benchmarks import BENCHMARKS, lvbench, read_benchmark
-from tests.evaluation.miniature import COLOURS, Scripted, evaluate, settings, videomme, videos, write_json
+from tests.evaluation.miniature import (
+    COLOURS,
+    ScriptedEngine,
+    evaluate,
+    settings,
+    videomme,
+    videos,
+    write_json,
+)
 
 THIRD = pytest.approx(1 / 3)
 
@@ -30,10 +38,10 @@ def ids(entries):
 
 def test_videomme(tmp_path):
     annotations, media = videomme(tmp_path)
-    engine = Scripted({"001-1": "A", "001-2": "C. Green", "002-1": "(C)", "002-1#2": "I cannot tell"})
+    engine = ScriptedEngine({"001-1": "A", "001-2": "C. Green", "002-1": "(C)", "002-1#2": "I cannot tell"})
     results = evaluate("videomme", annotations, media, tmp_path / "out", engine)
     assert (results["questions"], results["answered"]) == (5, 4)
-    # Right: 001-1 and 002-1. Wrong: 001-2. Not understood: the second 002-1. Missing: the video of 003-1.
+    # Right: 001-1 and 002-1. Wrong: 001-2. Unparsed: the second 002-1. Missing: the video of 003-1.
     assert results["closed"]["overall"] == {"accuracy": 2 / 5}
     by = results["closed"]["by"]
     assert by["duration"] == {
@@ -48,7 +56,7 @@ def test_videomme(tmp_path):
     assert ids(results["not_understood"]) == ["002-1#2"]
     assert ids(results["failed"]) == ["003-1"]
     assert "no such file" in results["failed"][0]["reason"]
-    assert engine.asked("001-1") == (
+    assert engine.prompt("001-1") == (
         "Select the best answer to the following multiple-choice question based on the video. Respond with "
         "only the letter (A, B, C, or D) of the correct option.\nWhich 001-1?\nA. Red.\nB. Blue.\nC. Green.\n"
         "D. Grey.\nThe best answer is:"
@@ -59,7 +67,7 @@ def test_videomme(tmp_path):
     assert "overall: accuracy 40.0 %" in table
 
 
-def row_of_the_hub(number, **changes):
+def hub_row(number, **changes):
     return {
         "video_id": "001",
         "duration": "short",
@@ -80,17 +88,17 @@ def write_parquet(path, rows):
     return path
 
 
-def test_videomme_as_the_hub_has_it(tmp_path):
-    """Parquet, of several groups of rows; the same results as from lines of JSON."""
-    rows = [row_of_the_hub(1), row_of_the_hub(1), row_of_the_hub(2, options=["A. C.", "B. D."], answer="B")]
-    rows.append(row_of_the_hub(3, videoID="gone", url="https://www.youtube.com/watch?v=gone"))
+def test_videomme_in_the_format_of_the_hub(tmp_path):
+    """A parquet file with several row groups gives the same results as JSON lines."""
+    rows = [hub_row(1), hub_row(1), hub_row(2, options=["A. C.", "B. D."], answer="B")]
+    rows.append(hub_row(3, videoID="gone", url="https://www.youtube.com/watch?v=gone"))
     rows[3]["video_id"] = "002"
     lines = tmp_path / "rows.jsonl"
     lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
     media = videos(tmp_path / "media", "data/abc.mp4")
     script = {"001-1": "A", "001-1#2": "?", "001-2": "B"}
     both = [
-        evaluate("videomme", annotations, media, tmp_path / annotations.suffix, Scripted(script))
+        evaluate("videomme", annotations, media, tmp_path / annotations.suffix, ScriptedEngine(script))
         for annotations in (write_parquet(tmp_path / "test-00000-of-00001.parquet", rows), lines)
     ]
     assert both[0] == both[1]
@@ -99,46 +107,46 @@ def test_videomme_as_the_hub_has_it(tmp_path):
     assert ids(both[0]["not_understood"]) == ["001-1#2"]
 
 
-def test_parquet_that_is_broken_or_lacks_a_column(tmp_path):
+def test_parquet_that_is_damaged_or_lacks_a_column(tmp_path):
     media = videos(tmp_path / "media", "abc.mp4")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(UserError, match=r"broken\.parquet cannot be read as parquet"):
         read_benchmark("videomme", tmp_path / "broken.parquet", media)
-    row = row_of_the_hub(1)
+    row = hub_row(1)
     del row["answer"]
     with pytest.raises(UserError, match='entry 0: field "answer" is missing'):
         read_benchmark("videomme", write_parquet(tmp_path / "rows.parquet", [row]), media)
 
 
 def test_videomme_with_subtitles(tmp_path):
-    """Those that are on the screen at the frames, which are 0.1 s apart."""
+    """The prompt has the subtitles shown at the frames' times."""
     annotations = tmp_path / "rows.jsonl"
-    annotations.write_text("".join(json.dumps(row_of_the_hub(i)) + "\n" for i in range(2)))
+    annotations.write_text("".join(json.dumps(hub_row(i)) + "\n" for i in range(2)))
     media = videos(tmp_path / "media", "data/abc.mp4")
     (media / "subtitle").mkdir()
-    # Frames 1, 3, 5 and 7 of eight are shown, at 0.1, 0.3, 0.5 and 0.7 s.
+    # Four of the eight frames are sampled: 1, 3, 5 and 7, at 0.1, 0.3, 0.5 and 0.7 s
     (media / "subtitle" / "abc.srt").write_text(
         '1\n00:00:00,250 --> 00:00:00,550\n<font color="white" size=".72c">seen twice</font>\n\n'
         "2\n00:00:00,560 --> 00:00:00,650\nbetween frames\n"
     )
-    engine = Scripted({"001-0": "A", "001-1": "A"})
+    engine = ScriptedEngine({"001-0": "A", "001-1": "A"})
     section = settings("videomme", subtitles=True)
     results = evaluate("videomme", annotations, media, tmp_path / "out", engine, settings=section)
     assert results["closed"]["overall"] == {"accuracy": 1.0}
-    assert engine.asked("001-0").startswith(
+    assert engine.prompt("001-0").startswith(
         "This video's subtitles are listed below:\nseen twice\nSelect the best answer to the following "
         "multiple-choice question based on the video and the subtitles. Respond with only the letter"
     )
-    without = Scripted({"001-0": "A", "001-1": "A"})
+    without = ScriptedEngine({"001-0": "A", "001-1": "A"})
     evaluate("videomme", annotations, media, tmp_path / "without", without)
-    assert "subtitles" not in without.asked("001-0")
+    assert "subtitles" not in without.prompt("001-0")
 
 
 # ---- MLVU -----------------------------------------------------------------------------------------------
 
 
 def test_mlvu(tmp_path):
-    """M-Avg is the mean of the tasks' accuracies, not of all questions'; free answers are another measure."""
+    """M-Avg is the mean over tasks, not over questions. Open answers have a measure of their own."""
 
     def choice(video, task, answer):
         return {
@@ -179,10 +187,10 @@ def test_mlvu(tmp_path):
         "8_sub_scene/c.mp4": "A dog runs",
         "9_summary/c.mp4": "the dog runs away.",
     }
-    engine = Scripted(script)
+    engine = ScriptedEngine(script)
     results = evaluate("mlvu", folder, media, tmp_path / "out", engine)
     assert results["questions"] == 11
-    # plotQA 2 of 3, ego and count (a missing video) none, the other four all
+    # plotQA: 2 of 3 right; ego, and count with its missing video: none; the other four: all
     assert results["closed"]["overall"] == {"M-Avg": pytest.approx((2 / 3 + 4) / 7)}
     assert results["closed"]["by"]["task"]["plotQA"] == {"questions": 3, "accuracy": pytest.approx(2 / 3)}
     assert ids(results["failed"]) == ["4_count/gone.mp4"]
@@ -197,15 +205,15 @@ def test_mlvu(tmp_path):
     assert "no judge" in results["offline"]["measure"]
     (first,) = [each for each in engine.requests if each.id == "1_plotQA/a.mp4"]
     assert first.answer_start == "Best Option: ("
-    assert engine.asked("1_plotQA/a.mp4").endswith(
+    assert engine.prompt("1_plotQA/a.mp4").endswith(
         "Question: What colour?\nOptions:\n(A) Yellow\n(B) Red\n(C) White\n(D) Blue\n"
         "Only give the best option."
     )
-    assert engine.asked("9_summary/c.mp4") == "What happens?"
+    assert engine.prompt("9_summary/c.mp4") == "What happens?"
     (summary,) = [each for each in engine.requests if each.id == "9_summary/c.mp4"]
     assert (summary.answer_start, summary.max_new_tokens) == ("", 512)
-    # The mean over one file is no M-Avg, and is not called that.
-    one = evaluate("mlvu", folder / "3_ego.json", media, tmp_path / "one", Scripted(script))
+    # The mean over one file is not M-Avg and has another name.
+    one = evaluate("mlvu", folder / "3_ego.json", media, tmp_path / "one", ScriptedEngine(script))
     assert one["closed"]["overall"] == {"M-Avg of 1 of 7": 0.0}
 
 
@@ -222,7 +230,7 @@ def test_mlvu_test_writes_a_submission(tmp_path):
         for name in "abca"
     ]
     annotations = write_json(tmp_path / "test.json", rows)
-    engine = Scripted({"Qa": "(B", "Qb": "who knows", "Qa#2": "x"})
+    engine = ScriptedEngine({"Qa": "(B", "Qb": "who knows", "Qa#2": "x"})
     media = videos(tmp_path / "videos", "a.mp4", "video/b.mp4")
     results = evaluate("mlvu_test", annotations, media, tmp_path / "out", engine)
     assert json.loads((tmp_path / "out" / "submission.json").read_text()) == [
@@ -233,14 +241,14 @@ def test_mlvu_test_writes_a_submission(tmp_path):
     ]
     assert results["closed"]["overall"] == {"answered": 0.5}
     entries = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
-    assert {entry["correct"] for entry in entries} == {None}  # nobody but the authors knows
+    assert {entry["correct"] for entry in entries} == {None}  # the answers are not published
 
 
 # ---- LVBench --------------------------------------------------------------------------------------------
 
 
 def test_lvbench(tmp_path):
-    """Options stand in the question; a question of two types counts in both."""
+    """The options are in the text of the question. A question with two types counts in both."""
 
     def asked(uid, answer, *types):
         text = "What (in short) is seen?\n(A) 1636\n(B) A\n(C) 1363\n(D) 1633"
@@ -268,7 +276,7 @@ def test_lvbench(tmp_path):
     annotations = tmp_path / "video_info.meta.jsonl"
     annotations.write_text("".join(json.dumps(row) + "\n" for row in rows))
     media = videos(tmp_path / "videos", "all_videos/Cm73ma6Ibcs.mp4", "other.mp4")
-    engine = Scripted({"0": "1633", "1": "B", "1#2": "no idea", "2": "B"})
+    engine = ScriptedEngine({"0": "1633", "1": "B", "1#2": "no idea", "2": "B"})
     results = evaluate("lvbench", annotations, media, tmp_path / "out", engine)
     assert results["closed"]["overall"] == {"accuracy": 2 / 5}
     assert results["closed"]["by"]["question_type"] == {
@@ -280,7 +288,7 @@ def test_lvbench(tmp_path):
     }
     assert ids(results["failed"]) == ["3"]
     assert ids(results["not_understood"]) == ["1#2"]
-    assert "What (in short) is seen?\nA. 1636\nB. A\nC. 1363\nD. 1633\n" in engine.asked("0")
+    assert "What (in short) is seen?\nA. 1636\nB. A\nC. 1363\nD. 1633\n" in engine.prompt("0")
 
 
 @pytest.mark.parametrize(
@@ -310,7 +318,7 @@ def test_options_in_a_question(text, split):
 
 
 def test_mvbench(tmp_path):
-    """Videos where the archives put them, seconds of a video, and a folder of frames as a video."""
+    """Videos at the archives' paths, spans of videos, and a folder of frames."""
 
     def row(video, answer, **more):
         candidates = ["Ate it.", "Threw it.", "Took it."]
@@ -339,7 +347,7 @@ def test_mvbench(tmp_path):
     frames.mkdir(parents=True)
     for number in range(9):
         Image.new("RGB", (20, 16), (28 * number, 0, 0)).save(frames / f"{number + 1:05}.png")
-    engine = Scripted(
+    engine = ScriptedEngine(
         {
             "action_sequence/a.mp4": "A",
             "action_antonym/b.mp4": "Took it",
@@ -349,7 +357,7 @@ def test_mvbench(tmp_path):
         }
     )
     results = evaluate("mvbench", tmp_path, media, tmp_path / "out", engine)
-    # The second question of action_sequence is about seconds that its video does not have.
+    # The span of the second question of action_sequence lies after the end of its video.
     assert ids(results["failed"]) == ["action_sequence/a.mp4#2", "moving_count/gone.mp4"]
     assert ids(results["not_understood"]) == ["action_antonym/b.mp4#2"]
     assert results["closed"]["by"]["task"] == {
@@ -361,6 +369,6 @@ def test_mvbench(tmp_path):
     assert results["closed"]["overall"] == {"mean_accuracy of 4 of 20": 1.5 / 4}
     clips = {each.id: each.clip for each in engine.requests}
     assert clips["action_sequence/a.mp4"].indices.tolist() == [2, 3, 5, 6]  # of frames 2 to 6
-    # Six images are shown within two seconds; of six, four are 0.75, 2.25, 3.75 and 5.25 sixths in.
+    # The span has six images, at 3 per second. Four are sampled, at 0.75, 2.25, 3.75 and 5.25 sixths of it.
     assert clips["episodic_reasoning/clip"].indices.tolist() == [0, 2, 3, 5]
     assert clips["episodic_reasoning/clip"].frames[:, 0, 0, 0].tolist() == [0, 56, 84, 140]

@@ -1,4 +1,4 @@
-"""The judge against an endpoint on this machine that misbehaves."""
+"""The judge with a local endpoint that misbehaves."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ def short_waits(monkeypatch):
 
 
 def settings(server, **changes) -> JudgeSettings:
-    """A judge that loses patience in seconds instead of minutes."""
+    """Settings of a judge that gives up after seconds instead of minutes."""
     url = server if isinstance(server, str) else server.url
     quick = {"attempts": 3, "timeout": 2.0, "patience": 10.0, "concurrency": 4}
     return JudgeSettings("judge-1", **{"base_url": url, "key_variable": "JUDGE_KEY"} | quick | changes)
@@ -47,9 +47,9 @@ def items(count: int) -> list[JudgeItem]:
     return [item(f"q{i}") for i in range(count)]
 
 
-def test_verdicts_are_in_the_order_of_the_questions_and_hold_what_the_judge_said():
-    def behaviour(handler, asked, _):
-        number = int(asked.question.split("what is q")[1].split()[0])
+def test_verdicts_follow_the_order_of_the_questions():
+    def behaviour(handler, request, _):
+        number = int(request.question.split("what is q")[1].split()[0])
         time.sleep(0.05 * (3 - number))  # the last question is answered first
         say(handler, json.dumps({"pred": "yes" if number % 2 else "no", "score": number}))
 
@@ -63,12 +63,12 @@ def test_verdicts_are_in_the_order_of_the_questions_and_hold_what_the_judge_said
         ]
         assert {v.reason for v in verdicts} == {None}
         assert {v.model for v in verdicts} == {"judge-1"}
-    for asked in server.asked:
-        assert asked.path == "/v1/chat/completions"
-        assert asked.headers["Authorization"] == f"Bearer {KEY}"
-        assert asked.body.keys() == {"model", "messages", "temperature", "max_tokens"}
-        assert (asked.body["model"], asked.body["temperature"]) == ("judge-1", 0)
-        assert [m["role"] for m in asked.body["messages"]] == ["system", "user"]
+    for request in server.requests:
+        assert request.path == "/v1/chat/completions"
+        assert request.headers["Authorization"] == f"Bearer {KEY}"
+        assert request.body.keys() == {"model", "messages", "temperature", "max_tokens"}
+        assert (request.body["model"], request.body["temperature"]) == ("judge-1", 0)
+        assert [m["role"] for m in request.body["messages"]] == ["system", "user"]
     record = judge.record()
     assert record["endpoint"] == server.url
     assert (record["model"], record["models_served"]) == ("judge-1", ["judge-1"])
@@ -102,7 +102,7 @@ MISBEHAVIOUR = {
     "a reply that drips": lambda h: drip(h, 1.2),
     "a reply without end": flood,
     "reset": reset,
-    "hung up": lambda h: setattr(h, "close_connection", True),
+    "connection closed": lambda h: setattr(h, "close_connection", True),
     "cut off": _cut_off,
     "not HTTP": lambda h: (h.wfile.write(b"hello\r\n\r\n"), setattr(h, "close_connection", True)),
     "not gzip": lambda h: send(h, 200, b"not gzip", Content_Encoding="gzip"),
@@ -120,29 +120,29 @@ MISBEHAVIOUR = {
 
 @pytest.mark.usefixtures("short_waits")
 @pytest.mark.parametrize("misbehave", MISBEHAVIOUR.values(), ids=MISBEHAVIOUR.keys())
-def test_asks_again_until_there_is_a_reply(misbehave):
-    def behaviour(handler, asked, count):
+def test_retries_until_there_is_a_reply(misbehave):
+    def behaviour(handler, request, count):
         misbehave(handler) if count < 2 else say(handler, YES)
 
     with chat_server(behaviour) as server, Judge(settings(server, timeout=1.0)) as judge:
         (verdict,) = judge.grade(items(1))
     assert (verdict.correct, verdict.scores, verdict.reason) == (True, {"score": 4}, None)
-    assert len(server.asked) == 3
+    assert len(server.requests) == 3
 
 
 @pytest.mark.usefixtures("short_waits")
 @pytest.mark.parametrize("misbehave", MISBEHAVIOUR.values(), ids=MISBEHAVIOUR.keys())
-def test_comes_to_an_end(misbehave):
-    """One question gets nothing but misbehaviour: it is wrong and listed, the others have their marks."""
+def test_gives_up_on_a_question_after_all_attempts(misbehave):
+    """A question that gets no proper reply is wrong and listed; the others get their marks."""
 
-    def behaviour(handler, asked, _):
-        misbehave(handler) if "what is q1 ?" in asked.question else say(handler, YES)
+    def behaviour(handler, request, _):
+        misbehave(handler) if "what is q1 ?" in request.question else say(handler, YES)
 
     with chat_server(behaviour) as server, Judge(settings(server, timeout=1.0)) as judge:
         verdicts = judge.grade(items(3))
     assert [v.correct for v in verdicts] == [True, False, True]
     assert "(after 3 attempts)" in verdicts[1].reason
-    assert len(server.asked) == 3 + 2
+    assert len(server.requests) == 3 + 2
     summary = summarize_verdicts(verdicts)
     assert summary["questions"] == 3
     assert summary["accuracy"] == pytest.approx(2 / 3)
@@ -151,21 +151,21 @@ def test_comes_to_an_end(misbehave):
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
-def test_waits_as_long_as_the_endpoint_asks(form):
-    def behaviour(handler, asked, count):
-        date = formatdate(time.time() + 2, usegmt=True)  # in whole seconds: one to two from now
+def test_honours_retry_after(form):
+    def behaviour(handler, request, count):
+        date = formatdate(time.time() + 2, usegmt=True)  # whole seconds, so 1 to 2 s from now
         after = "1" if form == "seconds" else date
         send(handler, 429, "", Retry_After=after) if count == 0 else say(handler, YES)
 
     with chat_server(behaviour) as server, Judge(settings(server)) as judge:
         (verdict,) = judge.grade(items(1))
     assert verdict.correct
-    assert 0.95 < server.asked[1].at - server.asked[0].at < 3
+    assert 0.95 < server.requests[1].at - server.requests[0].at < 3
 
 
-def test_does_not_wait_beyond_its_patience():
-    def behaviour(handler, asked, _):
-        limited = "what is q1 ?" in asked.question
+def test_does_not_wait_for_an_hour():
+    def behaviour(handler, request, _):
+        limited = "what is q1 ?" in request.question
         send(handler, 429, "", Retry_After="3600") if limited else say(handler, YES)
 
     start = time.monotonic()
@@ -173,14 +173,14 @@ def test_does_not_wait_beyond_its_patience():
         verdicts = judge.grade(items(2))
     assert time.monotonic() - start < 5
     assert "429" in verdicts[1].reason
-    assert len(server.asked) == 2
+    assert len(server.requests) == 2
 
 
-def test_waits_grow_and_patience_bounds_their_sum():
-    """The client waits 0.5 s, then twice as long each time, less a quarter at random."""
+def test_waits_double_and_patience_limits_their_sum():
+    """The client waits 0.5 s after the first attempt and doubles it each time, less up to a quarter."""
 
-    def behaviour(handler, asked, _):
-        send(handler, 500, "") if "what is q0 ?" in asked.question else say(handler, YES)
+    def behaviour(handler, request, _):
+        send(handler, 500, "") if "what is q0 ?" in request.question else say(handler, YES)
 
     start = time.monotonic()
     with chat_server(behaviour) as server, Judge(settings(server, attempts=1000, patience=2.5)) as judge:
@@ -191,7 +191,7 @@ def test_waits_grow_and_patience_bounds_their_sum():
         "Internal Server Error"
     )
     assert verdicts[1].correct
-    times = [asked.at for asked in server.asked if "what is q0 ?" in asked.question]
+    times = [request.at for request in server.requests if "what is q0 ?" in request.question]
     waits = [after - before for before, after in itertools.pairwise(times)]
     assert len(waits) == 2
     for number, wait in enumerate(waits):
@@ -199,8 +199,8 @@ def test_waits_grow_and_patience_bounds_their_sum():
 
 
 def test_patience_ends_a_reply_that_drips():
-    def behaviour(handler, asked, _):
-        drip(handler, 60) if "what is q0 ?" in asked.question else say(handler, YES)
+    def behaviour(handler, request, _):
+        drip(handler, 60) if "what is q0 ?" in request.question else say(handler, YES)
 
     start = time.monotonic()
     with chat_server(behaviour) as server, Judge(settings(server, patience=1.0)) as judge:
@@ -210,9 +210,9 @@ def test_patience_ends_a_reply_that_drips():
     assert verdicts[1].correct
 
 
-def test_a_refused_question_is_asked_once_and_the_others_go_on():
-    def behaviour(handler, asked, _):
-        refused = "what is q2 ?" in asked.question
+def test_a_refused_question_is_not_retried():
+    def behaviour(handler, request, _):
+        refused = "what is q2 ?" in request.question
         complaint = {"error": {"code": "context_length_exceeded", "message": "too long"}}
         send(handler, 400, complaint) if refused else say(handler, YES)
 
@@ -220,7 +220,7 @@ def test_a_refused_question_is_asked_once_and_the_others_go_on():
         verdicts = judge.grade(items(4))
     assert [v.correct for v in verdicts] == [True, True, False, True]
     assert "too long" in verdicts[2].reason
-    assert len(server.asked) == 4
+    assert len(server.requests) == 4
 
 
 FATAL = {
@@ -232,11 +232,11 @@ FATAL = {
 
 
 @pytest.mark.parametrize(("status", "body"), FATAL.values(), ids=FATAL.keys())
-def test_what_no_attempt_can_mend_ends_at_once_in_one_sentence(status, body):
+def test_a_refusal_of_all_requests_ends_at_once(status, body):
     with chat_server(lambda handler, *_: send(handler, status, body)) as server:
         with Judge(settings(server)) as judge, pytest.raises(UserError) as error:
             judge.grade(items(50))
-        assert len(server.asked) <= 4  # each thread one
+        assert len(server.requests) <= 4  # one for each request in flight
     sentence = str(error.value)
     assert str(status) in sentence
     assert "JUDGE_KEY" in sentence
@@ -246,7 +246,7 @@ def test_what_no_attempt_can_mend_ends_at_once_in_one_sentence(status, body):
 
 
 @pytest.mark.usefixtures("short_waits")
-def test_an_endpoint_that_is_down_ends_in_one_sentence(tmp_path):
+def test_an_endpoint_that_is_down(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
@@ -261,11 +261,11 @@ def test_an_endpoint_that_is_down_ends_in_one_sentence(tmp_path):
 
 
 @pytest.mark.usefixtures("short_waits")
-def test_gives_up_when_the_endpoint_goes_down_and_goes_on_from_there(tmp_path):
+def test_gives_up_when_the_endpoint_goes_down_and_resumes(tmp_path):
     up = [True]
 
-    def behaviour(handler, asked, _):
-        if "what is q7 ?" in asked.question:
+    def behaviour(handler, request, _):
+        if "what is q7 ?" in request.question:
             up[0] = False
         say(handler, YES) if up[0] else send(handler, 503, "")
 
@@ -274,21 +274,21 @@ def test_gives_up_when_the_endpoint_goes_down_and_goes_on_from_there(tmp_path):
         with Judge(settings(server, **one)) as judge:
             with pytest.raises(RunError, match=r"5 questions in a row got no reply .*503"):
                 judge.grade(items(40))
-            assert len(server.asked) < 2 * 40
-        asked_before = len(server.asked)
+            assert len(server.requests) < 2 * 40
+        asked_before = len(server.requests)
         up[0] = True
         with Judge(settings(server, **one)) as judge:
             assert all(v.correct for v in judge.grade([i for i in items(40) if i.id != "q7"]))
-        asked_again = [asked.question for asked in server.asked[asked_before:]]
+        asked_again = [request.question for request in server.requests[asked_before:]]
         assert len(asked_again) == 39 - 7
         assert not any(f"what is q{i} ?" in question for question in asked_again for i in range(7))
 
 
-def test_unreadable_replies_are_wrong_and_listed_and_not_kept(tmp_path):
+def test_unreadable_replies_are_wrong_listed_and_not_cached(tmp_path):
     cache = tmp_path / "replies.jsonl"
 
-    def behaviour(handler, asked, _):
-        say(handler, "I would rather not say." if "what is q1 ?" in asked.question else YES)
+    def behaviour(handler, request, _):
+        say(handler, "I would rather not say." if "what is q1 ?" in request.question else YES)
 
     with chat_server(behaviour) as server:
         with Judge(settings(server, cache=cache)) as judge:
@@ -297,46 +297,46 @@ def test_unreadable_replies_are_wrong_and_listed_and_not_kept(tmp_path):
         assert verdicts[1].scores == {"score": 0}
         assert verdicts[1].reply == "I would rather not say."
         assert verdicts[1].reason == "the judge's reply cannot be read"
-        assert len(server.asked) == 4  # the unreadable one twice
+        assert len(server.requests) == 4  # the unreadable one twice
         with Judge(settings(server, cache=cache)) as judge:
             assert judge.grade(items(3)) == verdicts
-        assert len(server.asked) == 6
+        assert len(server.requests) == 6
 
 
-def test_a_second_reply_may_be_readable():
-    def behaviour(handler, asked, count):
+def test_an_unreadable_reply_is_asked_for_again():
+    def behaviour(handler, request, count):
         say(handler, YES if count else "Sure! Here you go:")
 
     with chat_server(behaviour) as server, Judge(settings(server)) as judge:
         assert [v.correct for v in judge.grade(items(2))] == [True, True]
 
 
-def test_replies_are_kept_and_not_asked_for_again(tmp_path):
+def test_replies_are_cached(tmp_path):
     cache = tmp_path / "replies.jsonl"
     with chat_server(lambda handler, *_: say(handler, YES)) as server:
         with Judge(settings(server, cache=cache)) as judge:
             verdicts = judge.grade(items(5))
             assert judge.grade(items(5)) == verdicts
-        assert len(server.asked) == 5
+        assert len(server.requests) == 5
         text = cache.read_text()
         assert KEY not in text
         lines = text.splitlines(keepends=True)
-        # Killed while it wrote the last line; another line was spoilt.
+        # As after a kill in the middle of the last line, with another line damaged
         cache.write_text("".join(lines[:3]) + "{nonsense\n" + lines[3] + lines[4][:30])
         with Judge(settings(server, cache=cache)) as judge:
             assert judge.grade(items(5)) == verdicts
-        assert len(server.asked) == 6
+        assert len(server.requests) == 6
         with Judge(settings(server, cache=cache)) as judge:
             assert judge.grade(items(5)) == verdicts
             assert judge.record()["models_served"] == ["judge-1"]
-        assert len(server.asked) == 6
+        assert len(server.requests) == 6
         for change in ({"parameters": {"temperature": 1}}, {"base_url": server.url + "/other"}):
             with Judge(settings(server, cache=cache)._replace(**change)) as judge:
                 judge.grade(items(5))
-        assert len(server.asked) == 16
+        assert len(server.requests) == 16
 
 
-def test_the_same_question_is_asked_once_and_an_empty_prediction_never():
+def test_equal_questions_are_asked_once_and_empty_predictions_never():
     with chat_server(lambda handler, *_: say(handler, YES)) as server, Judge(settings(server)) as judge:
         verdicts = judge.grade([item("q"), item("q")._replace(id="r"), item("q", " \n"), item("q", "")])
         assert [v.id for v in verdicts] == ["q", "r", "q", "q"]
@@ -344,13 +344,13 @@ def test_the_same_question_is_asked_once_and_an_empty_prediction_never():
         assert [v.reason for v in verdicts[2:]] == ["the model gave no answer"] * 2
         assert judge.grade([item("z", "")])[0].correct is False
         assert judge.grade([]) == []
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
-def test_no_more_at_once_than_asked_for():
+def test_concurrency_limits_the_requests_in_flight():
     lock, at_once = threading.Lock(), []
 
-    def behaviour(handler, asked, _):
+    def behaviour(handler, request, _):
         with lock:
             at_once.append(at_once[-1] + 1 if at_once else 1)
         time.sleep(0.1)
@@ -363,15 +363,15 @@ def test_no_more_at_once_than_asked_for():
     assert 2 <= max(at_once) <= 3
 
 
-def test_predictions_reach_the_judge_as_they_are():
-    """Signs of templates, quotes, other scripts and a lone surrogate from a broken annotation."""
+def test_predictions_reach_the_judge_unchanged():
+    """Template characters, quotes, other scripts and a lone surrogate from a broken annotation file."""
     odd = "$answer ${question} {0} %s \\n \"'} 猫\U0001f431\ud83d"
     with chat_server(lambda handler, *_: say(handler, YES)) as server, Judge(settings(server)) as judge:
         assert judge.grade([item("q", odd)])[0].correct
-    assert f"Predicted Answer: {odd}\n" in server.asked[0].question
+    assert f"Predicted Answer: {odd}\n" in server.requests[0].question
 
 
-def test_mistakes_in_the_settings_end_in_one_sentence(monkeypatch, tmp_path):
+def test_errors_in_the_settings(monkeypatch, tmp_path):
     good = settings("http://127.0.0.1:1/v1")
     (tmp_path / "file").write_text("")
     mistakes = [
@@ -398,17 +398,17 @@ def test_mistakes_in_the_settings_end_in_one_sentence(monkeypatch, tmp_path):
         judge.grade([JudgeItem("q", "video_chatgpt_qa", {"question": "", "prediction": ""})])
 
 
-def test_commands_that_do_not_judge_do_not_wait_for_the_client():
+def test_the_openai_client_is_imported_only_to_judge():
     program = "import sys, dynfocus_jax.evaluate; sys.exit('openai' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
-def test_no_key_is_sent_where_none_is_named():
+def test_no_key_is_sent_if_none_is_named():
     with chat_server(lambda handler, *_: say(handler, YES)) as server:
         with Judge(settings(server, key_variable="", base_url=server.url + "/chat/completions/")) as judge:
             assert judge.grade(items(1))[0].correct
-        assert "Authorization" not in server.asked[0].headers
-        assert server.asked[0].path == "/v1/chat/completions"
+        assert "Authorization" not in server.requests[0].headers
+        assert server.requests[0].path == "/v1/chat/completions"
 
 
 def test_summary_by_hand():

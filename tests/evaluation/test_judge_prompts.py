@@ -1,4 +1,4 @@
-"""The published words of the judge's rubrics, and how replies are read."""
+"""The prompts of the judge's rubrics, compared with the published ones, and the parser of replies."""
 
 import hashlib
 
@@ -6,8 +6,8 @@ import pytest
 
 from dynfocus_jax.evaluation.judge_prompts import Marks, rubric_named, rubrics
 
-# SHA-256 (first 16 digits) of the system and the user message as judge_prompts.toml says where they are from,
-# joined by a zero byte, with $name for each field.
+# First 16 digits of the SHA-256 of the published system and user messages (sources in judge_prompts.toml),
+# joined by a zero byte, with $name for each field
 PUBLISHED = {
     "video_chatgpt_qa": "79abfacc4c279cc9",
     "vcg_correctness": "ab8767041d260076",
@@ -20,7 +20,7 @@ PUBLISHED = {
 }
 
 
-def test_words_are_the_published_ones():
+def test_prompts_equal_the_published_ones():
     assert rubrics().keys() == PUBLISHED.keys()
     for name, digest in PUBLISHED.items():
         fields = {field: f"${field}" for field in rubric_named(name).fields}
@@ -41,7 +41,7 @@ READ = {
     '{"pred": "No", "score": 0}': (False, 0),
     "{'pred': 'yes', 'score': 4.8}.": (True, 4.8),
     "{'pred': 'yes', 'score': '5'}": (True, 5),
-    "{''pred': 'yes', ''score': 3}": (True, 3),  # the published example has such quotes
+    "{''pred': 'yes', ''score': 3}": (True, 3),  # quotes as in the published example
     '```json\n{\n  "score": 2,\n  "pred": "no"\n}\n```': (False, 2),
     "<think>{'pred': 'no', 'score': 0}?</think> {'pred': 'yes', 'score': 5}": (True, 5),
     "{pred: yes, score: 1}": (True, 1),
@@ -74,7 +74,7 @@ def test_two_scores_after_a_rationale():
     ssc = "{'score_accuracy': 4.0, 'score_relevance': 5, 'total_score': 4 + 5}"
     expected = Marks(None, {"score_accuracy": 4, "score_relevance": 5})
     assert rubric_named("mlvu_ssc").read(rationale + ssc) == expected
-    assert rubric_named("mlvu_ssc").read(rationale + ssc.replace("4.0", "0")) is None  # the scale begins at 1
+    assert rubric_named("mlvu_ssc").read(rationale + ssc.replace("4.0", "0")) is None  # the lowest score is 1
     summary = '{"scores": {"score_completeness": 1, "score_reliability": 2, "total_score": 3}}'
     expected = Marks(None, {"score_completeness": 1, "score_reliability": 2})
     assert rubric_named("mlvu_summary").read(summary) == expected

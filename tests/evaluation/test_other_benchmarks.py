@@ -7,7 +7,7 @@ import pytest
 
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.evaluation.benchmarks import nextqa, read_benchmark
-from tests.evaluation.miniature import NEXTQA, Scripted, evaluate, videos, write_csv, write_json
+from tests.evaluation.miniature import NEXTQA, ScriptedEngine, evaluate, videos, write_csv, write_json
 
 
 def ids(entries):
@@ -18,7 +18,7 @@ def ids(entries):
 
 
 def test_videohallucer(tmp_path):
-    """A pair is right when both of its questions are; the figures are means over the sets."""
+    """A pair is right if both of its answers are. The measures are means over the sets."""
 
     def pair(video):
         ask = {"video": video, "question": "Is there a dog?"}
@@ -48,7 +48,7 @@ def test_videohallucer(tmp_path):
         "semantic_detail/0": ("no", "no"),
         "external_nonfactual/0": ("no", "yes"),
     }
-    engine = Scripted(
+    engine = ScriptedEngine(
         {f"{name}/basic": basic for name, (basic, _) in script.items()}
         | {f"{name}/hallucination": hallucinated for name, (_, hallucinated) in script.items()}
     )
@@ -63,7 +63,7 @@ def test_videohallucer(tmp_path):
     assert results["closed"]["overall"] == {"basic": 0.3, "hallucinated": 0.5, "overall": 0.2}
     assert ids(results["not_understood"]) == ["temporal/0/basic"]
     assert ids(results["failed"]) == [f"external_factual/0/{kind}" for kind in ("basic", "hallucination")]
-    assert engine.asked("temporal/0/basic") == "Is there a dog?\nAnswer the question using 'yes' or 'no'."
+    assert engine.prompt("temporal/0/basic") == "Is there a dog?\nAnswer the question using 'yes' or 'no'."
 
 
 # ---- NExT-QA --------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def test_videohallucer(tmp_path):
 
 @pytest.mark.parametrize("form", ["number", "text"])
 def test_nextqa(tmp_path, form):
-    """Answers as numbers; or as texts, one of which is a number that is an option, but not of that number."""
+    """Right answers as option numbers, or as texts; one text is a number, but not that of its option."""
     options = ["2", "0", "sit", "run", "jump"]
 
     def row(video, number, qid, kind):
@@ -83,7 +83,7 @@ def test_nextqa(tmp_path, form):
     annotations = write_csv(tmp_path / "test.csv", NEXTQA, rows)
     write_json(tmp_path / "map_vid_vidorID.json", {"1": "1164/one"})
     media = videos(tmp_path / "videos", "1164/one.mp4", "2.mp4", "3.webm")
-    engine = Scripted({"1_0": "A", "1_1": "E. jump", "1_1#2": "sit", "2_0": "(C) sit", "3_0": "F"})
+    engine = ScriptedEngine({"1_0": "A", "1_1": "E. jump", "1_1#2": "sit", "2_0": "(C) sit", "3_0": "F"})
     results = evaluate("nextqa", annotations, media, tmp_path / "out", engine)
     assert results["closed"]["overall"] == {"accuracy": 0.5}
     assert ids(results["failed"]) == ["gone_0"]
@@ -102,11 +102,11 @@ def test_nextqa(tmp_path, form):
         },
     }
     assert [each["id"] for each in results["not_understood"]] == ["3_0"]
-    assert "(A, B, C, D, or E)" in engine.asked("1_0")
+    assert "(A, B, C, D, or E)" in engine.prompt("1_0")
 
 
 def test_overlap():
-    """As NExT-GQA computes it: the best of several spans, for each of both measures."""
+    """IoP and IoU are each the best over several spans, as in NExT-GQA."""
     assert nextqa.overlap((2.0, 6.0), [(4.0, 10.0)]) == (0.5, 0.25)
     assert nextqa.overlap((2.0, 6.0), [(4.0, 10.0), (3.0, 5.0)]) == (0.5, 0.5)
     assert nextqa.overlap((2.0, 3.0), [(4.0, 5.0)]) == (0.0, 0.0)
@@ -115,7 +115,7 @@ def test_overlap():
 
 
 def test_nextgqa(tmp_path):
-    """The answer counts for Acc@GQA only with half of the predicted span inside; other rows are not asked."""
+    """Acc@GQA counts an answer only if IoP is at least 0.5. Rows without spans are not asked."""
     options = ["walk", "sit", "run", "jump", "fly"]
 
     def row(qid, answer, video="7"):
@@ -134,14 +134,14 @@ def test_nextgqa(tmp_path):
     }
     annotations = write_json(tmp_path / "gsub_test.json", places)
     media = videos(tmp_path / "videos", "7.mp4")
-    engine = Scripted(
+    engine = ScriptedEngine(
         {
             "7_0": "C",
             "7_0/when": "from 4.0 to 8.0 seconds",  # IoP 0.5, IoU 2/6
             "7_1": "B",
             "7_1/when": "0:10 - 0:20",  # IoP 0.2, IoU 0.2
             "7_2": "A",
-            "7_2/when": "at the beginning",  # not understood: 0
+            "7_2/when": "at the beginning",  # unparsed: 0
         }
     )
     results = evaluate("nextgqa", annotations, media, tmp_path / "out", engine)
@@ -159,8 +159,8 @@ def test_nextgqa(tmp_path):
     assert results["closed"]["by"]["kind"]["causal"]["questions"] == 4
     assert ids(results["not_understood"]) == ["7_2/when"]
     assert ids(results["failed"]) == ["gone_0", "gone_0/when"]
-    assert "seconds" in engine.asked("7_0/when")
-    # A place belongs to one row; with two of its name nobody knows which.
+    assert "seconds" in engine.prompt("7_0/when")
+    # Spans that match two rows are ambiguous.
     write_csv(tmp_path / "test.csv", header, [*rows, row("1", "fly")])
     with pytest.raises(UserError, match="has 2 rows for '7_1'"):
         read_benchmark("nextgqa", annotations, media)
@@ -184,7 +184,7 @@ def needle(video, kind, number, options, answer, **more):
 
 
 def test_vnbench(tmp_path):
-    """A needle is right only when all four tries are; the figure is the mean over types."""
+    """A needle is right if all four tries are. The measure is the mean over types."""
     fruits = ["pear", "plum", "fig", "kiwi"]
     needles = [
         ("a.mp4", "ret_edit1"),
@@ -197,15 +197,15 @@ def test_vnbench(tmp_path):
         for number in range(4):
             options = fruits[number:] + fruits[:number]
             rows.append(needle(video, kind, number, options, "plum"))
-    rows += [row for row in rows if "c.mp4" in row["video"]]  # a needle that is there twice, and wrong once
+    rows += [row for row in rows if "c.mp4" in row["video"]]  # occurs twice, once with a wrong answer
     annotations = write_json(tmp_path / "VNBench-main-4try.json", rows)
     media = videos(tmp_path / "videos", "VNBench_new/a.mp4", "b.mp4", "c.mp4", "u.mp4")
-    right = dict(enumerate("BADC"))  # where the plum is in each try
+    right = dict(enumerate("BADC"))  # the letter of "plum" in each try
     script = {f"ret_edit1/a.mp4/{n}": right[n] for n in range(4)}
-    script |= {f"ret_edit1/b.mp4/{n}": "B" for n in range(4)}  # always the same letter: one of four is right
+    script |= {f"ret_edit1/b.mp4/{n}": "B" for n in range(4)}  # right in one of four tries
     script |= {f"ret_edit1/u.mp4/{n}": right[n] if n else "plum or fig" for n in range(4)}
     script |= {f"cnt_insert1/c.mp4/{n}": "plum" for n in range(4)}
-    alone = Scripted(script | {f"cnt_insert1/c.mp4/{n}#2": "plum" for n in range(4)})
+    alone = ScriptedEngine(script | {f"cnt_insert1/c.mp4/{n}#2": "plum" for n in range(4)})
     results = evaluate("vnbench", annotations, media, tmp_path / "out", alone)
     assert results["closed"]["by"]["type"] == {
         "ret_edit1": {"questions": 16, "accuracy": 0.25},
@@ -214,19 +214,19 @@ def test_vnbench(tmp_path):
     assert results["closed"]["overall"] == {"mean_accuracy": 0.625}
     assert ids(results["failed"]) == [f"ret_edit1/gone.mp4/{n}" for n in range(4)]
     assert ids(results["not_understood"]) == ["ret_edit1/u.mp4/0"]
-    once = Scripted(script | {f"cnt_insert1/c.mp4/{n}#2": "plum" if n else "fig" for n in range(4)})
+    once = ScriptedEngine(script | {f"cnt_insert1/c.mp4/{n}#2": "plum" if n else "fig" for n in range(4)})
     results = evaluate("vnbench", annotations, media, tmp_path / "once", once)
     assert results["closed"]["by"]["type"]["cnt_insert1"] == {"questions": 8, "accuracy": 0.0}
 
 
-def test_vnbench_with_a_try_missing(tmp_path):
+def test_vnbench_with_a_missing_try(tmp_path):
     rows = [needle("a.mp4", "ret_edit1", number, ["pear", "plum"], "plum") for number in range(3)]
     annotations = write_json(tmp_path / "vnbench.json", rows)
-    with pytest.raises(UserError, match="has 3 of its 4 tries"):
+    with pytest.raises(UserError, match="has 3 tries, expected 4"):
         read_benchmark("vnbench", annotations, videos(tmp_path / "videos", "a.mp4"))
 
 
-# ---- Free answers ---------------------------------------------------------------------------------------
+# ---- Open answers ---------------------------------------------------------------------------------------
 
 
 def test_msvd_qa(tmp_path):
@@ -239,7 +239,7 @@ def test_msvd_qa(tmp_path):
     annotations = write_json(tmp_path / "test_qa.json", rows)
     (tmp_path / "youtube_mapping.txt").write_text("-4wsuPCjDBc_5_15 vid1301\n")
     media = videos(tmp_path / "videos", "YouTubeClips/-4wsuPCjDBc_5_15.avi", "vid1302.avi")
-    engine = Scripted({"1": "A cat.", "2": "a nut on a plate", "2#2": " "})
+    engine = ScriptedEngine({"1": "A cat.", "2": "a nut on a plate", "2#2": " "})
     results = evaluate("msvd_qa", annotations, media, tmp_path / "out", engine)
     assert "closed" not in results
     # "nut on plate" against "nut": precision 1/3, recall 1.
@@ -258,7 +258,7 @@ def test_msrvtt_qa(tmp_path):
     rows += [rows[0], rows[0] | {"video_name": "video7012", "question_id": "v2"}]
     annotations = write_json(tmp_path / "test_qa.json", rows)
     media = videos(tmp_path / "videos", "video7010.mp4", "TestVideo/video7011.mp4")
-    engine = Scripted({"v1": "girl", "158581": "girl", "v1#2": ""})
+    engine = ScriptedEngine({"v1": "girl", "158581": "girl", "v1#2": ""})
     results = evaluate("msrvtt_qa", annotations, media, tmp_path / "out", engine)
     assert results["offline"]["overall"]["exact_match"] == 0.25
     assert (ids(results["failed"]), ids(results["not_understood"])) == (["v2"], ["v1#2"])
@@ -272,7 +272,7 @@ def test_activitynet_qa_joins_by_id(tmp_path):
     answers += [{"answer": "yes", "type": 3, "question_id": f"v_{name}_1"} for name in ("gone", "abc")]
     write_json(tmp_path / "test_a.json", answers)
     media = videos(tmp_path / "videos", "v_abc.mkv")
-    engine = Scripted({"v_abc_1": "yes", "v_abc_2": "yes", "v_abc_1#2": "..."})
+    engine = ScriptedEngine({"v_abc_1": "yes", "v_abc_2": "yes", "v_abc_1#2": "..."})
     results = evaluate("activitynet_qa", annotations, media, tmp_path / "out", engine)
     assert results["offline"]["overall"]["exact_match"] == 0.25
     assert ids(results["failed"]) == ["v_gone_1"]
@@ -280,7 +280,7 @@ def test_activitynet_qa_joins_by_id(tmp_path):
     with pytest.raises(UserError, match="'v_abc_1' has no answer"):
         read_benchmark("activitynet_qa", annotations, media)
     write_json(tmp_path / "test_a.json", [*answers, answers[0] | {"answer": "three"}])
-    with pytest.raises(UserError, match="a second answer"):
+    with pytest.raises(UserError, match="has two answers, 'two' and 'three'"):
         read_benchmark("activitynet_qa", annotations, media)
 
 
@@ -294,7 +294,7 @@ def test_vcgbench(tmp_path):
         [{"Q1": "Which?", "Q2": "Which one?", "A": "red", "video_name": "v_b"}],
     )
     media = videos(tmp_path / "videos", "Test_Videos/v_a.mp4", "v_b.mkv")
-    engine = Scripted(
+    engine = ScriptedEngine(
         {
             "generic_qa/0/Q": "the red car",
             "temporal_qa/0/Q": "never",
@@ -308,4 +308,4 @@ def test_vcgbench(tmp_path):
     assert ids(results["failed"]) == ["temporal_qa/2/Q"]
     assert ids(results["not_understood"]) == ["temporal_qa/1/Q"]
     assert results["offline"]["by"]["file"]["consistency_qa"]["questions"] == 2
-    assert engine.asked("consistency_qa/0/Q2") == "Which one?"  # not the first question twice
+    assert engine.prompt("consistency_qa/0/Q2") == "Which one?"  # not the first question twice

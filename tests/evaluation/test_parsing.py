@@ -1,4 +1,4 @@
-"""What answers mean, against a person's reading of them."""
+"""Parsed answers, compared with a person's reading of them."""
 
 import pytest
 
@@ -33,7 +33,7 @@ OPTIONS = ("red", "dark red", "a dog", "None of these")
     ],
 )
 def test_letter(text, letter):
-    assert parsing.letter(text, OPTIONS) == letter
+    assert parsing.parse_letter(text, OPTIONS) == letter
 
 
 @pytest.mark.parametrize(
@@ -54,15 +54,15 @@ def test_letter(text, letter):
     ],
 )
 def test_no_letter_is_guessed(text):
-    assert parsing.letter(text, OPTIONS) is None
+    assert parsing.parse_letter(text, OPTIONS) is None
 
 
-def test_letters_are_those_of_the_options():
+def test_only_letters_of_options_count():
     five = ("one", "two", "three", "four", "five")
-    assert parsing.letter("E", five) == "E"
-    assert parsing.letter("(E)", five) == "E"
-    assert parsing.letter("3", ("2", "3", "4", "5")) == "B"
-    assert parsing.letter("3 or 4", ("2", "3", "4", "5")) is None
+    assert parsing.parse_letter("E", five) == "E"
+    assert parsing.parse_letter("(E)", five) == "E"
+    assert parsing.parse_letter("3", ("2", "3", "4", "5")) == "B"
+    assert parsing.parse_letter("3 or 4", ("2", "3", "4", "5")) is None
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_letters_are_those_of_the_options():
     ],
 )
 def test_yes_or_no(text, meant):
-    assert parsing.yes_or_no(text) == meant
+    assert parsing.parse_yes_no(text) == meant
 
 
 @pytest.mark.parametrize(
@@ -99,4 +99,4 @@ def test_yes_or_no(text, meant):
     ],
 )
 def test_span(text, span):
-    assert parsing.span(text) == span
+    assert parsing.parse_span(text) == span

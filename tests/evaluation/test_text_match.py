@@ -1,12 +1,12 @@
-"""The offline measure of open answers, against a plain count of the words in common."""
+"""Text match of open answers, compared with a direct count of common words."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynfocus_jax.evaluation.text_match import exact_match, summarize_matches, token_f1
+from dynfocus_jax.evaluation.text_match import MEASURE, exact_match, summarize_matches, token_f1
 
-# Words as they are written, and what is left of them.
+# Words, and their normalised form
 WORDS = {
     "the": "",
     "A": "",
@@ -25,7 +25,7 @@ TEXTS = st.lists(st.sampled_from(sorted(WORDS)), max_size=6)
 
 
 @given(TEXTS, TEXTS)
-def test_equals_a_plain_count(prediction, answer):
+def test_equals_a_direct_count(prediction, answer):
     predicted, wanted = ([WORDS[word] for word in text if WORDS[word]] for text in (prediction, answer))
     rest, shared = list(wanted), 0
     for word in predicted:
@@ -40,7 +40,7 @@ def test_equals_a_plain_count(prediction, answer):
     assert exact_match(" ".join(prediction), "  ".join(answer)) == (predicted == wanted)
 
 
-def test_by_hand():
+def test_examples_worked_out_by_hand():
     assert exact_match("The cat.", "cat")
     assert not exact_match("cats", "cat")
     assert token_f1("a black cat", "the cat sat") == pytest.approx(0.5)
@@ -50,7 +50,7 @@ def test_by_hand():
 @pytest.mark.parametrize(
     ("prediction", "answer", "same"), [("A", "a.", True), ("b", "A", False), ("the", "a", False)]
 )
-def test_answers_of_nothing_but_an_article(prediction, answer, same):
+def test_answers_that_are_an_article(prediction, answer, same):
     assert exact_match(prediction, answer) is same
     assert token_f1(prediction, answer) == float(same)
 
@@ -62,11 +62,11 @@ def test_an_empty_prediction_is_never_right(empty):
     assert token_f1(empty, empty) == 0
 
 
-def test_no_question_leaves_the_denominator():
+def test_all_questions_are_in_the_denominator():
     summary = summarize_matches([("cat", "cat"), ("", "cat"), ("black cat", "cat"), ("dog", "cat")])
-    assert summary["questions"] == 4
-    assert summary["exact_match"] == 0.25
-    assert summary["token_f1"] == pytest.approx((1 + 2 / 3) / 4)
-    assert "offline" in summary["measure"]
-    assert "no judge" in summary["measure"]
-    assert summarize_matches([])["exact_match"] is None
+    assert summary.questions == 4
+    assert summary.exact_match == 0.25
+    assert summary.token_f1 == pytest.approx((1 + 2 / 3) / 4)
+    assert "offline" in MEASURE
+    assert "no judge" in MEASURE
+    assert summarize_matches([]).exact_match is None

@@ -14,7 +14,7 @@ import pytest
 from dynfocus_jax import trees
 from dynfocus_jax.data.prepare import make_media_reader, make_tokenizer
 from dynfocus_jax.errors import MediaError, UserError
-from dynfocus_jax.evaluation.held_out import check_features, evaluate_run
+from dynfocus_jax.evaluation.held_out import check_held_out_features, evaluate_held_out
 from dynfocus_jax.extract import extract_features
 from dynfocus_jax.features.store import MediaKey, media_key, read_index
 from dynfocus_jax.parallel.sharding import place_like
@@ -157,11 +157,11 @@ def test_evaluation_gives_the_same_answers(config, folder, extracted, tmp_path):
     found = {}
     for name in (None, str(extracted["float32"])):
         config.data.features = name
-        check_features(config, folder)
+        check_held_out_features(config, folder)
         workdir = tmp_path / str(name is None)
         workdir.mkdir()
         inputs = {"data_root": folder, "tokenizer": tokenizer, "workdir": workdir, "mesh": mesh_of()}
-        evaluate_run(config, params, **inputs)
+        evaluate_held_out(config, params, **inputs)
         found[name] = (workdir / "predictions.jsonl").read_text()
         assert not (workdir / "skipped.jsonl").exists()
     one, other = found.values()
@@ -169,7 +169,7 @@ def test_evaluation_gives_the_same_answers(config, folder, extracted, tmp_path):
     assert len({json.loads(line)["prediction"] for line in one.splitlines()}) > 1
     config.evaluation.media_frames = 7
     with pytest.raises(UserError, match="not for 7; run extract again"):
-        check_features(config, folder)
+        check_held_out_features(config, folder)
 
 
 def init_like(config):

@@ -1,4 +1,4 @@
-"""The launch scripts: clean by the linters, the JobSet by its schema, and what they do around the command."""
+"""The launch scripts: linters, the schema of the JobSet, and how they run the command."""
 
 import copy
 import json
@@ -18,12 +18,12 @@ import yaml
 from tests.commands import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
-BIN = Path(sys.executable).parent  # of the linters that are installed beside this Python
+BIN = Path(sys.executable).parent  # the linters are installed beside this Python
 SHELL = sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
 
 
 def run(*command, timeout=60, **environment):
-    """(exit code, stdout, stderr)."""
+    """Run a command and return exit code, stdout and stderr."""
     done = subprocess.run(
         list(map(str, command)),
         cwd=REPOSITORY,
@@ -47,7 +47,7 @@ def test_yamllint():
 
 
 @pytest.mark.parametrize("name", [*SHELL, "gke_jobset.yaml", "local_multiprocess.py"])
-def test_header_says_how_to_run_it_and_what_it_assumes(name):
+def test_header_has_usage_and_assumptions(name):
     header = (LAUNCH / name).read_text()[:2500]
     assert re.search(r"assumes", header, re.IGNORECASE) or name == "local.sh"
     assert f"launch/{name}" in header
@@ -62,6 +62,7 @@ def jobset():
 
 
 def check(jobset):
+    """Validate the JobSet and its jobs against their schemas."""
     jsonschema.validate(jobset, json.loads((Path(__file__).parent / "jobset_schema.json").read_text()))
     for job in jobset["spec"]["replicatedJobs"]:
         metadata = job["template"].get("metadata", {}) | {"name": job["name"]}
@@ -69,7 +70,7 @@ def check(jobset):
         kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
 
 
-def test_jobset_fits_its_schema(jobset):
+def test_jobset_matches_its_schema(jobset):
     check(jobset)
 
 
@@ -83,7 +84,7 @@ def test_jobset_fits_its_schema(jobset):
         ("spec", "replicatedJobs", 0, "template", "spec", "template", "spec", "containers", 0, "argv"),
     ],
 )
-def test_the_schema_knows_every_field(jobset, path):
+def test_the_schema_rejects_unknown_fields(jobset, path):
     changed = copy.deepcopy(jobset)
     node = changed
     for key in path[:-1]:
@@ -93,7 +94,7 @@ def test_the_schema_knows_every_field(jobset, path):
         check(changed)
 
 
-def test_jobset_asks_for_the_whole_slice(jobset):
+def test_jobset_requests_the_whole_slice(jobset):
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
@@ -107,7 +108,7 @@ def test_jobset_asks_for_the_whole_slice(jobset):
 
 
 def jobset_command(jobset, tmp_path, python):
-    """Its shell command, run with a stand-in for python."""
+    """Start the shell command of the JobSet, with a script in place of python."""
     (tmp_path / "python").write_text(f"#!/usr/bin/env bash\n{python}\n")
     (tmp_path / "python").chmod(0o755)
     pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
@@ -120,7 +121,7 @@ def jobset_command(jobset, tmp_path, python):
     )
 
 
-def test_jobset_command_hands_on_arguments_and_exit_code(jobset, tmp_path):
+def test_jobset_command_passes_on_arguments_and_exit_code(jobset, tmp_path):
     process = jobset_command(jobset, tmp_path, 'echo "$@"; exit 2')
     stdout, _ = process.communicate(timeout=30)
     assert stdout.startswith("-m dynfocus_jax.train --config=configs/")
@@ -128,10 +129,10 @@ def test_jobset_command_hands_on_arguments_and_exit_code(jobset, tmp_path):
     assert process.returncode == 2
 
 
-def test_jobset_command_that_was_told_to_go_fails_after_saving(jobset, tmp_path):
+def test_jobset_command_fails_after_saving_on_sigterm(jobset, tmp_path):
     process = jobset_command(jobset, tmp_path, STOPPABLE)
     assert process.stdout.readline() == "running\n"
-    time.sleep(1)  # a signal just before bash waits is held back until the wait is over
+    time.sleep(1)  # bash would handle a signal just before its wait only after the wait
     process.send_signal(signal.SIGTERM)
     stdout, _ = process.communicate(timeout=30)
     assert stdout == "saved\n"
@@ -149,6 +150,7 @@ for _ in $(seq 300); do sleep 0.1; done
 
 
 def slurm(tmp_path, srun, tasks):
+    """Start the job script, with scripts in place of srun and scontrol."""
     for name, text in (("srun", srun), ("scontrol", 'echo "scontrol $*"')):
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
@@ -169,7 +171,7 @@ def slurm(tmp_path, srun, tasks):
 
 
 @pytest.mark.parametrize(("tasks", "devices"), [(2, "0,1,2,3"), (8, "none")])
-def test_slurm_gives_a_process_alone_on_its_node_all_gpus(tmp_path, tasks, devices):
+def test_slurm_process_alone_on_its_node_gets_all_gpus(tmp_path, tasks, devices):
     process = slurm(tmp_path, 'echo "${JAX_LOCAL_DEVICE_IDS:-none} $*"', tasks)
     stdout, _ = process.communicate(timeout=30)
     seen, _, command = stdout.partition(" ")
@@ -178,13 +180,13 @@ def test_slurm_gives_a_process_alone_on_its_node_all_gpus(tmp_path, tasks, devic
     assert "-m dynfocus_jax.train --config configs/toy.py --config.distributed.mode=auto" in command
 
 
-def test_slurm_hands_on_a_failure(tmp_path):
+def test_slurm_passes_on_a_failure(tmp_path):
     process = slurm(tmp_path, "exit 5", 2)
     assert process.wait(timeout=30) == 5
 
 
 @pytest.mark.parametrize(("number", "queued"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
-def test_slurm_queues_a_job_again_at_its_time_limit_only(tmp_path, number, queued):
+def test_slurm_requeues_only_at_the_time_limit(tmp_path, number, queued):
     process = slurm(tmp_path, STOPPABLE, 2)
     assert process.stdout.readline() == "running\n"
     time.sleep(1)  # as above
@@ -198,7 +200,7 @@ def test_slurm_queues_a_job_again_at_its_time_limit_only(tmp_path, number, queue
 # --- TPU VM -------------------------------------------------------------------------------------------
 
 
-def test_tpu_vm_quotes_the_arguments_for_the_host(tmp_path):
+def test_tpu_vm_quotes_arguments_for_the_hosts(tmp_path):
     gcloud = '#!/usr/bin/env bash\nfor last; do :; done\necho "${last#--command=}"\n'
     (tmp_path / "gcloud").write_text(gcloud)
     (tmp_path / "gcloud").chmod(0o755)
@@ -229,6 +231,7 @@ if what != "end": print("waiting", flush=True); time.sleep(300)
 
 
 def local(tmp_path, what):
+    """Return the command that runs CHILD in two processes."""
     (tmp_path / "child.py").write_text(CHILD)
     return [
         *(sys.executable, LAUNCH / "local_multiprocess.py", "--processes", "2", "--devices", "3"),
@@ -236,7 +239,7 @@ def local(tmp_path, what):
     ]
 
 
-def test_local_processes_are_numbered_and_their_output_is_marked(tmp_path):
+def test_local_processes_have_numbers_and_prefixed_output(tmp_path):
     code, stdout, stderr = run(*local(tmp_path, "end"))
     flag = "--config.distributed.num_processes=2"
     assert code == 0
@@ -245,15 +248,15 @@ def test_local_processes_are_numbered_and_their_output_is_marked(tmp_path):
 
 
 @pytest.mark.parametrize(("what", "expected"), [("fail", 3), ("die", 128 + signal.SIGKILL)])
-def test_when_a_local_process_fails_the_others_are_ended(tmp_path, what, expected):
+def test_a_failed_local_process_ends_the_others(tmp_path, what, expected):
     started = time.monotonic()
     code, _, stderr = run(*local(tmp_path, what))
     assert code == expected
     assert "process 1 failed (" in stderr
-    assert time.monotonic() - started < 50  # the other one would sleep for 300
+    assert time.monotonic() - started < 50  # seconds; the other process would sleep for 300
 
 
-def test_local_processes_get_the_signals(tmp_path):
+def test_local_processes_receive_signals(tmp_path):
     process = subprocess.Popen(local(tmp_path, "stop"), stdout=subprocess.PIPE, text=True)
     waiting = set()
     while len(waiting) < 2:
@@ -265,7 +268,7 @@ def test_local_processes_get_the_signals(tmp_path):
     assert process.wait(timeout=30) == 0
 
 
-def test_a_local_command_is_needed():
+def test_a_missing_local_command():
     code, _, stderr = run(sys.executable, LAUNCH / "local_multiprocess.py", "--processes", "2")
     assert code == 2
-    assert "there is no command" in stderr
+    assert "the command is missing" in stderr

@@ -1,4 +1,4 @@
-"""The published connector's weights under this project's names."""
+"""Weights of the published connector under the names of this project."""
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ MODULES = {
 
 
 def our_params(published: dict[str, torch.Tensor], inside: str = "", prefix: str = "") -> dict:
-    """Published weights (or gradients) as the parameter tree of the module at path `inside`.
+    """Return published weights (or gradients) as the parameter tree of the module at path `inside`.
 
-    prefix: what the given names lack in front, for example "selective.score_network.".
+    prefix: added to the given names, for example "selective.score_network.".
     """
     flat = {}
     for name, value in published.items():
@@ -31,6 +31,6 @@ def our_params(published: dict[str, torch.Tensor], inside: str = "", prefix: str
         value = np.asarray(value.detach())
         if kind == "weight":
             kind = "scale" if value.ndim == 1 else "kernel"
-            value = value.T  # PyTorch keeps [out, in]; a norm's weight has one axis
+            value = value.T  # [out, in] in PyTorch; a norm's weight has one axis
         flat[tuple(f"{path}/{kind}".removeprefix(inside).strip("/").split("/"))] = value
     return unflatten_dict(flat)

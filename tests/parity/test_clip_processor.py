@@ -50,7 +50,7 @@ def test_image_file_equals_the_processor(tmp_path, tower, width, height):
     image.save(tmp_path / "i.png")
     expected = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
     frames = read_image(tmp_path / "i.png", size=vision.image_size, layout=layout)
-    # In pixel levels of 0 to 255: multiplied by a channel's std, which the normalisation divides by.
+    # In pixel levels of 0 to 255, which the normalisation divides by 255 and by the std of the channel.
     difference = np.abs(normalised(frames, vision) - expected) * np.asarray(vision.std) * 255
     assert difference.max() <= 1
     assert (difference > 0.01).mean() == 0  # all differences are rounding of whole levels
@@ -73,9 +73,7 @@ def test_frames_of_a_video_equal_the_processor(tmp_path, tower):
     write_video(tmp_path / "v.mp4", frames)
     whole = read_media(tmp_path / "v.mp4", 3, 322, layout="pad", mean=(0, 0, 0))  # only decoded, not resized
     decoded = [Image.fromarray(frame[70:252]) for frame in whole.frames]
-    assert (
-        np.abs(np.asarray(decoded[0]).astype(int) - frames[0]).mean() < 20
-    )  # it is the frame that was written
+    assert np.abs(np.asarray(decoded[0]).astype(int) - frames[0]).mean() < 20  # the written frame
     expected = processor(decoded, return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
     clip = read_media(tmp_path / "v.mp4", 3, vision.image_size, layout=layout)
     np.testing.assert_allclose(normalised(clip.frames, vision), expected, atol=1e-5)

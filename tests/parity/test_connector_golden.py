@@ -1,4 +1,4 @@
-"""Our modules in mode "released" against golden values of the authors' code, and against its PyTorch twin."""
+"""Our modules in mode "released" against golden values of the authors' code and a PyTorch copy of it."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def load(name):
 
 
 def under(golden, prefix):
-    """The entries whose names start with a prefix, without it, as tensors."""
+    """Return the entries whose names start with a prefix, as tensors, without the prefix."""
     return {
         key.removeprefix(prefix): torch.from_numpy(value)
         for key, value in golden.items()
@@ -45,7 +45,7 @@ def under(golden, prefix):
 
 
 def assert_close(actual, expected, tolerance=1e-5, scale=None):
-    """The largest error relative to the expected values' scale, their largest magnitude unless given."""
+    """Check the largest error relative to `scale`; by default, to the largest expected magnitude."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape
     error = np.abs(actual - expected).max() / (np.abs(expected).max() if scale is None else scale)
@@ -53,7 +53,7 @@ def assert_close(actual, expected, tolerance=1e-5, scale=None):
 
 
 def connector_of(language_width, clusters=80, ratio=0.45, **dpe):
-    """Our connector as the published one is set up."""
+    """Return our connector with the settings of the published one."""
     model = default_config().model
     model.connector.mode, model.dtype = "released", "float32"
     model.language.width = language_width
@@ -67,7 +67,7 @@ CAPTURE = {"capture_intermediates": lambda module, method: module.name == "dpe" 
 
 
 def run(connector, params, features, queries, **options):
-    """One video through our connector: its valid tokens `[L, D]`, the selection. With noise: training."""
+    """Return the valid tokens `[L, D]` and the selection of one video; in training mode if noise is given."""
     train = "noise" in options
 
     @jax.jit
@@ -85,7 +85,7 @@ def run(connector, params, features, queries, **options):
 # --- Golden values ------------------------------------------------------------------------------------
 
 
-def test_every_published_weight_has_one_place():
+def test_every_published_weight_has_one_parameter():
     connector = connector_of(12)
     features, queries = jnp.zeros((1, 3, 256, 8)), jnp.zeros((1, 3, 2, 8))
     inputs = ConnectorInputs(features, jnp.ones((1, 3), bool), text_queries=queries)
@@ -137,7 +137,7 @@ def test_connector(frames):
 
 
 def select(golden, params, events, spatial, *, dtype="float32", noise=None):
-    """The selected tokens `[J, P + M, C]` and the selection. Events come as frames that need no pooling."""
+    """Return the selected tokens `[J, P + M, C]` and the selection, for events that need no pooling."""
     fields = {
         "num_prototypes": 80,
         "neighbors": 5,
@@ -158,7 +158,7 @@ def select(golden, params, events, spatial, *, dtype="float32", noise=None):
 
 
 def selection_inputs(golden, dtype):
-    """Score net parameters, events `[T, P, C]` and spatial tokens `[T, M, C]`."""
+    """Return score net parameters, events `[T, P, C]` and spatial tokens `[T, M, C]`."""
     params = our_params(under(golden, "p."), "dpe/score_net", "selective.score_network.")
     frames = int(golden["T"])
     events, spatial = (golden[name][0].reshape(frames, -1, 16) for name in ("event", "spatial"))
@@ -166,7 +166,7 @@ def selection_inputs(golden, dtype):
 
 
 def selection_gradients(golden, inputs, dtype="float32"):
-    """Tokens, selection and the gradients for parameters, events and spatial tokens."""
+    """Return tokens, selection, and the gradients of parameters, events and spatial tokens."""
     noise, upstream = jnp.asarray(golden["noise"], dtype), jnp.asarray(golden["grad_tokens"], dtype)
 
     def loss(params, events, spatial):
@@ -187,7 +187,7 @@ def test_selection_in_evaluation():
 # The raw scores of this golden file span 5e-4 only, so their normalisation turns one float32 rounding of a
 # score into about 3e-4 of the gradients that pass through it. The tests after this one are tight.
 SCORE_GRADIENT_TOLERANCE = 1e-3
-SHIFT = "out_dense_2/bias"  # shifts all scores alike, which normalisation undoes: a gradient of rounding
+SHIFT = "out_dense_2/bias"  # it shifts all scores, which normalisation cancels: its gradient is rounding
 
 
 def test_selection_in_training_with_gradients():
@@ -208,7 +208,7 @@ def test_selection_in_training_with_gradients():
 
 
 def published_selection(golden, params, dtype):
-    """Tokens and gradients of the PyTorch program, for the same (our) score net parameters."""
+    """Return tokens and gradients of the PyTorch program, for our score net parameters."""
     selection = PublishedSelection(16, float(golden["ratio"]), float(golden["sigma"])).to(dtype)
     weights = dict(selection.score_network.named_parameters())
     for name, weight in weights.items():
@@ -249,14 +249,14 @@ def test_selection_gradients_in_float32_when_scores_are_well_spread():
 
 
 class _Double:
-    """jax.numpy in which every declared float32 is a float64."""
+    """jax.numpy with float64 in place of float32."""
 
     def __getattr__(self, name):
         return jnp.float64 if name == "float32" else getattr(jnp, name)
 
 
 def test_selection_gradients_in_float64(monkeypatch):
-    """The formulas themselves, without the rounding that the golden scores amplify."""
+    """Float64 tests the formulas without the rounding that the golden scores amplify."""
     for module in (event_prototype, scores_module, selecting, perturbed_topk, pooling):
         monkeypatch.setattr(module, "jnp", _Double())
     golden = load("selection")
@@ -267,11 +267,11 @@ def test_selection_gradients_in_float64(monkeypatch):
         assert_same_selection((tokens, gradients), expected, 1e-9)
 
 
-# --- Whole connector against the PyTorch program ------------------------------------------------------
+# --- The whole connector and the PyTorch program ------------------------------------------------------
 
 
 def random_case(seed, frames, width=20, language_width=28, **options):
-    """A randomly initialised published connector, features, queries and our parameters."""
+    """Return a randomly initialised published connector, features, queries and our parameters."""
     torch.manual_seed(seed)
     published = PublishedConnector(width, language_width, **options)
     features, queries = torch.randn(frames, 256, width), torch.randn(frames, 5, width)
@@ -290,7 +290,7 @@ def test_connector_at_odd_sizes(frames, ratio):
 
 
 def compare_training(published, features, queries, params, noise, initial, **settings):
-    """Tokens and all gradients in training; returns the tokens' number and our selection."""
+    """Compare tokens and all gradients in training; return the number of tokens and our selection."""
     features.requires_grad_()
     expected = published(features, queries, initial, noise)
     upstream = torch.randn_like(expected)
@@ -311,7 +311,7 @@ def compare_training(published, features, queries, params, noise, initial, **set
     theirs = {name: parameter.grad for name, parameter in published.named_parameters()}
     theirs, ours = trees.flatten(our_params(theirs)), trees.flatten(of_params)
     assert ours.keys() == theirs.keys()
-    # Through the scores float32 is good to 1e-4 or so (the tests of the selection alone are tighter).
+    # Float32 gradients through the scores are accurate to about 1e-4; tests of the selection are tighter.
     assert_close(of_features, features.grad, 1e-4)
     scores = max(np.abs(x).max() for path, x in theirs.items() if path.startswith("dpe/"))
     others = max(np.abs(x).max() for path, x in theirs.items() if not path.startswith("dpe/"))
@@ -319,7 +319,7 @@ def compare_training(published, features, queries, params, noise, initial, **set
     for path, gradient in ours.items():
         if path.startswith("dpe/"):
             assert_close(gradient, theirs[path], 1e-3, scores)
-        elif path == "cce/context/key/bias":  # shifts all logits of a query alike: a gradient of rounding
+        elif path == "cce/context/key/bias":  # it shifts all logits of a query: its gradient is rounding
             assert_close(gradient, theirs[path], scale=others)
         else:
             assert_close(gradient, theirs[path])
@@ -332,13 +332,13 @@ def test_connector_in_training_with_gradients(frames):
     torch.nn.init.normal_(published.selective.score_network.out_conv[4].weight, std=20.0)  # spread the scores
     params = our_params(published.state_dict())
     noise = torch.randn(50, min(frames, 12))
-    # Slots are ranked by prototype, and ours stand in time order: so must the initial frames.
+    # Our prototypes are in time order, so the initial frames must be, too.
     initial = torch.randperm(frames)[:12].sort().values if frames > 12 else None
     compare_training(published, features, queries, params, noise, initial, clusters=12)
 
 
-def test_two_slots_that_name_one_frame():
-    """Samples choose frames {0, 1} 3 times, {1, 2} and {1, 3} twice each: frame 1 leads both slots."""
+def test_two_slots_with_the_same_frame():
+    """Samples choose frames {0, 1} 3 times, {1, 2} and {1, 3} twice each: frame 1 is first in both slots."""
     published, features, queries, params = random_case(5, 4, ratio=0.5)
     pairs = [(0, 1)] * 3 + [(1, 2)] * 2 + [(1, 3)] * 2
     noise = torch.tensor([[100.0 * (t in pair) for t in range(4)] for pair in pairs])

@@ -25,12 +25,12 @@ def load(name):
 
 
 def under(golden, prefix):
-    """The entries whose names start with a prefix, without it."""
+    """Return the entries whose names start with a prefix, without the prefix."""
     return {key.removeprefix(prefix): value for key, value in golden.items() if key.startswith(prefix)}
 
 
 def assert_close(actual, expected, tolerance=1e-5, scale=None):
-    """The largest error relative to the expected values' scale, their largest magnitude unless given."""
+    """Check the largest error relative to `scale`; by default, to the largest expected magnitude."""
     assert actual.shape == expected.shape
     scale = expected.abs().max() if scale is None else scale
     error = (actual.detach() - expected).abs().max() / scale
@@ -38,7 +38,7 @@ def assert_close(actual, expected, tolerance=1e-5, scale=None):
 
 
 def connector_of(golden, vision_width, language_width):
-    """A connector with the parameters that the file holds; a file for one part leaves the others out."""
+    """Return a connector with the parameters in a golden file, which may hold those of one part only."""
     connector = PublishedConnector(vision_width, language_width)
     parameters = under(golden, "p.")
     missing, unexpected = connector.load_state_dict(parameters, strict=False)
@@ -56,10 +56,10 @@ def test_dpc_knn(case):
 
 
 def test_dpc_knn_orders_ties_by_index():
-    """The corners of a square, each twice: all densities tie, so the first of each pair is the denser one."""
+    """Each corner of a square occurs twice: all densities are equal, so the first of each pair is denser."""
     corners = torch.tensor([[0.0, 0.0], [8.0, 0.0], [0.0, 8.0], [8.0, 8.0]])
     prototypes, assignment = dpc_knn(corners.repeat_interleave(2, 0)[None], 6, 2)
-    # One centre a corner, then second copies, which are clusters of their own.
+    # One centre per corner, then the second copies, which are clusters of their own.
     assert assignment[0].tolist() == [0, 4, 1, 5, 2, 2, 3, 3]
     assert_close(prototypes[0], corners[[0, 1, 2, 3, 0, 1]])
 
@@ -74,14 +74,12 @@ def test_kmeans():
 
 def test_kmeans_drops_the_update_below_the_tolerance_and_keeps_empty_clusters():
     points = torch.tensor([[3.0], [3.0], [4.0], [8.0]])
-    initial = torch.tensor(
-        [0, 1, 3]
-    )  # the same point twice: the second cluster is empty and stays where it was
+    initial = torch.tensor([0, 1, 3])  # points 0 and 1 are equal: the second cluster stays empty
     centroids, labels, weights = weighted_kmeans(points, initial, iterations=1)
     assert labels.tolist() == [0, 0, 0, 2]
     assert weights.tolist() == [3.0, 0.0, 1.0]
     assert_close(centroids, torch.tensor([[10 / 3], [3.0], [8.0]]))
-    stopped, _, _ = weighted_kmeans(points, initial, tol=0.5)  # the first update moves by 1/3
+    stopped, _, _ = weighted_kmeans(points, initial, tol=0.5)  # the first update moves the centroid by 1/3
     assert torch.equal(stopped, points[initial])
 
 
@@ -158,7 +156,7 @@ def test_selection_in_training_with_gradients():
     gradients = under(golden, "g.")
     parameters = dict(selection.score_network.named_parameters())
     assert parameters.keys() == gradients.keys()
-    # The last bias shifts all scores alike, which normalisation undoes: its gradient is rounding around zero.
+    # The last bias shifts all scores, which normalisation cancels: its gradient is rounding around zero.
     shift = "out_conv.4.bias"
     scale = max(gradient.abs().max() for gradient in gradients.values())
     assert_close(parameters.pop(shift).grad, gradients.pop(shift), SCORE_GRADIENT_TOLERANCE, scale)
@@ -181,7 +179,7 @@ def test_connector(frames):
 
 
 def test_connector_in_training_without_perturbation_is_evaluation():
-    """Noise of scale zero in every sample: the differentiable selection must agree with the hard one."""
+    """With zero noise in every sample, the differentiable selection must equal the hard one."""
     golden = load("connector_T12")
     connector = connector_of(golden, golden["features"].shape[-1], golden["out"].shape[-1])
     tokens = connector(golden["features"], golden["text_queries"], noise=torch.zeros(3, 12))
@@ -191,8 +189,8 @@ def test_connector_in_training_without_perturbation_is_evaluation():
     assert without_gradient == []
 
 
-def test_every_frame_important_puts_rods_first():
-    """With all frames kept, each frame is its two rods and then its cone, as a single image is."""
+def test_rods_come_first_if_all_frames_are_kept():
+    """Each frame has its two rods and then its cone, like a single image."""
     torch.manual_seed(0)
     connector = PublishedConnector(8, 12, ratio=1.0)
     features, text_queries = torch.randn(3, 256, 8), torch.randn(3, 4, 8)
@@ -202,7 +200,7 @@ def test_every_frame_important_puts_rods_first():
     assert_close(frames, torch.cat([connector.rods(spatial, text_queries), cones], dim=1))
 
 
-def test_a_frame_chosen_twice_is_one_cone():
+def test_a_frame_chosen_twice_has_one_cone():
     torch.manual_seed(0)
     connector = PublishedConnector(8, 12)
     cones, spatial, text_queries = torch.randn(3, 38, 8), torch.randn(4, 22, 8), torch.randn(4, 5, 8)

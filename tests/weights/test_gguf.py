@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.weights.files import open_weights
-from dynfocus_jax.weights.settings import check_settings
+from dynfocus_jax.weights.settings import check_config_json
 
 WIDTH, HEADS, KV_HEADS, MLP, VOCABULARY, LAYERS = 64, 4, 2, 96, 40, 2
 
@@ -125,10 +125,10 @@ def test_settings_that_shapes_do_not_show(tmp_path, extra, change, message):
     """A GGUF file holds these settings itself."""
     file = write(tmp_path / "x.gguf", extra=extra)
     if message is None:
-        check_settings(file, "language", SECTION | change)
+        check_config_json(file, "language", SECTION | change)
     else:
         with pytest.raises(UserError, match=rf"config\.model\.language differs from .*x\.gguf: {message}"):
-            check_settings(file, "language", SECTION | change)
+            check_config_json(file, "language", SECTION | change)
 
 
 def test_another_architecture(tmp_path):

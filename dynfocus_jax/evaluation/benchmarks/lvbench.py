@@ -1,4 +1,4 @@
-"""LVBench: multiple choice about hours of video; a question may be of several types."""
+"""LVBench: multiple choice about hours of video. A question may have several types."""
 
 import re
 from pathlib import Path
@@ -7,17 +7,17 @@ from dynfocus_jax.evaluation.measures import accuracy_by
 from dynfocus_jax.evaluation.questions import (
     Question,
     letter_of,
-    media_file,
     read_questions,
     table_entries,
-    with_suffixes,
+    video_paths,
 )
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.fields import ensure, id_of, kind_of, text_of
+from dynfocus_jax.records.entries import JsonValue
+from dynfocus_jax.records.fields import ensure, first_existing, id_of, list_of, object_of, text_of
 from dynfocus_jax.records.prompts import LETTERS
 
 _OPTION = re.compile(r"^\s*\(?([A-Z])[).]\s*", re.MULTILINE)
-# As the paper abbreviates them.
+# The paper's abbreviations.
 _TYPES = {
     "entity recognition": "ER",
     "event understanding": "EU",
@@ -31,29 +31,22 @@ measure_lvbench = accuracy_by("question_type", "video_type")
 
 
 def read_lvbench(annotations: Path, media: MediaFolder) -> list[Question]:
-    """`video_info.meta.jsonl`, a video a line; videos at KEY.mp4 or all_videos/KEY.mp4."""
+    """Read `video_info.meta.jsonl`, with a video per line; videos at KEY.mp4 or all_videos/KEY.mp4."""
 
-    def parse(entry: dict) -> list[Question]:
+    def parse(entry: dict[str, JsonValue]) -> list[Question]:
         key = id_of(entry.get("key"))
-        file = media_file(media, "key", with_suffixes(key, "all_videos", "videos"))
-        asked = entry.get("qa")
-        ensure(
-            isinstance(asked, list) and all(isinstance(each, dict) for each in asked) and len(asked) > 0,
-            f'field "qa" is {kind_of(asked)}, expected a list of questions',
-        )
+        file = first_existing(video_paths(key, "all_videos", "videos"), "key", media)
+        rows = list_of(entry.get("qa"), "qa", "questions")
         kind = text_of(entry.get("type"), "type")
-        return [_question(row, f"qa[{i}]", kind, file) for i, row in enumerate(asked)]
+        return [_parse_question(row, f"qa[{i}]", kind, file) for i, row in enumerate(rows)]
 
     return read_questions(annotations, table_entries(annotations), parse)
 
 
-def _question(row: dict, where: str, kind: str, file: Path) -> Question:
+def _parse_question(value: JsonValue, where: str, kind: str, file: Path) -> Question:
+    row = object_of(value, where)
     question, options = split_options(text_of(row.get("question"), f"{where}.question"), where)
-    types = row.get("question_type")
-    ensure(
-        isinstance(types, list) and len(types) > 0,
-        f'field "{where}.question_type" is {kind_of(types)}, expected a list of types',
-    )
+    types = list_of(row.get("question_type"), f"{where}.question_type", "types")
     names = [text_of(each, f"{where}.question_type") for each in types]
     return Question(
         id_of(row.get("uid")),
@@ -70,7 +63,7 @@ def _question(row: dict, where: str, kind: str, file: Path) -> Question:
 
 
 def split_options(text: str, where: str) -> tuple[str, tuple[str, ...]]:
-    """A question and its options, which are its last lines: "(A) 1636", "(B) 1366"."""
+    """Split a text into the question and its options, the last lines: "(A) 1636", "(B) 1366"."""
     marks = list(_OPTION.finditer(text))
     marks = marks[max((i for i, mark in enumerate(marks) if mark[1] == "A"), default=len(marks)) :]
     starts, ends = [mark.start() for mark in marks] or [0], [mark.end() for mark in marks]

@@ -1,21 +1,21 @@
-"""VCG-Bench (Video-ChatGPT): free answers judged in five dimensions."""
+"""VCG-Bench (Video-ChatGPT): open answers, judged in five dimensions."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 from dynfocus_jax.evaluation.questions import (
     Question,
     annotation_files,
-    media_file,
     read_questions,
-    with_suffixes,
+    video_paths,
 )
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.entries import json_list_entries
-from dynfocus_jax.records.fields import text_of
+from dynfocus_jax.records.entries import JsonValue, json_list_entries
+from dynfocus_jax.records.fields import first_existing, text_of
 
 _FILES = ("generic_qa.json", "temporal_qa.json", "consistency_qa.json")
-# {dimension: what the judge is asked}, the dimensions as the papers abbreviate them.
+# {dimension: rubric}, with the papers' abbreviations of the dimensions
 _RUBRICS = {
     "generic_qa": {"CI": "vcg_correctness", "DO": "vcg_detail", "CU": "vcg_context"},
     "temporal_qa": {"TU": "vcg_temporal"},
@@ -24,24 +24,23 @@ _RUBRICS = {
 
 
 def read_vcg(annotations: Path, media: MediaFolder) -> list[Question]:
-    """The folder with the three files, or one of them; videos at NAME.mp4 or Test_Videos/NAME.mp4.
+    """Read a folder with the three files, or one of them; videos at NAME.mp4 or Test_Videos/NAME.mp4.
 
-    An entry of consistency_qa.json is two questions, which are judged together.
+    An entry of consistency_qa.json has two questions, which are judged together.
     """
     questions = []
     for file in annotation_files(annotations, _FILES):
-        questions += read_questions(file, json_list_entries(file), _parser(file.stem, media))
+        questions += read_questions(file, json_list_entries(file), _make_parser(file.stem, media))
     return questions
 
 
-def _parser(name: str, media: MediaFolder) -> Callable[[dict], list[Question]]:
-    entries = 0
+def _make_parser(name: str, media: MediaFolder) -> Callable[[dict[str, JsonValue]], list[Question]]:
+    numbers = itertools.count()
 
-    def parse(entry: dict) -> list[Question]:
-        nonlocal entries
-        number, entries = entries, entries + 1
+    def parse(entry: dict[str, JsonValue]) -> list[Question]:
+        number = next(numbers)
         video = text_of(entry.get("video_name"), "video_name")
-        path = media_file(media, "video_name", with_suffixes(video, "Test_Videos", "videos"))
+        path = first_existing(video_paths(video, "Test_Videos", "videos"), "video_name", media)
         answer = text_of(entry.get("A"), "A")
         keys = ("Q1", "Q2") if name == "consistency_qa" else ("Q",)
         return [
@@ -52,8 +51,8 @@ def _parser(name: str, media: MediaFolder) -> Callable[[dict], list[Question]]:
                 answer,
                 "open",
                 groups={"file": (name,)},
-                belongs_to=f"{name}/{number}",
-                about={"rubrics": _RUBRICS.get(name, _RUBRICS["generic_qa"])},
+                unit=f"{name}/{number}",
+                rubrics=_RUBRICS.get(name, _RUBRICS["generic_qa"]),
             )
             for key in keys
         ]

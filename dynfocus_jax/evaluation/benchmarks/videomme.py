@@ -1,4 +1,4 @@
-"""Video-MME: multiple choice by duration, domain and type of question; with subtitles or without."""
+"""Video-MME: multiple choice, with or without subtitles, by duration, domain and type of question."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,65 +8,67 @@ from dynfocus_jax.evaluation.measures import accuracy_by
 from dynfocus_jax.evaluation.questions import (
     Question,
     letter_of,
-    media_file,
     read_questions,
     table_entries,
     texts_of,
-    with_suffixes,
+    video_paths,
     word_of,
 )
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.fields import ensure, id_of, kind_of, text_of
+from dynfocus_jax.records.entries import InvalidEntry, JsonValue
+from dynfocus_jax.records.fields import ensure, first_existing, id_of, kind_of, list_of, object_of, text_of
 
 measure_videomme = accuracy_by("duration", "domain", "sub_category", "task_type")
 
 
 def read_videomme(annotations: Path, media: MediaFolder) -> list[Question]:
-    """Videos with their list of "questions", or (as on the Hugging Face hub) a row a question.
+    """Read entries with a list of "questions" each, or (as on the Hugging Face hub) a row per question.
 
-    Videos are at NAME.mp4 or data/NAME.mp4, subtitles at subtitle/NAME.srt, NAME being the video's name on
-    YouTube ("videoID", or the v of "url") or its "video_id".
+    Videos are at NAME.mp4 or data/NAME.mp4, subtitles at subtitle/NAME.srt. NAME is the video's id on YouTube
+    ("videoID", or the v of "url") or its "video_id".
     """
 
-    def parse(entry: dict) -> list[Question]:
-        rows = entry.get("questions", [entry])
-        ensure(
-            isinstance(rows, list) and all(isinstance(row, dict) for row in rows) and len(rows) > 0,
-            f'field "questions" is {kind_of(rows)}, expected a list of questions',
-        )
-        return [_question(entry, row, media) for row in rows]
+    def parse(entry: dict[str, JsonValue]) -> list[Question]:
+        rows = list_of(entry.get("questions", [entry]), "questions", "questions")
+        return [
+            _parse_question(entry, object_of(row, f"questions[{i}]"), media) for i, row in enumerate(rows)
+        ]
 
     return read_questions(annotations, table_entries(annotations), parse)
 
 
-def _question(video: dict, row: dict, media: MediaFolder) -> Question:
-    options = tuple(_without_letter(option) for option in texts_of(row.get("options"), "options"))
-    names = _names(video)
+def _parse_question(video: dict[str, JsonValue], row: dict[str, JsonValue], media: MediaFolder) -> Question:
+    options = tuple(_strip_letter(option) for option in texts_of(row.get("options"), "options"))
+    names = _video_names(video)
     subtitles = [f"{folder}/{name}.srt" for folder in ("subtitle", "subtitles") for name in names]
     subtitle = next(filter(media.has, subtitles), None)
     groups = {key: (word_of(video.get(key), key),) for key in ("duration", "domain", "sub_category")}
     return Question(
         id_of(row.get("question_id")),
-        media_file(media, "video", [place for n in names for place in with_suffixes(n, "data", "videos")]),
+        first_existing([place for n in names for place in video_paths(n, "data", "videos")], "video", media),
         text_of(row.get("question"), "question"),
         letter_of(row.get("answer"), "answer", options),
         "choice",
         options,
         groups | {"task_type": (text_of(row.get("task_type"), "task_type"),)},
-        subtitles=subtitle and media.file(subtitle),
+        subtitles=None if subtitle is None else media.file(subtitle),
     )
 
 
-def _names(video: dict) -> Sequence[str]:
-    address = video.get("url") if isinstance(video.get("url"), str) else ""
-    watched = parse_qs(urlsplit(address).query).get("v", [])
+def _video_names(video: dict[str, JsonValue]) -> Sequence[str]:
+    """Return the names that the files of a video may have."""
+    url = video.get("url")
+    try:
+        watched = parse_qs(urlsplit(url).query).get("v", []) if isinstance(url, str) else []
+    except ValueError:
+        raise InvalidEntry(f'field "url" is {kind_of(url)}, expected an address') from None
     ids = [video[key] for key in ("videoID", "video_id") if video.get(key) not in (None, "")]
     names = [word_of(name, "videoID") for name in [*ids[:-1], *watched, *ids[-1:]]]
     ensure(bool(names), 'has neither "videoID" nor "video_id"')
     return names
 
 
-def _without_letter(option: str) -> str:
-    """ "A. Apples." is "Apples."."""
+def _strip_letter(option: str) -> str:
+    """Return "Apples." for "A. Apples."."""
     head, dot, rest = option.partition(".")
     return rest.strip() if dot and len(head) == 1 and rest.strip() else option

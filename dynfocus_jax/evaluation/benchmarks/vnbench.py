@@ -1,37 +1,36 @@
-"""VNBench: needles in videos. Each is asked about four times with the options in another order."""
+"""VNBench: needles in videos. Each is asked about four times, with its options in different orders."""
 
 from pathlib import Path
 
 from dynfocus_jax.errors import UserError
-from dynfocus_jax.evaluation.measures import all_right, mean_over
+from dynfocus_jax.evaluation.measures import all_correct, mean_over
 from dynfocus_jax.evaluation.questions import (
     Question,
     letter_of,
     letter_of_text,
-    media_file,
     read_questions,
     table_entries,
     texts_of,
-    word_of,
 )
 from dynfocus_jax.media.folder import MediaFolder
-from dynfocus_jax.records.fields import ensure, text_of
+from dynfocus_jax.records.entries import JsonValue
+from dynfocus_jax.records.fields import ensure, first_existing, text_of
 
-TRIES = 4
+NUM_TRIES = 4
 _TASKS = {"ret": "retrieval", "ord": "ordering", "cnt": "counting"}
 
-# A needle counts only when all of its tries are right.
-measure_vnbench = mean_over("type", named="mean_accuracy", of=all_right, also=("task",))
+# A needle counts as correct if all of its tries are.
+measure_vnbench = mean_over("type", name="mean_accuracy", statistic=all_correct, also_by=("task",))
 
 
 def read_vnbench(annotations: Path, media: MediaFolder) -> list[Question]:
-    """`VNBench-main-4try.json`; videos at their path (from its "/" on) below the media folder, or in it.
+    """Read `VNBench-main-4try.json`; videos at their path, without the leading "/", or by name.
 
     Raises:
-      UserError: a needle does not have its four tries.
+      UserError: a needle has fewer than four tries.
     """
 
-    def parse(entry: dict) -> Question:
+    def parse(entry: dict[str, JsonValue]) -> Question:
         options = texts_of(entry.get("options"), "options")
         video = text_of(entry.get("video"), "video").lstrip("/")
         kind = text_of(entry.get("type"), "type")
@@ -44,24 +43,25 @@ def read_vnbench(annotations: Path, media: MediaFolder) -> list[Question]:
         question = text_of(entry.get("question"), "question")
         return Question(
             f"{kind}/{Path(video).name}/{number}",
-            media_file(media, "video", [video, Path(video).name]),
+            first_existing([video, Path(video).name], "video", media),
             question,
             answer,
             "choice",
             options,
             {"type": (kind,), "task": (_TASKS.get(kind[:3], kind),)},
-            belongs_to=f"{kind}/{video}/{question}",
-            about={"try": word_of(number, "try")},
+            unit=f"{kind}/{video}/{question}",
+            extra={"try": str(number)},
         )
 
     questions = read_questions(annotations, table_entries(annotations), parse)
-    tries: dict[str, set] = {}
+    tries: dict[str, set[str]] = {}
     for question in questions:
-        tries.setdefault(question.belongs_to, set()).add(question.about["try"])
-    short = [name for name, found in tries.items() if len(found) < TRIES]
-    if short:
+        tries.setdefault(question.unit, set()).add(question.extra["try"])
+    incomplete = [name for name, found in tries.items() if len(found) < NUM_TRIES]
+    if incomplete:
+        name = incomplete[0]
         raise UserError(
-            f"annotation file {annotations}: {short[0]!r} has {len(tries[short[0]])} of its {TRIES} tries, "
-            f"and {len(short)} needles are like that; take the file with all tries, which are one answer."
+            f"annotation file {annotations}: needle {name!r} has {len(tries[name])} tries, expected "
+            f"{NUM_TRIES} ({len(incomplete)} needles have too few). Use the published file with all tries."
         )
     return questions
