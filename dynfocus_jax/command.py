@@ -1,10 +1,11 @@
 """Running a command: its flags, its configuration, and how it ends."""
 
+import functools
 import re
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,8 +50,26 @@ class ConfigFlag:
 CONFIG_FLAG = ConfigFlag()
 
 
-def run_command(main: Callable[[], None]) -> None:
+Sections = Mapping[str, Section]  # the fields of a configuration by the full name of their section
+
+
+def training_sections(config: ConfigDict | None = None) -> Sections:
+    """Return the fields of the configuration of training; of the connector's those of the chosen kind."""
+    kind = "dynfocus" if config is None else config.model.connector.kind
+    return {
+        "config": {name: field for name, field in CONFIG.items() if name != "stages"},
+        "config.model.connector": connector_fields(kind),
+        "config.stages[i]": STAGE,
+        "config.stages[i].sources[j]": SOURCE,
+    }
+
+
+def run_command(
+    main: Callable[[], None], sections: Callable[[ConfigDict | None], Sections] = training_sections
+) -> None:
     """Run a command: parse its flags, and print an error as one sentence on stderr.
+
+    sections: returns the fields that --fields lists, given the configuration, if there is one.
 
     Exit code 2 for `UserError`, 1 for `RunError` and, with its traceback, for an unexpected exception.
     """
@@ -71,10 +90,10 @@ def run_command(main: Callable[[], None]) -> None:
 
     for name in ("config", "fields"):  # listed by --help with the command's own flags
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
-    app.run(guarded, flags_parser=_parse_flags)
+    app.run(guarded, flags_parser=functools.partial(_parse_flags, sections=sections))
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(argv: list[str], sections: Callable[[ConfigDict | None], Sections]) -> list[str]:
     try:
         if not any(re.match(r"--?help", argument) for argument in argv):
             config, argv = _take_config(argv)
@@ -86,7 +105,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}; arguments have the form --name=value.")
         if flags.FLAGS.fields is not None:
-            _print_fields(flags.FLAGS.fields)
+            _print_fields(flags.FLAGS.fields, sections(CONFIG_FLAG.value))
             sys.exit(0)
         return rest
     except SystemExit:  # absl prints --help and exits with 1
@@ -213,20 +232,9 @@ def _change_connectors(config: ConfigDict, overrides: Sequence[tuple[str, str, s
             parent.connector = change_kind(old, kind, f"{where}.connector")
 
 
-def configuration_sections(connector_kind: str) -> dict[str, Section]:
-    """Return the declared fields of a configuration by the full name of their section."""
-    return {
-        "config": {name: field for name, field in CONFIG.items() if name != "stages"},
-        "config.model.connector": connector_fields(connector_kind),
-        "config.stages[i]": STAGE,
-        "config.stages[i].sources[j]": SOURCE,
-    }
-
-
-def _print_fields(prefix: str) -> None:
+def _print_fields(prefix: str, sections: Sections) -> None:
     """Print the declared fields whose names begin with a prefix, one per line."""
-    kind = CONFIG_FLAG.value.model.connector.kind if CONFIG_FLAG.value is not None else "dynfocus"
-    for where, section in configuration_sections(kind).items():
+    for where, section in sections.items():
         for name, field in iterate_fields(section, where):
             if name.startswith((prefix, f"config.{prefix}")):
-                print(f"{name} = {field.initial!r}: {field.about} ({field.accepted})")
+                print(f"{name} = {field.default_text}: {field.about} ({field.accepted})")

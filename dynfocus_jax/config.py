@@ -168,7 +168,7 @@ WEIGHTS: Section = {
     "skip": Field((), "regular expressions of published names to ignore"),
 }
 
-MESH: Section = {
+MESH: dict[str, Field] = {
     "data": Field(-1, "replicas of the parameters; splits the batch; -1: all remaining devices"),
     "fsdp": Field(1, "shards of the parameters; splits the batch too"),
     "tensor": Field(1, "shards of the heads and hidden units"),

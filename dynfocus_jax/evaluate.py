@@ -9,13 +9,14 @@ question has an entry. Questions whose video cannot be read, that get no answer,
 parsed count as wrong and are listed. Frames are read from the videos, even if the model was trained on
 extracted features.
 
-configs/benchmarks.py has the prompts and frames of each benchmark; --config.BENCHMARK.FIELD=VALUE changes a
-field. Open answers are measured by exact match and token F1, and also by a judge if one is named:
+configs/benchmarks.py has the prompts and frames of each benchmark; set a field with
+--config.BENCHMARK.FIELD=VALUE, list all with --fields=config. Open answers are measured by exact match and
+token F1, and also by a judge if one is named:
 
     --config.judge.model=NAME         its name at the endpoint
     --config.judge.base_url=URL       any OpenAI-compatible endpoint (https://api.openai.com/v1)
     --config.judge.key_variable=NAME  environment variable with the key (OPENAI_API_KEY); empty: no key
-    --config.judge.concurrency=8      requests in flight; see also timeout, attempts and parameters
+    --config.judge.concurrency=8      requests in flight; see --fields=config.judge
 
 The judge gets the published prompts (evaluation/judge_prompts.toml). Their versions are in results.json, its
 replies in OUTPUT/judge.jsonl.
@@ -46,6 +47,7 @@ from dynfocus_jax.evaluation.judge import Judge
 from dynfocus_jax.evaluation.judge_settings import JudgeSettings
 from dynfocus_jax.evaluation.question_prompts import ClipReader
 from dynfocus_jax.evaluation.results import format_results
+from dynfocus_jax.evaluation.settings import check_evaluate_config, evaluate_sections
 from dynfocus_jax.media.frame_sampling import Sampling
 from dynfocus_jax.parallel.digest import params_digest
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape
@@ -95,9 +97,7 @@ def main() -> None:
     config = CONFIG_FLAG.require("configs/benchmarks.py")
     if name not in config:
         raise UserError(f"--config has no section {name!r}; use configs/benchmarks.py, or add the section.")
-    for key in ("batch_size", "threads"):
-        if config[key] < 1:
-            raise UserError(f"config.{key} is {config[key]}, expected at least 1.")
+    check_evaluate_config(config)
     connect_processes(config.distributed)
     with _open_judge(config.judge, paths.output) as judge:
         evaluate(name, paths, config, judge)
@@ -207,4 +207,4 @@ if __name__ == "__main__":
     # Not the default of the flag: errors in --config.FIELD are reported only for a file given by --config.
     if _CONFIGS.is_file() and not any(re.match(r"--?config(=|$)", argument) for argument in sys.argv):
         sys.argv.insert(1, f"--config={_CONFIGS}")
-    run_command(main)
+    run_command(main, evaluate_sections)

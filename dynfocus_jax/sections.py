@@ -5,6 +5,7 @@ A section is a dict of `Field`s and of sections. From the declaration come the s
 nothing above errors.
 """
 
+import copy
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple, Union
 
@@ -36,9 +37,11 @@ class Field(NamedTuple):
         return self.default if isinstance(self.default, type) else type(self.default)
 
     @property
-    def initial(self) -> Any:
-        """Return the value that a new section has: the default, or None."""
-        return None if isinstance(self.default, type) else self.default
+    def default_text(self) -> str:
+        """Return the value of a new section as text."""
+        if isinstance(self.default, type):
+            return "None"
+        return repr(self.default.to_dict() if isinstance(self.default, ConfigDict) else self.default)
 
     @property
     def accepted(self) -> str:
@@ -82,7 +85,7 @@ def new_section(fields: Section) -> ConfigDict:
     def value(field: Field | Section):
         if not isinstance(field, Field):
             return new_section(field)
-        return placeholder(field.default) if isinstance(field.default, type) else field.default
+        return placeholder(field.default) if isinstance(field.default, type) else copy.copy(field.default)
 
     return ConfigDict({name: value(field) for name, field in fields.items()})
 

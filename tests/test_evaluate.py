@@ -169,8 +169,8 @@ def test_two_processes(uninterrupted, checkpoint, benchmark, tmp_path):
         ("--checkpoint=nowhere", "has no config.json"),
         ("--config.mlvu.nm_frames=3", "config.mlvu.nm_frames is not a field"),
         ("--config.judge.model=some-judge", "OPENAI_API_KEY is not set"),
-        ("--config.batch_size=0", "config.batch_size is 0"),
-        ("--config.mlvu.sampling.kind=odd", "config.data.sampling.kind"),
+        ("--config.batch_size=0", "config.batch_size is 0, expected an integer at least 1"),
+        ("--config.mlvu.sampling.kind=odd", "config.mlvu.sampling.kind is 'odd', expected one of"),
     ],
 )
 def test_errors_in_the_flags(checkpoint, benchmark, tmp_path, change, message):

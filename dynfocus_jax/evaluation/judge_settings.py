@@ -5,7 +5,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from ml_collections.config_dict import ConfigDict
+
 from dynfocus_jax.errors import UserError
+from dynfocus_jax.sections import Field, check_value
+
+JUDGE: dict[str, Field] = {
+    "model": Field(str, "name of the model at the endpoint; None: no judge"),
+    "base_url": Field("https://api.openai.com/v1", "URL of any OpenAI-compatible endpoint"),
+    "key_variable": Field("OPENAI_API_KEY", 'environment variable with the API key; "": no key is sent'),
+    "concurrency": Field(8, "requests in flight", at_least=1),
+    "attempts": Field(16, "attempts per question", at_least=1),
+    "timeout": Field(60.0, "seconds without data after which an attempt is aborted", above=0),
+    "patience": Field(600.0, "seconds per question, over all attempts", above=0),
+    "give_up_after": Field(16, "consecutive questions without a reply that stop the judge", at_least=1),
+    "parameters": Field(ConfigDict({"temperature": 0.0, "max_tokens": 1024}), "parameters of each request"),
+}
 
 
 class JudgeSettings(NamedTuple):
@@ -37,9 +52,7 @@ def check_settings(settings: JudgeSettings) -> None:
             f"the judge's base_url is {settings.base_url!r}, expected an address such as https://host/v1."
         )
     for name in ("concurrency", "attempts", "timeout", "patience", "give_up_after"):
-        value = getattr(settings, name)
-        if value <= 0:
-            raise UserError(f"the judge's {name} is {value}, expected more than 0.")
+        check_value(getattr(settings, name), JUDGE[name], f"the judge's {name}")
 
 
 def read_key(settings: JudgeSettings) -> str:
