@@ -116,7 +116,7 @@ def check_section(section: ConfigDict, fields: Section, where: str) -> None:
     for name, field in fields.items():
         place = f"{where}.{name}"
         if name not in section:
-            raise UserError(f"{place} is missing; start from the defaults of dynfocus_jax.config.")
+            raise UserError(f"{place} is missing; start from dynfocus_jax.config.default_config().")
         value = section[name]
         if isinstance(field, Field):
             check_value(value, field, place)
