@@ -1,4 +1,4 @@
-"""Running the project's commands as a user does, in a process of their own."""
+"""Run the project's commands in a process of their own, as a user does."""
 
 import os
 import subprocess
@@ -11,9 +11,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def command(
     name: str, *arguments, timeout: float = 600, input: str = "", **environment: str | None
 ) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `python -m dynfocus_jax.<name>`, started in the repository.
+    """Run `python -m dynfocus_jax.<name>` in the repository; return (exit code, stdout, stderr).
 
-    environment: variables that it has besides this process's; None takes one away.
+    Args:
+      name: the command.
+      arguments: its arguments.
+      timeout: seconds.
+      input: text for its stdin.
+      environment: variables added to those of this process; None removes one.
     """
     variables = os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment
     done = subprocess.run(

@@ -1,23 +1,23 @@
-"""What every test runs under: the CPU, one cache of compiled programs, a tiny needles benchmark."""
+"""Settings of all tests: the CPU, a cache of compiled programs, and a tiny needles benchmark."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-# Before JAX is imported, and inherited by the commands that tests start. The workers of pytest-xdist and
-# later runs find each other's compiled programs in the cache.
+# Set before JAX is imported, and inherited by the commands that tests start. The workers of pytest-xdist and
+# later runs share the cache of compiled programs.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-# The programs are small and run a few times: to optimize them takes a third of all the time, and saves none.
+# The programs are small and run a few times. Optimizing them would take a third of the total time.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 
 
-# Files and folders without subprocesses and meshes, in which few programs are compiled.
+# Files and folders that start no subprocess, use no mesh and compile few programs.
 FAST = (
     *(
         "tests/media",
@@ -49,7 +49,7 @@ NOT_FAST = ("tests/records/test_ten_thousand.py",)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Mark the tests of FAST, so that `pytest -m fast` runs them."""
+    """Mark the tests in FAST, which `pytest -m fast` selects."""
     for item in items:
         path = item.path.relative_to(config.rootpath).as_posix()
         if path.startswith(FAST) and path not in NOT_FAST and item.get_closest_marker("slow") is None:
@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_configure():
-    """Eight virtual devices for the tests of meshes; the others use the first, commands have one."""
+    """Create eight virtual devices, for the tests of meshes. Other tests use the first; commands have one."""
     import jax
 
     jax.config.update("jax_num_cpu_devices", 8)
@@ -68,7 +68,7 @@ def pytest_configure():
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory):
-    """A folder in which the tiny needles benchmark has been generated."""
+    """Folder in which the tiny needles benchmark is generated."""
     from dynfocus_jax.data.prepare import prepare_data_root
     from tests.tiny import tiny_config
 
@@ -81,7 +81,7 @@ def data_root(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def _free_compiled_programs():
-    """Programs of one file are of no use to the next; kept, they make a worker grow to gigabytes."""
+    """Drop the compiled programs of a file, which would fill gigabytes and are of no use to other files."""
     yield
     import jax
 

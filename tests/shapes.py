@@ -1,4 +1,4 @@
-"""Run-time checks of the shapes and dtypes that travelling structures declare, for the tests."""
+"""Run-time checks of the declared shapes and dtypes of structures of arrays."""
 
 import typing
 
@@ -24,7 +24,7 @@ def check_shapes(structure) -> None:
     """Check every field of a NamedTuple of arrays against its annotation; dimensions must agree.
 
     Raises:
-      TypeError: a field has another dtype or rank, or two fields disagree on a dimension.
+      TypeError: if a field has another dtype or rank, or two fields disagree on a dimension.
     """
     for name, hint in typing.get_type_hints(type(structure)).items():
         value = getattr(structure, name)
@@ -34,7 +34,7 @@ def check_shapes(structure) -> None:
 
 
 def install() -> None:
-    """Check each of STRUCTURES whenever it is constructed from arrays, under tracing too."""
+    """Check all STRUCTURES whenever they are constructed from arrays, also while tracing."""
     for structure in STRUCTURES:
         structure.__new__ = _checked(structure.__new__)
 
@@ -50,23 +50,23 @@ def _checked(new):
 
 
 def _is_batch(structure) -> bool:
-    """Whether a structure holds arrays with one batch axis.
+    """Return whether a structure holds arrays with one batch axis.
 
-    JAX also builds structures of shapes and layouts; samples have no batch axis, scans add one to each field.
+    JAX also constructs structures of shapes and layouts. Samples have no batch axis; scans add an axis.
     """
     array = np.ndarray if isinstance(structure, Batch) else jax.Array
     leaves = jax.tree.leaves(tuple(structure))
     if not leaves or not all(isinstance(leaf, jax.Array | array) for leaf in leaves):
         return False
-    extra_axes = [_extra_axes(value, hint) for value, hint in _annotated(structure)]
+    extra_axes = [_extra_axes(value, hint) for value, hint in _annotated_fields(structure)]
     return 0 in set().union(*extra_axes)
 
 
-def _annotated(structure):
+def _annotated_fields(structure):
     hints = typing.get_type_hints(type(structure))
     return [(value, hints[name]) for name, value in structure._asdict().items() if hasattr(value, "ndim")]
 
 
 def _extra_axes(value, hint) -> set[int]:
-    arms = typing.get_args(hint) or (hint,)
-    return {value.ndim - len(arm.dims) for arm in arms if hasattr(arm, "dims")}
+    alternatives = typing.get_args(hint) or (hint,)
+    return {value.ndim - len(each.dims) for each in alternatives if hasattr(each, "dims")}

@@ -1,4 +1,4 @@
-"""Mistakes in configurations and on the command line: one sentence, exit code 2, before anything is built."""
+"""Mistakes in configurations and on the command line, found before anything is built."""
 
 import json
 
@@ -21,8 +21,8 @@ def toy(arg=""):
     return runpy.run_path(str(TOY))["get_config"](arg)
 
 
-def refuse(config, *parts, devices=1):
-    """`validate` refuses the config in one sentence that holds all the parts."""
+def assert_invalid(config, *parts, devices=1):
+    """Check that `validate` raises one sentence that contains all the parts."""
     with pytest.raises(UserError) as error:
         validate(config, devices)
     sentence = str(error.value)
@@ -66,7 +66,7 @@ def test_unknown_variant(arg):
 
 
 @pytest.mark.parametrize("arg", ["", "variant=released", "variant=question_conditioned"])
-def test_to_dict_and_back(arg):
+def test_to_dict_round_trip(arg):
     config = toy(arg)
     fields = json.loads(json.dumps(to_dict(config)))
     again = from_dict(fields)
@@ -135,7 +135,7 @@ def test_values_of_the_model(section, field, value, parts):
     config = toy()
     of_connector = section in config.model.connector
     (config.model.connector if of_connector else config.model)[section][field] = value
-    refuse(config, *parts)
+    assert_invalid(config, *parts)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_values_of_the_model(section, field, value, parts):
 def test_values_of_a_stage(fields, parts):
     config = toy()
     config.stages[1].update(fields)
-    refuse(config, *parts, devices=2)
+    assert_invalid(config, *parts, devices=2)
 
 
 @pytest.mark.parametrize(
@@ -189,41 +189,41 @@ def test_values_of_a_stage(fields, parts):
 def test_values_of_generation(field, value, parts):
     config = toy()
     config.generation[field] = value
-    refuse(config, *parts)
+    assert_invalid(config, *parts)
 
 
 def test_other_values():
     config = toy()
     config.evaluation.batch_size = 63
-    refuse(config, "evaluation.batch_size is 63", "2 devices", devices=2)
+    assert_invalid(config, "evaluation.batch_size is 63", "2 devices", devices=2)
     config = toy()
     config.stages = ()
-    refuse(config, "config.stages is empty")
+    assert_invalid(config, "config.stages is empty")
     config = toy()
     config.data.max_query = 9
-    refuse(config, "max_query is 9", "max_text = 8")
+    assert_invalid(config, "max_query is 9", "max_text = 8")
     config = toy()
     config.data.template = "vicuna"
-    refuse(config, "data.template", "vicuna_v1")
+    assert_invalid(config, "data.template", "vicuna_v1")
     config = toy()
     config.initial = "/nowhere/checkpoints/s/1"
-    refuse(config, "config.initial", "/nowhere")
+    assert_invalid(config, "config.initial", "/nowhere")
     config = toy()
     config.model.connector.cce.update({"cones": "none", "rods": ()})
-    refuse(config, "neither cones nor rods")
+    assert_invalid(config, "neither cones nor rods")
     config = toy("variant=released")
     config.model.connector.cce.levels = ((4, 5),)
-    refuse(config, "1 levels", "released")
+    assert_invalid(config, "1 levels", "released")
     for changes in ({"cones": "single_grained"}, {"rods": ("coarse", "context")}):
         config = toy("variant=released")
         config.model.connector.cce.update(changes)
-        refuse(config, "'released' merges the levels")
+        assert_invalid(config, "'released' merges the levels")
     config = toy()
     config.weights.skip = ("lm_head(",)
-    refuse(config, "config.weights.skip", "'lm_head('", "regular expression")
+    assert_invalid(config, "config.weights.skip", "'lm_head('", "regular expression")
     config = toy()
     config.data.max_skip_share = 1.5
-    refuse(config, "max_skip_share")
+    assert_invalid(config, "max_skip_share")
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_other_values():
 def test_devices_and_checkpoints(section, fields, parts):
     config = toy()
     config[section].update(fields)
-    refuse(config, *parts)
+    assert_invalid(config, *parts)
 
 
 @pytest.mark.parametrize(
@@ -272,31 +272,31 @@ def test_devices_and_checkpoints(section, fields, parts):
 def test_values_of_lora(fields, parts):
     config = toy()
     config.model.language.lora.update(fields)
-    refuse(config, *parts)
+    assert_invalid(config, *parts)
 
 
 def test_unknown_and_mistyped_fields():
-    """A config file need not start from default_config(), whose lock would catch these."""
+    """`validate` finds them too, since a config file need not start from the locked default_config()."""
     config = toy()
     with config.unlocked():
         config.model.connector.dpe.num_prototype = 3
-    refuse(config, "config.model.connector.dpe.num_prototype", "did you mean 'num_prototypes'")
+    assert_invalid(config, "config.model.connector.dpe.num_prototype", "did you mean 'num_prototypes'")
     config = toy()
     with config.unlocked():
         del config.model.connector.dpe["ratio"]
-    refuse(config, "config.model.connector.dpe.ratio is missing")
+    assert_invalid(config, "config.model.connector.dpe.ratio is missing")
     config = toy()
     with config.ignore_type(), config.unlocked():
         config.model.connector.dpe.num_prototypes = "8"
-    refuse(config, "num_prototypes is '8' of type str, expected int")
+    assert_invalid(config, "num_prototypes is '8' of type str, expected int")
     config = toy()
     with config.ignore_type():
         config.checkpoint.every = True
-    refuse(config, "checkpoint.every", "bool", "expected int")
+    assert_invalid(config, "checkpoint.every", "bool", "expected int")
     config = toy()
     with config.ignore_type():
         config.model = 3
-    refuse(config, "config.model is 3")
+    assert_invalid(config, "config.model is 3")
 
 
 def test_unknown_field_of_a_stage():
@@ -336,12 +336,12 @@ def test_missing_data(tmp_path):
         ("--config.model.connector.dpe.ratio.x=3", r"config.model.connector.dpe.ratio.x is not a field"),
     ],
 )
-def test_overrides_that_name_nothing(argument, sentence):
+def test_overrides_of_unknown_fields(argument, sentence):
     with pytest.raises(UserError, match=sentence):
         command_lib._take_config(["train", f"--config={TOY}", argument])
 
 
-def test_overrides_that_name_something():
+def test_overrides_of_known_fields():
     arguments = ["--config.stages[2].steps=7", "--config.model.connector.dpe.num_selected=2", "--workdir=x"]
     command_lib._take_config(["train", "--config", str(TOY), *arguments])
     command_lib._take_config(["train", f"--config={TOY}:variant=uniform", *arguments])
@@ -355,7 +355,7 @@ def test_missing_config_file():
 
 
 def train(*arguments, config=TOY):
-    """Runs the command as a user does; a mistake must end it long before there is anything to compile."""
+    """Run `train` as a user does, and log what JAX compiles on stderr."""
     return command("train", f"--config={config}", *arguments, timeout=300, JAX_LOG_COMPILES="1")
 
 
@@ -391,7 +391,7 @@ def test_mistakes_end_the_command(mistake, tmp_path, monkeypatch):
     assert not (tmp_path / "data").exists()
 
 
-def test_an_unknown_key_in_the_config_file(tmp_path):
+def test_unknown_field_in_the_config_file(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
         "from dynfocus_jax.config import default_config\n"
@@ -408,7 +408,7 @@ def test_an_unknown_key_in_the_config_file(tmp_path):
 
 
 def test_missing_annotations_end_the_command(data_root, tmp_path):
-    """Data that is not there is told before the first stage starts, that of the last stage too."""
+    """Missing data of the last stage is reported before the first stage starts."""
     file = tmp_path / "tiny.py"
     file.write_text("from tests.tiny import tiny_config as get_config\n")
     arguments = [f"--workdir={tmp_path}/run", f"--config.data.root={data_root}"]

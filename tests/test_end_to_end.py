@@ -1,4 +1,4 @@
-"""The commands as a user runs them: train from video files to answers, then chat."""
+"""`train` from video files to answers, then `chat`, as a user runs them."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from tests.tiny import tiny_config
 
 @pytest.fixture(scope="module")
 def heldout(data_root):
-    """The folder of the generated data."""
+    """Folder of the generated data."""
     config = tiny_config()
     config.data.root = str(data_root)
     return prepare_data_root(config.data)
@@ -22,7 +22,7 @@ def heldout(data_root):
 
 @pytest.fixture(scope="module")
 def run(data_root, tmp_path_factory):
-    """A finished run: (workdir, arguments, stdout). It was stopped once and started again."""
+    """(workdir, arguments, stdout) of a finished run that was stopped and resumed once."""
     folder = tmp_path_factory.mktemp("end_to_end")
     (folder / "tiny.py").write_text("from tests.tiny import tiny_config as get_config\n")
     workdir = folder / "run"
@@ -41,7 +41,7 @@ def run(data_root, tmp_path_factory):
     return workdir, arguments, stdout
 
 
-def lines_of(path):
+def read_jsonl(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -55,7 +55,7 @@ def test_evaluation_file(run, heldout):
         assert 0 <= results[key] <= 1
     assert set(results["accuracy_by_type"]) == {entry["type"] for entry in questions}
     assert results["frames"] == 16
-    # J = 2 of 16 frames as cones of P = 4 and M = 4 + 2 tokens, two tokens for each of the others.
+    # Of 16 frames, J = 2 are cones of P = 4 and M = 4 + 2 tokens; the others have two tokens each.
     assert results["visual_tokens"] == 2 * 14 + 2 * 10
     assert list(results["seconds_by_stage"]) == [
         *("data", "pretrain_images", "pretrain_sequences", "align", "instruct", "evaluation")
@@ -63,9 +63,9 @@ def test_evaluation_file(run, heldout):
     assert all(seconds >= 0 for seconds in results["seconds_by_stage"].values())
 
 
-def test_predictions_agree_with_the_measures(run, heldout):
+def test_predictions_agree_with_the_metrics(run, heldout):
     results = json.loads((run[0] / "eval.json").read_text())
-    predictions = lines_of(run[0] / "predictions.jsonl")
+    predictions = read_jsonl(run[0] / "predictions.jsonl")
     questions = json.loads((heldout / "heldout.json").read_text())
     assert [entry["id"] for entry in predictions] == [entry["id"] for entry in questions]
     for prediction, question in zip(predictions, questions, strict=True):
@@ -92,7 +92,7 @@ def test_printed_table(run):
 
 
 def test_metrics(run):
-    metrics = lines_of(run[0] / "metrics.jsonl")
+    metrics = read_jsonl(run[0] / "metrics.jsonl")
     names = ("pretrain_images", "pretrain_sequences", "align", "instruct")
     assert [(entry["stage"], entry["step"]) for entry in metrics] == [(n, s) for n in names for s in (2, 4)]
     for entry in metrics:
@@ -131,13 +131,13 @@ def test_a_finished_run_is_not_repeated(run):
 
 
 @pytest.mark.parametrize("field", ["--config.stages[3].learning_rate=0.1", "--config.stages[0].clip=2.0"])
-def test_a_run_with_changed_settings_is_refused_and_left_as_it_was(run, field):
-    """Of its last stage or of one long finished; the workdir still describes the run that made it."""
+def test_changed_settings_are_refused_and_the_run_is_unchanged(run, field):
+    """The settings of the last stage and of a finished one may not change; the workdir stays as it is."""
     workdir, arguments, _ = run
     before = {name: (workdir / name).read_text() for name in ("config.json", "metrics.jsonl", "eval.json")}
     code, _, stderr = command("train", *arguments, field)
     after = {name: (workdir / name).read_text() for name in before}
-    for name, text in before.items():  # so that the next test finds what the run left
+    for name, text in before.items():  # restored for the next tests
         (workdir / name).write_text(text)
     assert code == 2
     assert field.rpartition(".")[2].partition("=")[0] in stderr
@@ -147,9 +147,9 @@ def test_a_run_with_changed_settings_is_refused_and_left_as_it_was(run, field):
 # --- Chat ---------------------------------------------------------------------------------------------
 
 
-def test_chat_gives_the_answer_and_the_focus_of_the_evaluation(run, heldout, tmp_path):
+def test_chat_has_the_answer_and_focus_of_the_evaluation(run, heldout, tmp_path):
     workdir = run[0]
-    prediction = lines_of(workdir / "predictions.jsonl")[0]
+    prediction = read_jsonl(workdir / "predictions.jsonl")[0]
     (record,) = [r for r in json.loads((heldout / "heldout.json").read_text()) if r["id"] == prediction["id"]]
     picture = tmp_path / "focus.png"
     arguments = [f"--checkpoint={workdir}", f"--video={heldout / record['video']}"]
@@ -180,7 +180,8 @@ def test_chat_gives_the_answer_and_the_focus_of_the_evaluation(run, heldout, tmp
     assert error.startswith("error: /nothing is not a command")
 
 
-def chat_fails(*arguments):
+def chat_error(*arguments):
+    """Run `chat`, check that it fails, and return its error line."""
     code, stdout, stderr = command("chat", *arguments)
     assert code == 2, stderr
     assert stdout == ""
@@ -190,19 +191,19 @@ def chat_fails(*arguments):
 
 
 def test_chat_about_a_missing_file(run):
-    line = chat_fails(f"--checkpoint={run[0]}", "--video=nowhere.mp4", "--question=what shape is red ?")
+    line = chat_error(f"--checkpoint={run[0]}", "--video=nowhere.mp4", "--question=what shape is red ?")
     assert "nowhere.mp4: no such file" in line
 
 
-def test_chat_about_a_file_that_is_no_video(run, tmp_path):
+def test_chat_about_a_file_that_is_not_a_video(run, tmp_path):
     text = tmp_path / "text.mp4"
     text.write_text("not a video")
-    line = chat_fails(f"--checkpoint={run[0]}", f"--video={text}", "--question=what shape is red ?")
+    line = chat_error(f"--checkpoint={run[0]}", f"--video={text}", "--question=what shape is red ?")
     assert f"{text}: not a readable video" in line
 
 
 def test_chat_with_an_unfinished_run(run):
     unfinished = run[0].parent / "unfinished"
-    line = chat_fails(f"--checkpoint={unfinished}", "--video=a.mp4", "--question=what ?")
+    line = chat_error(f"--checkpoint={unfinished}", "--video=a.mp4", "--question=what ?")
     assert "instruct" in line
     assert "finish the training run" in line

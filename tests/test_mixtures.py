@@ -1,4 +1,4 @@
-"""The paper's mixtures: Table 13's rows, and every file where configs/mixtures.py says it is."""
+"""The paper's mixtures: the rows of Table 13, and the files that configs/mixtures.py describes."""
 
 import csv
 import json
@@ -44,7 +44,7 @@ def test_rows_of_the_table(row):
         assert [one.name for one in sources] == [name for part in cell.split(", ") for name in NAMES[part]]
 
 
-def test_no_such_row():
+def test_unknown_row():
     with pytest.raises(UserError, match="mixture is 'all', expected one of video, image"):
         mixtures.instruct_sources("all")
 
@@ -58,11 +58,11 @@ def test_options_of_the_published_configs(name, row):
     (only,) = config.stages
     assert only.sources == SOURCES[only.name](row)
     assert (only.annotations, only.steps, only.epochs) == (None, None, 1.0)
-    rest = load_config(name)
-    assert (rest.stages[0].annotations, rest.stages[0].sources) == (f"{only.name}.json", ())
+    plain = load_config(name)
+    assert (plain.stages[0].annotations, plain.stages[0].sources) == (f"{only.name}.json", ())
 
 
-def test_options_together():
+def test_two_options():
     config = load_config("instruct_7b", "mixture=video,train=lora")
     assert [one.name for one in config.stages[0].sources] == ["videochatgpt"]
     assert config.model.language.lora.rank == 128
@@ -77,8 +77,8 @@ def write(path, content):
         path.write_text(json.dumps(content))
 
 
-def test_the_folder_as_it_is_described(tmp_path):
-    """One record of every data set, in its own format and place."""
+def test_every_file_of_the_described_folder_is_read(tmp_path):
+    """The folder has one record of every data set, in its own format and place."""
     talk = [{"from": "human", "value": "<image>\nwhy?"}, {"from": "gpt", "value": "so"}]
     write(
         tmp_path / "webvid/results_2M_train.csv",

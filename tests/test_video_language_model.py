@@ -1,4 +1,4 @@
-"""The assembled model: lower precision, where the vision tower's tokens go."""
+"""The assembled model: bfloat16, the class token and subtitles."""
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,15 @@ from tests.tiny import (
     make_sample,
     model_of,
     pad,
+    perturb,
     random_params,
-    shaken,
     stack,
     tiny_config,
     with_kind,
 )
 
 
-def test_bfloat16_runs_and_is_close():
+def test_bfloat16_is_close_to_float32():
     rng = np.random.default_rng(0)
     samples = [make_sample(rng, 1, 8, 3), make_sample(rng, 4, 10, 5), make_sample(rng, 0, 6, 2)]
     batch = stack([pad(sample, 5, 10) for sample in samples])
@@ -40,15 +40,17 @@ def test_bfloat16_runs_and_is_close():
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(init))
 
 
-def test_vision_tower_sees_pixels_in_place():
-    """Without blocks to mix them, patch (r, c) is the linear map of its own normalised pixels, and the class
-    token, where there is one, stands before them."""
+def test_vision_tower_embeds_normalised_patches():
+    """With blocks that add zero, a patch is the linear map of its own normalised pixels.
+
+    The class token, if there is one, comes first.
+    """
     sizes = {"image_size": 8, "patch_size": 4, "width": 6, "depth": 1, "heads": 2, "mlp_dim": 5}
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     frames = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8, 3), dtype=np.uint8)
     for cls_token in (False, True):
         tower = VisionTransformer(**sizes, mean=mean, std=std, cls_token=cls_token)
-        params = shaken(tower.init(jax.random.key(0), frames)["params"])
+        params = perturb(tower.init(jax.random.key(0), frames)["params"])
         for name in ("attention", "mlp"):
             last = "out" if name == "attention" else "down"
             params["blocks"][name][last] = jax.tree.map(jnp.zeros_like, params["blocks"][name][last])
@@ -62,7 +64,7 @@ def test_vision_tower_sees_pixels_in_place():
         np.testing.assert_allclose(out[1, 2, 1 + cls_token], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_class_token_does_not_reach_the_connector_but_the_text_encoder():
+def test_class_token_does_not_reach_the_connector():
     config = tiny_config()
     config.model.vision.cls_token = True
     model = model_of(config)
@@ -70,18 +72,18 @@ def test_class_token_does_not_reach_the_connector_but_the_text_encoder():
     batch = stack([pad(make_sample(rng, 3, 6, 3), 3, 6)])
     params = random_params(model, batch)
     visual = jax.jit(lambda: model.apply({"params": params}, batch, method="visual_tokens"))()
-    assert visual.count[0] == 2 * 1 + 2 * (4 + 6)  # as without class token: P = 4, M = 4 + 2, J = 2
+    assert visual.count[0] == 2 * 1 + 2 * (4 + 6)  # as without a class token: P = 4, M = 4 + 2, J = 2
     assert params["vision"]["position"].shape == (17, 16)
 
 
 @pytest.mark.parametrize("kind", ["dynfocus", "pooled"])
-def test_subtitles_stand_behind_their_frames(kind):
-    """The visual tokens are those without subtitles; the words are embedded as any text."""
+def test_subtitles_follow_their_frames(kind):
+    """Subtitles are embedded as text, and do not change the visual tokens."""
     config = tiny_config()
     config.stages[-1].connector = with_kind(config, kind)
     model = model_of(config)
     rng = np.random.default_rng(2)
-    places = [(0, 0, 2, 4, 4, 4), (5,), ()]  # of five, six and one frames
+    places = [(0, 0, 2, 4, 4, 4), (5,), ()]  # frame of each subtitle token, in clips of 5, 6 and 1 frames
     samples = [
         make_sample(rng, frames, 6, 3, subtitle_frames=some)
         for frames, some in zip((5, 6, 1), places, strict=True)
@@ -93,27 +95,27 @@ def test_subtitles_stand_behind_their_frames(kind):
     )
     params = random_params(model, plain)
     run = jax.jit(lambda batch: model.apply({"params": params}, batch, method="visual_tokens"))
-    heard, seen = run(batch), run(plain)
+    subtitled, visual = run(batch), run(plain)
     embedding = np.asarray(params["language"]["embedding"]["embedding"])
     for row, sample in enumerate(samples):
-        tokens, expected = iter(seen.tokens[row, : seen.count[row]]), []
+        tokens, expected = iter(visual.tokens[row, : visual.count[row]]), []
         for frame in range(len(sample.frames)):
-            expected += [next(tokens) for _ in range(_tokens(seen.focus, row, frame))]
+            expected += [next(tokens) for _ in range(_num_tokens(visual.focus, row, frame))]
             expected += list(embedding[sample.subtitles[sample.subtitle_frames == frame]])
         assert not list(tokens)
-        assert heard.count[row] == len(expected) == seen.count[row] + len(places[row])
-        np.testing.assert_array_equal(heard.tokens[row, : heard.count[row]], np.array(expected))
+        assert subtitled.count[row] == len(expected) == visual.count[row] + len(places[row])
+        np.testing.assert_array_equal(subtitled.tokens[row, : subtitled.count[row]], np.array(expected))
 
 
-def _tokens(focus, row, frame):
-    """Return the visual tokens of a frame: P pooled ones, or those that the focus tells."""
+def _num_tokens(focus, row, frame):
+    """Return the number of visual tokens of a frame: that in the focus, or P for a pooled connector."""
     return 4 if focus is None else focus.tokens[row, frame]
 
 
-def test_subtitles_are_read_and_can_be_learned_from():
-    """They change what is answered, by words that are there alone; and what is known of them is trained."""
+def test_subtitles_affect_the_loss_and_have_gradients():
+    """The loss depends on the subtitles but not on their padding, and their embeddings have gradients."""
     config = tiny_config()
-    config.stages[-1].connector = with_kind(config, "pooled")  # small
+    config.stages[-1].connector = with_kind(config, "pooled")  # compiles faster
     model = model_of(config)
     sample = make_sample(np.random.default_rng(5), 4, 8, 3, subtitle_frames=(1, 3))
     batch = stack([pad(sample, 5, 9, subtitle=4)])

@@ -1,4 +1,4 @@
-"""The toy configuration with everything made small, and batches for it: what the tests of models share."""
+"""A smaller version of the toy configuration, with batches, parameters and meshes for it."""
 
 import runpy
 from pathlib import Path
@@ -16,11 +16,11 @@ from dynfocus_jax.video_language_model import build_model, row_randomness
 
 TOY = Path(__file__).resolve().parents[1] / "configs" / "toy.py"
 SIZE, MAX_QUERY, VOCABULARY = 16, 8, 40
-K, J, SAMPLES = 5, 2, 20  # prototypes, kept ones, noise samples
+K, J, SAMPLES = 5, 2, 20  # prototypes, selected ones, noise samples
 
 
 def tiny_config(arg: str = ""):
-    """`configs/toy.py:arg` with small widths, few prototypes, few steps and few videos."""
+    """Return `configs/toy.py:arg` with smaller widths and fewer prototypes, steps and videos."""
     config = runpy.run_path(str(TOY))["get_config"](arg)
     model = config.model
     model.vision.update(
@@ -55,7 +55,7 @@ def tiny_config(arg: str = ""):
 
 
 def change(config, **fields):
-    """Set fields of the model section: `language__depth`, or of the connector: `dpe__ratio`."""
+    """Set fields of `config.model` (`language__depth=3`) or of its connector (`dpe__ratio=0.5`)."""
     for name, value in fields.items():
         section, _, field = name.rpartition("__")
         in_connector = (section or field) in config.model.connector
@@ -65,7 +65,7 @@ def change(config, **fields):
 
 
 def with_kind(config, kind):
-    """The section of a connector of another kind, with the configuration's values of the fields of both."""
+    """Return the section of another kind of connector; fields that both kinds have keep their values."""
     return change_kind(config.model.connector, kind, "connector")
 
 
@@ -79,9 +79,16 @@ def make_sample(
     oracle: tuple[int, ...] = (),
     subtitle_frames: tuple[int, ...] = (),
 ) -> Batch:
-    """A sample without padding: random frames (or those given), random words, half of them to be learned.
+    """Return a sample without padding. The second half of its text is in the loss mask.
 
-    subtitle_frames: the frame of each word of the subtitles.
+    Args:
+      rng: random generator of frames and words.
+      frames: number of random frames, or the frames themselves.
+      text: text tokens.
+      query: tokens of the query.
+      at_end: put the visual tokens in the middle of the text instead of after its first token.
+      oracle: indices of the frames that the question needs.
+      subtitle_frames: the frame of each token of the subtitles.
     """
     if isinstance(frames, int):
         frames = rng.integers(0, 256, (frames, SIZE, SIZE, 3), dtype=np.uint8)
@@ -102,7 +109,7 @@ def make_sample(
 
 
 def pad(sample: Batch, frames: int, text: int, query: int = MAX_QUERY, subtitle: int = 0) -> Batch:
-    """The sample in a bucket of `frames` frames, `text` tokens, `query` words and `subtitle` tokens."""
+    """Pad a sample to `frames` frames and to `text`, `query` and `subtitle` tokens."""
     out = padding_sample(frames, SIZE, text, query, max_subtitle=subtitle)
     scalars = {}
     for name, value in sample._asdict().items():
@@ -114,12 +121,12 @@ def pad(sample: Batch, frames: int, text: int, query: int = MAX_QUERY, subtitle:
 
 
 def stack(samples) -> Batch:
-    """Padded samples as a batch."""
+    """Stack padded samples into a batch."""
     return jax.tree.map(lambda *rows: np.stack(rows), *samples)
 
 
-def shaken(params: dict, seed: int = 0) -> dict:
-    """Parameters all of which matter: what starts at zero (or one) is moved away from it."""
+def perturb(params: dict, seed: int = 0) -> dict:
+    """Add noise to all parameters, so that none has its initial value of zero or one."""
     rng = np.random.default_rng(seed)
     return trees.unflatten(
         {
@@ -130,24 +137,24 @@ def shaken(params: dict, seed: int = 0) -> dict:
 
 
 def random_params(model, batch: Batch, seed: int = 0) -> dict:
-    """Shaken initial parameters of a whole model."""
+    """Return perturbed initial parameters of a whole model."""
     init = jax.jit(lambda key, batch: model.init(key, batch, train=False)["params"])
-    return shaken(init(jax.random.key(seed), batch), seed)
+    return perturb(init(jax.random.key(seed), batch), seed)
 
 
 def model_of(config):
-    """The model of the last stage."""
+    """Return the model of the last stage."""
     return build_model(config)
 
 
 def mesh_of(**axes: int):
-    """A mesh on the first devices; axes that are not named are 1."""
+    """Return a mesh of the given axis sizes, on the first devices; other axes have size 1."""
     shape = mesh_shape({"data": 1} | axes, int(np.prod(list(axes.values()), dtype=int)))
     return make_mesh(shape, jax.devices()[: int(np.prod(list(shape.values())))])
 
 
 def forward(model, train: bool):
-    """Return a jitted (params, batch, noise) -> (visual tokens, loss of each sample)."""
+    """Return the jitted function (params, batch, noise) -> (visual tokens, loss of each sample)."""
 
     @jax.jit
     def run(params, batch, noise=None):

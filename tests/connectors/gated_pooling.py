@@ -1,6 +1,6 @@
-"""A connector outside of the package: a learned gate keeps a few frames, average-pooled to 8 tokens each.
+"""Example of a connector outside of the package: a learned gate selects frames, pooled to 8 tokens each.
 
-It is the example of CONTRIBUTING.md; test_outside_connector.py trains, evaluates, draws and exports it.
+CONTRIBUTING.md describes it; test_outside_connector.py trains, evaluates, draws and exports it.
 """
 
 from typing import ClassVar
@@ -18,11 +18,11 @@ from dynfocus_jax.sections import Field
 
 
 class GatedPooling(Connector):
-    """Keep the frames with the highest scores, each pooled to a few tokens."""
+    """Select the frames with the highest scores, and average-pool each to a few tokens."""
 
     FIELDS: ClassVar = {
-        "tokens": Field(8, "tokens of a kept frame, P", at_least=1),
-        "frames": Field(7, "frames that are kept, J", at_least=1),
+        "tokens": Field(8, "tokens of a selected frame, P", at_least=1),
+        "frames": Field(7, "selected frames, J", at_least=1),
         "samples": Field(100, "perturbations of the scores, S", at_least=1),
         "sigma": Field(0.1, "standard deviation of the perturbations", at_least=0),
         "projector": PROJECTOR_FIELD,
@@ -51,12 +51,12 @@ class GatedPooling(Connector):
         else:
             frames = hard_topk(scores, slots, mask=mask, count=count)
             rows = jax.nn.one_hot(frames, time)
-        kept = jnp.einsum("bjt,btpc->bjpc", rows.astype(pooled.dtype), pooled)
+        selected = jnp.einsum("bjt,btpc->bjpc", rows.astype(pooled.dtype), pooled)
 
-        # --- From here on: bookkeeping that every method which keeps a few frames has ------------------
+        # --- The rest is the same in every connector that selects frames -------------------------------
         frames = jnp.minimum(frames, time - 1).astype(jnp.int32)
         valid = jnp.arange(slots) < count[:, None]
-        tokens = self.projector(kept)  # [B, J, P, D]
+        tokens = self.projector(selected)  # [B, J, P, D]
         no_tokens = jnp.zeros((batch, time, 0, tokens.shape[-1]), tokens.dtype)
         length = self.length(time) + num_subtitles(inputs)
         packed = pack_frames(no_tokens, tokens, frames, mask & False, valid, length, inputs.subtitles)
@@ -65,11 +65,11 @@ class GatedPooling(Connector):
         return VisualTokens(*packed, Focus(frames, valid, mask, jnp.where(mask, scores, 0), per_frame))
 
     def noise(self, inputs: ConnectorInputs) -> jax.Array:
-        """Draw `[B, S, T]` from the rows' keys, frame by frame: padding does not change the frames' draws."""
+        """Draw `[B, S, T]` from the rows' keys frame by frame, so that padding does not change the values."""
 
-        def of_frame(key, frame):
+        def draw_frame(key, frame):
             return jax.random.normal(jax.random.fold_in(key, frame), (self.settings.samples,))
 
-        over_frames = jax.vmap(of_frame, in_axes=(None, 0), out_axes=1)
+        over_frames = jax.vmap(draw_frame, in_axes=(None, 0), out_axes=1)
         frames = jnp.arange(inputs.frame_mask.shape[1])
         return jax.vmap(over_frames, in_axes=(0, None))(inputs.randomness.keys, frames)

@@ -1,4 +1,4 @@
-"""Every connector keeps the interface: the package's own, their variants, and one outside of the package."""
+"""Conformance of all connectors to the interface: those of the package, and one outside of it."""
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,10 @@ from dynfocus_jax.training.step import make_train_step
 from dynfocus_jax.validation import validate
 from dynfocus_jax.video_language_model import build_model, row_randomness, stage_connector
 from tests.shapes import check_shapes
-from tests.tiny import K, make_sample, mesh_of, pad, shaken, stack, tiny_config
+from tests.tiny import K, make_sample, mesh_of, pad, perturb, stack, tiny_config
 
 OUTSIDE = "tests.connectors.gated_pooling:GatedPooling"
-TINY = {  # settings for clips of a few frames of 4 x 4 patches
+TINY = {  # settings for short clips of 4 x 4 patches
     "dynfocus": {
         "pool": (2, 2),
         "dpe": {"num_prototypes": K, "num_selected": 2, "samples": 8, "neighbors": 3},
@@ -45,7 +45,7 @@ def config_of(kind: str):
 
 @pytest.fixture(scope="module", params=KINDS)
 def case(request):
-    """A configuration, its model and parameters, and clips of different lengths with subtitles."""
+    """(configuration, model, parameters, samples of different lengths with subtitles, their batch)."""
     config = config_of(request.param)
     rng = np.random.default_rng(0)
     samples = [
@@ -55,7 +55,7 @@ def case(request):
     batch = stack([pad(sample, LONG, 12, subtitle=3) for sample in samples])
     shapes = sharded_shapes(config, 0, mesh_of())
     model = build_model(config)
-    params = shaken(trees.unflatten(init_params(model, jax.random.key(0), shapes)))
+    params = perturb(trees.unflatten(init_params(model, jax.random.key(0), shapes)))
     return config, model, params, samples, batch
 
 
@@ -71,7 +71,7 @@ def visual_tokens(model, params, batch, train):
 
 @pytest.mark.parametrize("train", [False, True], ids=["evaluation", "training"])
 def test_output_and_padding(case, train):
-    """Shapes, dtypes and static length; a clip's tokens do not depend on its batch or bucket."""
+    """Shapes, dtypes and static length are right, and a clip's tokens do not depend on batch and bucket."""
     config, model, params, samples, batch = case
     together = visual_tokens(model, params, batch, train)
     check_shapes(jax.tree.map(jnp.asarray, together))
@@ -90,7 +90,7 @@ def test_output_and_padding(case, train):
         assert batch.frame_mask[rows, chosen].all()
         assert together.focus.candidates[rows, chosen].all()
     if train:
-        return  # rows draw by their position, so a clip alone draws other values
+        return  # random draws depend on the row, so a single clip has other values
     for row, sample in enumerate(samples):
         frames = max(len(sample.frames), 1)
         single = visual_tokens(model, params, stack([pad(sample, frames, 12, subtitle=3)]), train)
@@ -121,7 +121,7 @@ def train_step(config, params, batch: Batch, microbatches: int, **axes: int):
 
 
 def test_microbatches_and_meshes_equal_one_device(case):
-    """The same step in two microbatches and on 2 x 2 devices: rows draw by their own keys."""
+    """Two microbatches and 2 x 2 devices give the same step, since each row has its own random key."""
     config, _, params, _, batch = case
     metrics, trained = train_step(config, params, batch, 1)
     assert np.isfinite(metrics["loss"])
@@ -132,7 +132,7 @@ def test_microbatches_and_meshes_equal_one_device(case):
         assert updated.keys() == trained.keys()
 
 
-def test_what_it_trains_by_default_exists(case):
+def test_default_trained_parameters_exist(case):
     config, _, params, _, _ = case
     assert any(map(trained_paths(config, 0, trees.flatten(params)), trees.flatten(params)))
 

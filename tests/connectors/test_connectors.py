@@ -1,4 +1,4 @@
-"""Connectors: how many tokens, in which order, of what."""
+"""Connectors: number, order and values of their tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,11 @@ from dynfocus_jax.ops.dpc_knn import dpc_knn
 from tests.tiny import change
 
 WIDTH = 8
-PATCHES = 256  # 16 x 16, pooled to P = 16; levels (16, 8) make 24 spatial tokens, 40 a cone
+PATCHES = 256  # 16 x 16, pooled to P = 16; levels (16, 8) give 24 spatial tokens: 40 per cone
 
 
 def full_connector(**changes):
-    """The default (full-size) counts at a small width, where f, W_v are identities: C = D."""
+    """Return a connector with the default numbers of tokens, at a small width C = D."""
     config = default_config()
     config.model.dtype = "float32"
     config.model.language.width = WIDTH
@@ -34,13 +34,13 @@ RELEASED = {
 
 
 def inputs(features, queries=None, mask=None):
-    """Inputs of a batch whose frames all exist, unless a mask says otherwise."""
+    """Return the inputs of a batch; all frames are valid unless there is a mask."""
     mask = jnp.ones(features.shape[:2], bool) if mask is None else mask
     return ConnectorInputs(jnp.asarray(features), mask, text_queries=queries)
 
 
-def identities(connector, frames):
-    """Parameters with identity maps to language space; rods' context is told apart by a shift of 1000."""
+def identity_params(connector, frames):
+    """Return parameters whose maps f and W_v are identities; W_v also adds 1000, to mark context tokens."""
     shapes = inputs(jnp.zeros((1, frames, PATCHES, WIDTH)), jnp.zeros((1, frames, 2, WIDTH)))
     params = connector.init(jax.random.key(0), shapes)["params"]
     params["projector"]["linear"] = {"kernel": jnp.eye(WIDTH), "bias": jnp.zeros(WIDTH)}
@@ -58,15 +58,15 @@ def run(connector, params, features):
 
 
 def numbered(frames):
-    """Frame t holds the direction of t, at every patch: [T, N, C], told apart by `which`."""
+    """Return features [T, N, C] whose direction encodes the frame index, for `identify`."""
     angle = 0.2 * np.arange(frames)
     rows = np.zeros((frames, WIDTH), np.float32)
     rows[:, 0], rows[:, 1] = np.cos(angle), np.sin(angle)
     return np.repeat(rows[:, None], PATCHES, axis=1)
 
 
-def which(tokens):
-    """The frame that each token of `numbered` comes from, and whether it is a rod's context."""
+def identify(tokens):
+    """Return the frame of each token of `numbered` features, and whether it is a context token of a rod."""
     context = tokens[:, 2] > 500
     tokens = tokens - 1000.0 * context[:, None]
     frame = np.arctan2(tokens[:, 1], tokens[:, 0]) / 0.2
@@ -75,37 +75,37 @@ def which(tokens):
 
 
 @pytest.mark.parametrize(("frames", "kept"), [(1, 1), (7, 6), (13, 11)])
-def test_frames_in_time_order_with_40_or_2_tokens(frames, kept):
+def test_frames_are_in_time_order_with_40_or_2_tokens(frames, kept):
     connector = full_connector()
-    tokens, focus = run(connector, identities(connector, frames), numbered(frames))
+    tokens, focus = run(connector, identity_params(connector, frames), numbered(frames))
     chosen = focus.frames[0][focus.valid[0]].tolist()
     assert len(chosen) == kept  # ceil(0.8 T)
     expected = [(t, c) for t in range(frames) for c in ([False] * 40 if t in chosen else [False, True])]
     assert focus.tokens[0].tolist() == [40 if t in chosen else 2 for t in range(frames)]
-    assert list(zip(*which(tokens), strict=True)) == expected
+    assert list(zip(*identify(tokens), strict=True)) == expected
     assert len(tokens) == 2 * (frames - kept) + 40 * kept
     assert connector.length(frames) == len(tokens)
 
 
 def test_length_of_long_buckets():
-    """2 (T - J) + 40 J for K = 25 and J = 20, whatever the bucket; released: 38 a cone, J = 36 of 80."""
+    """2 (T - J) + 40 J tokens for J = 20 of 25; in released mode 38 per cone and J = 36 of 80."""
     connector, released = full_connector(), full_connector(**RELEASED)
     for frames in (25, 64, 1000):
         assert connector.length(frames) == 2 * (frames - 20) + 40 * 20
     for frames in (80, 100, 1000):
         assert released.length(frames) == 2 * (frames - 36) + 38 * 36
-    assert released.length(1) == 40  # an image keeps its rods
+    assert released.length(1) == 40  # an image also has its rods
     assert full_connector(cce__cones="none").length(100) == 200
     assert full_connector(cce__cones="patches", cce__rods=()).length(100) == 20 * 256
     assert full_connector(cce__rods=("coarse", "context")).length(100) == 80 * 9 + 20 * 40
 
 
-def test_released_image_is_rods_then_cones():
+def test_released_image_is_rods_then_cone():
     connector = full_connector(**RELEASED)
-    params = identities(connector, 1)
-    tokens, _ = run(connector, params, numbered(1))  # one patch, over and over
+    params = identity_params(connector, 1)
+    tokens, _ = run(connector, params, numbered(1))  # all patches are equal
     assert (tokens[:, 2] > 500).tolist() == [False, True] + [False] * 38
-    # Event tokens are as they are; spatial ones, and so the rods made of them, are scaled by gates.
+    # Gates scale the spatial tokens, and therefore the rods, but not the event tokens.
     scale = np.linalg.norm(tokens[:, :2], axis=1)
     np.testing.assert_allclose(scale[2:18], 1, rtol=1e-4)
     gates = params["params"]["cce"]["spatial"]["gate"]
@@ -115,18 +115,18 @@ def test_released_image_is_rods_then_cones():
     assert gates.min() - 1e-5 < scale[0] < gates.max() + 1e-5
 
 
-def test_released_keeps_rods_only_when_every_frame_is_important():
-    everything = full_connector(**RELEASED | {"dpe__ratio": 1.0})
-    tokens, _ = run(everything, identities(everything, 3), numbered(3))
+def test_released_cones_have_rods_only_if_every_frame_has_a_cone():
+    all_cones = full_connector(**RELEASED | {"dpe__ratio": 1.0})
+    tokens, _ = run(all_cones, identity_params(all_cones, 3), numbered(3))
     assert len(tokens) == 3 * 40
     context = np.flatnonzero(tokens[:, 2] > 500)
     assert context.tolist() == [1, 41, 81]
-    some = full_connector(**RELEASED | {"dpe__ratio": 0.6})
-    tokens, _ = run(some, identities(some, 3), numbered(3))
+    some_cones = full_connector(**RELEASED | {"dpe__ratio": 0.6})
+    tokens, _ = run(some_cones, identity_params(some_cones, 3), numbered(3))
     assert len(tokens) == 2 * 38 + 2
 
 
-def patterned(frames, seed=0):
+def random_features(frames, seed=0):
     return np.random.default_rng(seed).standard_normal((frames, PATCHES, WIDTH)).astype(np.float32)
 
 
@@ -140,16 +140,16 @@ def event_tokens(frame):
 
 
 def test_cone_is_event_then_level_1_then_level_2():
-    connector, features = full_connector(), patterned(1)
-    tokens, _ = run(connector, identities(connector, 1), features)
+    connector, features = full_connector(), random_features(1)
+    tokens, _ = run(connector, identity_params(connector, 1), features)
     first, second = spatial_levels(features[0])
     expected = np.concatenate([event_tokens(features[0]), first, second])
     np.testing.assert_allclose(tokens, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_rod_is_content_then_context():
-    connector, features = full_connector(cce__cones="none"), patterned(2)
-    params = identities(connector, 2)
+    connector, features = full_connector(cce__cones="none"), random_features(2)
+    params = identity_params(connector, 2)
     key = jax.tree.map(np.asarray, params["params"]["cce"]["context"]["key"])
     queries = np.random.default_rng(1).standard_normal((1, 2, 3, WIDTH)).astype(np.float32)
     out = connector.apply(params, inputs(features[None], queries))
@@ -163,8 +163,8 @@ def test_rod_is_content_then_context():
 
 @pytest.mark.parametrize("cones", ["single_grained", "pair", "patches", "cross_attention"])
 def test_other_cones(cones):
-    connector, features = full_connector(cce__cones=cones), patterned(1)
-    params = identities(connector, 1)
+    connector, features = full_connector(cce__cones=cones), random_features(1)
+    params = identity_params(connector, 1)
     tokens, _ = run(connector, params, features)
     events, (first, second) = event_tokens(features[0]), spatial_levels(features[0])
     spatial = np.concatenate([first, second])
@@ -187,8 +187,11 @@ def test_other_cones(cones):
 
 
 def test_coarse_rods():
-    connector, features = full_connector(cce__cones="none", cce__rods=("coarse", "content")), patterned(1)
-    tokens, _ = run(connector, identities(connector, 1), features)
+    connector, features = (
+        full_connector(cce__cones="none", cce__rods=("coarse", "content")),
+        random_features(1),
+    )
+    tokens, _ = run(connector, identity_params(connector, 1), features)
     first, second = spatial_levels(features[0])
     content = np.concatenate([first, second]).mean(0, keepdims=True)
     np.testing.assert_allclose(tokens, np.concatenate([second, content]), rtol=1e-5, atol=1e-6)
@@ -200,7 +203,7 @@ def test_pooled_connector():
     config.model.language.width = WIDTH
     config.model.connector.projector = "linear"
     config.model.connector = change_kind(config.model.connector, "pooled", "config.model.connector")
-    connector, features = make_connector(config.model), patterned(3)
+    connector, features = make_connector(config.model), random_features(3)
     given = inputs(features[None], mask=jnp.array([[True, True, False]]))
     params = connector.init(jax.random.key(0), given)["params"]
     params["projector"]["linear"] = {"kernel": jnp.eye(WIDTH), "bias": jnp.zeros(WIDTH)}

@@ -1,4 +1,4 @@
-"""DPE: what is kept, what is scored, where gradients flow."""
+"""DPE: selected prototypes, scores and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from dynfocus_jax.connectors.dynfocus.selection import kept_counts, min_max
 from dynfocus_jax.connectors.interface import ConnectorInputs, QuestionWords
 from dynfocus_jax.sections import fill_section
 from dynfocus_jax.video_language_model import row_randomness
-from tests.tiny import shaken
+from tests.tiny import perturb
 
 PATCHES, WIDTH, K = 4, 6, 8
 
@@ -29,7 +29,7 @@ def clips(frames, batch=2, seed=0):
 
 
 def inputs(features, mask=None, question=None, oracle=None, randomness=None):
-    """Inputs of a batch whose frames all exist, unless a mask says otherwise."""
+    """Return the inputs of a batch; all frames are valid unless there is a mask."""
     mask = jnp.ones(features.shape[:2], bool) if mask is None else mask
     question = None if question is None else QuestionWords(*question)
     return ConnectorInputs(features, mask, question=question, oracle_frames=oracle, randomness=randomness)
@@ -39,13 +39,13 @@ def select(dpe, variables, features, *, train=False, **given):
     return dpe.apply(variables, inputs(features, **given), train=train)
 
 
-def drawn(features, seed=1, at_random=False, **given):
+def make_randomness(features, seed=1, at_random=False, **given):
     return row_randomness(jax.random.key(seed), len(features), at_random, **given)
 
 
 def init(dpe, features, **given):
     variables = jax.jit(lambda key: dpe.init(key, inputs(features, **given), train=False))
-    return {"params": shaken(variables(jax.random.key(0))["params"])}
+    return {"params": perturb(variables(jax.random.key(0))["params"])}
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_min_max():
     assert not np.asarray(gradient)[~np.asarray(valid)].any()
 
 
-def test_evaluation_keeps_the_highest_scores_in_time_order():
+def test_evaluation_selects_the_highest_scores_in_time_order():
     dpe, features = make_dpe(), clips(20)
     selection = select(dpe, init(dpe, features), features)
     assert selection.prototype_valid.all()
@@ -91,7 +91,7 @@ def test_evaluation_keeps_the_highest_scores_in_time_order():
         np.testing.assert_array_equal(selection.indicators[row].argmax(-1), best)
     assert (selection.scores.min(), selection.valid.all()) == (0.0, True)
     assert 0.999 < selection.scores.max() < 1.0
-    # A frame has the score of its event; a key frame belongs to its own.
+    # A frame has the score of its event, and a key frame is in its own event.
     at_centers = np.take_along_axis(np.asarray(selection.frame_scores), np.asarray(selection.centers), 1)
     np.testing.assert_array_equal(at_centers, selection.scores)
 
@@ -100,7 +100,7 @@ def test_few_frames_are_their_own_events():
     dpe, features = make_dpe(num_selected=6), clips(4)
     mask = jnp.array([[True] * 4, [True, True, False, False]])
     selection = select(dpe, init(dpe, features), features, mask=mask)
-    pooled = np.asarray(features).reshape(2, 4, 2, 2, WIDTH).mean(2)  # (2, 2) patches to (1, 2)
+    pooled = np.asarray(features).reshape(2, 4, 2, 2, WIDTH).mean(2)  # 2 x 2 patches, pooled to 1 x 2
     np.testing.assert_allclose(selection.events[0], pooled[0], rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(selection.events[1, :2], pooled[1, :2], rtol=1e-6, atol=1e-7)
     assert selection.valid.tolist() == [[True] * 4, [True, True, False, False]]
@@ -115,7 +115,7 @@ def test_no_frames():
     noise = jnp.ones((2, 40, K))
 
     def loss(variables, train):
-        randomness = drawn(features, noise=noise) if train else None
+        randomness = make_randomness(features, noise=noise) if train else None
         selection = select(dpe, variables, features, mask=mask, train=train, randomness=randomness)
         return selection.events.sum() + selection.scores.sum(), selection
 
@@ -127,31 +127,33 @@ def test_no_frames():
 
 
 def test_training_slots_are_distinct_frames():
-    """Scores that all but tie: the arg-maxes of the slots' indicators often agree, the frames must not."""
+    """The scores are almost equal, so several slots' indicators have the same arg-max."""
     dpe = make_dpe(num_selected=5, samples=3)
     features = clips(20, batch=16)
-    randomness = drawn(features, seed=0)
+    randomness = make_randomness(features, seed=0)
     selection = select(dpe, init(dpe, features), features, train=True, randomness=randomness)
     top = np.asarray(selection.indicators.argmax(-1))
-    assert any(len(set(row)) < 5 for row in top.tolist()), "the case is too easy"
+    assert any(len(set(row)) < 5 for row in top.tolist()), (
+        "no two slots have the same arg-max, so this tests nothing"
+    )
     for row in range(16):
         assert len(set(selection.frames[row].tolist())) == 5
         assert set(selection.frames[row].tolist()) <= set(selection.centers[row].tolist())
     np.testing.assert_allclose(selection.indicators.sum(-1), 1.0, rtol=1e-6)
 
 
-def test_events_of_training_are_the_indicators_mixture():
+def test_training_events_are_mixed_by_the_indicators():
     dpe, features = make_dpe(), clips(5)
-    selection = select(dpe, init(dpe, features), features, train=True, randomness=drawn(features))
+    selection = select(dpe, init(dpe, features), features, train=True, randomness=make_randomness(features))
     pooled = np.asarray(features).reshape(2, 5, 2, 2, WIDTH).mean(2)
     expected = np.einsum("bjk,bkpc->bjpc", np.asarray(selection.indicators), pooled)
     np.testing.assert_allclose(selection.events, expected, rtol=1e-5, atol=1e-6)
     assert len(np.unique(selection.indicators)) > 2  # not one-hot
 
 
-def upstream_gradient(dpe, variables, features, at_random, **given):
+def param_gradients(dpe, variables, features, at_random, **given):
     def loss(variables):
-        randomness = drawn(features, at_random=at_random)
+        randomness = make_randomness(features, at_random=at_random)
         selection = select(dpe, variables, features, train=True, randomness=randomness, **given)
         return jnp.sin(selection.events * 3).sum()
 
@@ -161,34 +163,34 @@ def upstream_gradient(dpe, variables, features, at_random, **given):
 def test_gradient_reaches_every_score_net_parameter_unless_selection_is_random():
     dpe, features = make_dpe(), clips(20)
     variables = init(dpe, features)
-    gradients = upstream_gradient(dpe, variables, features, False)
-    shift = gradients.pop("score_net/out_dense_2/bias")  # min-max takes it away
+    gradients = param_gradients(dpe, variables, features, False)
+    shift = gradients.pop("score_net/out_dense_2/bias")  # min-max normalisation removes it
     assert len(gradients) == 9
     for path, gradient in gradients.items():
         assert np.abs(gradient).max() > 1e-6, path
     assert np.abs(shift).max() < 1e-4 * max(np.abs(gradient).max() for gradient in gradients.values())
-    at_random = upstream_gradient(dpe, variables, features, True)
+    at_random = param_gradients(dpe, variables, features, True)
     assert not any(gradient.any() for gradient in at_random.values())
 
 
 def test_random_selection_is_uniform_over_valid_prototypes():
-    """2,000 draws of 3 of the 6 valid events: a chi-square test of the counts, and of the pairs."""
+    """Chi-square tests of counts and of triples, in 2,000 draws of 3 of 6 valid events."""
     rows = 2000
     dpe = make_dpe(num_selected=3, samples=1)
     features = clips(K, batch=rows)
     mask = jnp.broadcast_to(jnp.arange(K) < 6, (rows, K))
-    randomness = drawn(features, seed=3, at_random=True)
+    randomness = make_randomness(features, seed=3, at_random=True)
     selection = select(dpe, init(dpe, features[:1]), features, mask=mask, train=True, randomness=randomness)
     frames = np.asarray(selection.frames)
     assert selection.valid.all()
     assert (np.diff(frames, axis=1) > 0).all()
     assert frames.max() < 6
     counts = np.bincount(frames.ravel(), minlength=6)
-    # The counts of a draw without replacement have covariance 0.3 (I - 1 1'/6): chi-square with 5 degrees.
+    # Counts of draws without replacement have covariance 0.3 (I - 1 1'/6): chi-square, 5 degrees of freedom.
     assert ((counts - rows / 2) ** 2).sum() / (0.3 * rows) < 20.5  # p = 0.001
     triples = np.unique(frames @ [36, 6, 1], return_counts=True)[1]
     assert len(triples) == 20
-    assert ((triples - rows / 20) ** 2).sum() / (rows / 20) < 43.8  # 19 degrees, p = 0.001
+    assert ((triples - rows / 20) ** 2).sum() / (rows / 20) < 43.8  # 19 degrees of freedom, p = 0.001
 
 
 def question(features, words=3, seed=5):
@@ -208,11 +210,11 @@ def test_question_term_starts_at_zero_with_a_gradient():
     expected = select(plain, without, features)
     actual = select(conditioned, variables, features, question=asked)
     np.testing.assert_array_equal(actual.scores, expected.scores)
-    gradients = upstream_gradient(conditioned, variables, features, False, question=asked)
+    gradients = param_gradients(conditioned, variables, features, False, question=asked)
     assert np.abs(gradients["question_score/bilinear/kernel"]).max() > 1e-6
 
 
-def test_scores_depend_on_the_question_words_that_count():
+def test_scores_depend_on_valid_question_words_only():
     dpe, features = make_dpe(question_conditioned=True), clips(20)
     words, _ = question(features)
     variables = init(dpe, features, question=question(features))
@@ -235,7 +237,7 @@ def test_question_score_against_its_formula():
     params = variables["params"]
     plain = make_dpe()
 
-    # min-max hides the raw scores: recover them from the score net, add the term by hand, normalise again.
+    # Take the raw scores from the score net, add the question's term by hand, and normalise again.
     events = np.asarray(features, np.float64).reshape(2, 5, 2, 2, WIDTH).mean(2)
     _, state = plain.apply(
         {"params": {"score_net": params["score_net"]}},
@@ -264,7 +266,7 @@ def test_uniform_selection(total, expected):
     assert selection.frames[0][selection.valid[0]].tolist() == expected
 
 
-def test_oracle_selection_takes_the_first_named_frames():
+def test_oracle_selects_the_first_given_frames():
     dpe, features = make_dpe(selection="oracle", num_selected=2), clips(6)
     oracle = jnp.array([[0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1]], bool)
     mask = jnp.array([[True] * 6, [True] * 5 + [False]])

@@ -1,4 +1,4 @@
-"""A connector outside of the package runs through the whole program, with no other file changed."""
+"""A connector outside of the package works with all commands, without changes to any other file."""
 
 import json
 
@@ -24,7 +24,7 @@ def get_config(arg=""):
 
 @pytest.fixture(scope="module")
 def run(data_root, tmp_path_factory):
-    """A run that was stopped after two steps and resumed to its end."""
+    """Folder of a run that was stopped after two steps and then resumed to its end."""
     folder = tmp_path_factory.mktemp("outside")
     (folder / "gated.py").write_text(CONFIG)
     arguments = [f"--config={folder}/gated.py", f"--workdir={folder}/run", f"--config.data.root={data_root}"]
@@ -44,7 +44,7 @@ def test_trains_resumes_evaluates_and_draws(run):
     assert [line["step"] for line in lines] == [2, 4]
 
 
-def test_exports_its_parameters_under_their_own_names(run):
+def test_export_uses_the_parameter_paths_as_names(run):
     checkpoint = run / "run" / "checkpoints" / "instruct" / "4"
     code, _, stderr = command(
         "convert", f"--config={run}/gated.py", f"--checkpoint={checkpoint}", f"--export={run}/published"
@@ -70,7 +70,7 @@ def test_exports_its_parameters_under_their_own_names(run):
     ids=lambda value: value[0].rpartition("=")[2] if isinstance(value, list) else "",
 )
 def test_bad_connectors_end_the_command(run, arguments, words):
-    """Unknown, not importable, no connector, a field of another connector, a bad value: one sentence each."""
+    """Every mistake in the connector's section ends the command with one sentence."""
     code, stdout, stderr = command("train", f"--config={run}/gated.py", f"--workdir={run}/other", *arguments)
     (line,) = stderr.splitlines()
     assert (code, stdout) == (2, "")

@@ -17,7 +17,7 @@ from dynfocus_jax.training.checkpoints import save_params
 from dynfocus_jax.video_language_model import build_model
 from dynfocus_jax.weights.conversion import belongs_to_connector
 from tests.features.extract_config import BATCH_SIZE, FRAMES, make_config
-from tests.tiny import SIZE, mesh_of, shaken, tiny_config
+from tests.tiny import SIZE, mesh_of, perturb, tiny_config
 
 
 def entry(name, media, *, question="what is red ?", answer="square", **fields):
@@ -68,7 +68,7 @@ def initial(tmp_path_factory):
         if not belongs_to_connector(path)
     }
     model = build_model(config, index)
-    params = shaken(trees.unflatten(init_params(model, jax.random.key(5), shapes)))
+    params = perturb(trees.unflatten(init_params(model, jax.random.key(5), shapes)))
     path = tmp_path_factory.mktemp("initial")
     save_params(path, jax.device_get(params))
     return path

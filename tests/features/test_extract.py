@@ -30,7 +30,7 @@ from dynfocus_jax.validation import validate
 from dynfocus_jax.video_language_model import VideoLanguageModel, build_model
 from tests.features.conftest import entry
 from tests.features.extract_config import BATCH_SIZE, FRAMES, make_config
-from tests.tiny import make_sample, mesh_of, pad, shaken, stack, with_kind
+from tests.tiny import make_sample, mesh_of, pad, perturb, stack, with_kind
 
 RNG = np.random.default_rng(0)
 # Parameters that only shift all scores, or all logits of a query: their gradient is zero up to rounding, of
@@ -178,7 +178,7 @@ def init_like(config):
     shapes = sharded_shapes(config, len(config.stages) - 1, mesh_of())
     held = trees.flatten(read_params(Path(config.initial)))
     fresh = {path: leaf for path, leaf in shapes.items() if path not in held}
-    fresh = jax.device_get(shaken(trees.unflatten(init_params(model, jax.random.key(0), fresh))))
+    fresh = jax.device_get(perturb(trees.unflatten(init_params(model, jax.random.key(0), fresh))))
     params = held | trees.flatten(fresh)
     return trees.unflatten({path: place_like(params[path], shape) for path, shape in shapes.items()})
 

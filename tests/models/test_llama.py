@@ -11,8 +11,8 @@ from tests.tiny import (
     make_sample,
     model_of,
     pad,
+    perturb,
     random_params,
-    shaken,
     stack,
     tiny_config,
     with_kind,
@@ -24,14 +24,14 @@ SIZES = {"vocab_size": 11, "width": 12, "depth": 2, "heads": 4, "kv_heads": 2, "
 def make_llama(**changes):
     model = Llama(**(SIZES | changes))
 
-    def everything(module, tokens, lengths):
+    def compute_logits(module, tokens, lengths):
         hidden = module(module.embed(tokens), lengths)
         return module.logits(hidden)
 
     tokens = jnp.zeros((1, 3), jnp.int32)
-    init = jax.jit(lambda key: model.init(key, tokens, jnp.array([3]), method=everything))
-    variables = {"params": shaken(init(jax.random.key(0))["params"])}
-    return model, variables, jax.jit(lambda v, t, n: model.apply(v, t, n, method=everything))
+    init = jax.jit(lambda key: model.init(key, tokens, jnp.array([3]), method=compute_logits))
+    variables = {"params": perturb(init(jax.random.key(0))["params"])}
+    return model, variables, jax.jit(lambda v, t, n: model.apply(v, t, n, method=compute_logits))
 
 
 def rope_from_wavelengths(theta, size, scaling="none", factor=1.0, low=1.0, high=4.0, original=8192):
@@ -163,7 +163,7 @@ def test_remat_keeps_gradients():
 
 @pytest.mark.parametrize("changes", [{}, QWEN3 | LLAMA3], ids=["llama", "qwen3"])
 def test_prefill_equals_the_full_forward(changes):
-    """Logits are bitwise equal; the cache equals one that `extend` has filled from the start."""
+    """Logits are bitwise equal. The cache equals one that `extend` has filled from empty."""
     model, variables, run = make_llama(**changes)
     tokens, lengths = np.random.default_rng(4).integers(0, 11, (3, 7)), np.array([7, 3, 1])
 
@@ -195,7 +195,7 @@ def test_prefill_equals_the_full_forward(changes):
 
 @pytest.mark.parametrize("changes", [{}, QWEN3 | LLAMA3], ids=["llama", "qwen3"])
 def test_cache_in_padded_chunks_equals_the_full_forward(changes):
-    """Chunks have several sizes, and rows a different number of valid tokens in each, or none.
+    """Chunks have different sizes; in each, rows have different numbers of valid tokens, or none.
 
     The cache holds exactly the 13 valid tokens, so the padding of the last chunks lies beyond its end.
     """

@@ -1,4 +1,4 @@
-"""LoRA of the language model: zero at the start, trained alone, merged into the kernels."""
+"""LoRA of the language model: initialised to zero, trained alone, merged into the kernels."""
 
 import json
 
@@ -19,12 +19,12 @@ from dynfocus_jax.training.step import make_train_step
 from dynfocus_jax.video_language_model import build_model
 from dynfocus_jax.weights.conversion import export_model
 from dynfocus_jax.weights.export import merge_lora
-from tests.tiny import make_sample, mesh_of, pad, shaken, stack, tiny_config
+from tests.tiny import make_sample, mesh_of, pad, perturb, stack, tiny_config
 
 RANK, ALPHA = 3, 7.0
 
 
-def adapted(targets=PROJECTIONS, rank=RANK, dtype="float32"):
+def lora_config(targets=PROJECTIONS, rank=RANK, dtype="float32"):
     config = tiny_config()
     config.model.dtype = dtype
     config.model.language.depth = 2
@@ -36,7 +36,7 @@ def adapted(targets=PROJECTIONS, rank=RANK, dtype="float32"):
     return config
 
 
-def language_of(config):
+def make_language(config):
     """Return the language model's initial parameters, and a jitted function from them to logits."""
     types = {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype}
     model = Llama(**FrozenConfigDict(config.model.language), **types)
@@ -51,13 +51,13 @@ def language_of(config):
 
 
 def logits(config, params):
-    return language_of(config)[1](params["language"])
+    return make_language(config)[1](params["language"])
 
 
 @pytest.fixture(scope="module")
 def params():
-    """Initial parameters of a language model with updates of all projections, under "language"."""
-    return {"language": language_of(adapted())[0]}
+    """Initial parameters of a language model with low-rank updates of all projections, under "language"."""
+    return {"language": make_language(lora_config())[0]}
 
 
 def without_lora(params):
@@ -66,9 +66,9 @@ def without_lora(params):
 
 
 def test_parameters(params):
-    """Updates stand beside their kernels and have the configured rank; other parameters do not change."""
+    """Updates are beside their kernels and have the configured rank; other parameters do not change."""
     flat = trees.flatten(params)
-    language = adapted().model.language
+    language = lora_config().model.language
     for target in PROJECTIONS:
         kernel = flat[f"language/blocks/{target}/kernel"]
         split = 3 if target == "out" else 2  # axes: layers, inputs, outputs
@@ -79,26 +79,26 @@ def test_parameters(params):
         inputs = np.prod(kernel.shape[1:split])
         assert 0.8 * inputs**-0.5 < np.abs(down).max() <= inputs**-0.5  # uniform, as published
         assert not np.array_equal(down[0], down[1])
-    base = trees.flatten({"language": language_of(adapted(rank=0))[0]})
+    base = trees.flatten({"language": make_language(lora_config(rank=0))[0]})
     assert {p: leaf.shape for p, leaf in base.items()} == {
         path: leaf.shape for path, leaf in trees.flatten(without_lora(params)).items()
     }
-    chosen, none = (param_shapes(adapted(("key", "down"), rank), -1).keys() for rank in (RANK, 0))
+    chosen, none = (param_shapes(lora_config(("key", "down"), rank), -1).keys() for rank in (RANK, 0))
     assert chosen - none == {
         f"language/blocks/{target}/lora_{name}" for target in ("key", "down") for name in "ab"
     }
 
 
-def test_updates_are_zero_at_the_start(params):
-    base = logits(adapted(rank=0), without_lora(params))
-    np.testing.assert_array_equal(logits(adapted(), params), base)
+def test_initial_updates_are_zero(params):
+    base = logits(lora_config(rank=0), without_lora(params))
+    np.testing.assert_array_equal(logits(lora_config(), params), base)
 
 
 @pytest.mark.parametrize("target", PROJECTIONS)
 def test_each_update_belongs_to_its_kernel(params, target):
-    """The result equals that of a kernel to which the update is added."""
-    config = adapted((target,))
-    flat = trees.flatten(shaken(params, 1))
+    """The result equals that of a kernel with the update added."""
+    config = lora_config((target,))
+    flat = trees.flatten(perturb(params, 1))
     kept = {path: leaf for path, leaf in flat.items() if "lora" not in path or f"/{target}/" in path}
     down, up = (flat[f"language/blocks/{target}/lora_{name}"] for name in "ab")
     kernel = f"language/blocks/{target}/kernel"
@@ -106,16 +106,16 @@ def test_each_update_belongs_to_its_kernel(params, target):
     update = jnp.einsum(equation, down, up) * ALPHA / RANK
     by_hand = trees.flatten(without_lora(trees.unflatten(flat)))
     changed = logits(config, trees.unflatten(kept))
-    base = logits(adapted(rank=0), trees.unflatten(by_hand))
+    base = logits(lora_config(rank=0), trees.unflatten(by_hand))
     by_hand[kernel] = by_hand[kernel] + update
-    expected = logits(adapted(rank=0), trees.unflatten(by_hand))
+    expected = logits(lora_config(rank=0), trees.unflatten(by_hand))
     assert np.abs(expected - base).max() > 1e-3
     np.testing.assert_allclose(changed, expected, atol=2e-5)
 
 
 def test_only_the_updates_are_trained():
-    """Updates have gradients and moments; other parameters are frozen, in the dtype of the computation."""
-    config, mesh = adapted(("query", "value", "down"), dtype="bfloat16"), mesh_of()
+    """Updates have gradients and moments; other parameters are frozen, in the compute dtype."""
+    config, mesh = lora_config(("query", "value", "down"), dtype="bfloat16"), mesh_of()
     abstract, stage = abstract_state(config, -1, mesh), config.stages[-1]
     assert all("lora_" in path for path in trees.flatten(abstract.trained))
     assert len(trees.flatten(abstract.trained)) == 6
@@ -145,26 +145,26 @@ def test_only_the_updates_are_trained():
         np.testing.assert_array_equal(trees.flatten(state.frozen)[path], leaf, err_msg=path)
 
 
-def test_merged(params):
-    config = adapted()
-    moved = jax.device_get(shaken(params, 2))
+def test_merge_lora(params):
+    config = lora_config()
+    moved = jax.device_get(perturb(params, 2))
     merged = merge_lora(moved, config.model.language.lora)
     assert trees.flatten(merged).keys() == trees.flatten(without_lora(moved)).keys()
     expected = logits(config, moved)
-    np.testing.assert_allclose(logits(adapted(rank=0), merged), expected, atol=5e-5)
-    assert np.abs(logits(adapted(rank=0), without_lora(moved)) - expected).max() > 1e-2
+    np.testing.assert_allclose(logits(lora_config(rank=0), merged), expected, atol=5e-5)
+    assert np.abs(logits(lora_config(rank=0), without_lora(moved)) - expected).max() > 1e-2
     assert "lora_a" in moved["language"]["blocks"]["query"]  # the argument is not modified
 
 
-def test_export_merges(params, tmp_path):
-    config = adapted()
-    moved = jax.device_get(shaken(params, 3))
+def test_export_merges_the_updates(params, tmp_path):
+    config = lora_config()
+    moved = jax.device_get(perturb(params, 3))
     language = {"language": moved["language"]}
     for name in ("adapted", "merged"):
         (tmp_path / name).mkdir()
     export_model(tmp_path / "adapted", language, config, 2**30)
     merged = merge_lora(language, config.model.language.lora)
-    export_model(tmp_path / "merged", merged, adapted(rank=0), 2**30)
+    export_model(tmp_path / "merged", merged, lora_config(rank=0), 2**30)
     one, other = (load_file(tmp_path / name / "language/model.safetensors") for name in ("adapted", "merged"))
     assert one.keys() == other.keys()
     for name, array in one.items():

@@ -15,8 +15,8 @@ from tests.tiny import (
     make_sample,
     model_of,
     pad,
+    perturb,
     random_params,
-    shaken,
     stack,
     tiny_config,
 )
@@ -48,7 +48,7 @@ VARIANTS = {
 }
 
 
-def samples():
+def make_samples():
     rng = np.random.default_rng(3)
     still = rng.integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
     return {
@@ -64,7 +64,7 @@ def samples():
 
 
 def differences(together, alone, rows):
-    """What differs between row i of `together` and `alone[i]`, as text."""
+    """Yield a line for each difference between row i of `together` and `alone[i]`."""
     scale = np.abs(together.tokens).max()
     for row, name in enumerate(rows):
         count, single = together.count[row], jax.tree.map(lambda x: x[0], alone[row])
@@ -81,37 +81,37 @@ def differences(together, alone, rows):
                 yield f"{name}: padding is not where the mask says, or not zero"
 
 
-def perturbations(rows):
+def make_noise(rows):
     return np.random.default_rng(0).standard_normal((rows, SAMPLES, K)).astype(np.float32)
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("mode", ["paper", "released"])
-def test_model(mode, train):
-    """Compiled, from pixels to loss: a mixed batch against each sample alone, in smaller buckets."""
+def test_whole_model(mode, train):
+    """A mixed batch has the visual tokens and losses of each sample alone in a smaller bucket."""
     config = change(tiny_config(), **VARIANTS[mode])
     model = model_of(config)
-    everyone = samples()
-    batch = stack([pad(sample, LONG + 6, 14, subtitle=6) for sample in everyone.values()])
+    cases = make_samples()
+    batch = stack([pad(sample, LONG + 6, 14, subtitle=6) for sample in cases.values()])
     params = random_params(model, batch)
     run = forward(model, train)
-    noise = perturbations(len(everyone))
+    noise = make_noise(len(cases))
     together, losses = jax.device_get(run(params, batch, noise))
-    alone, lonely_losses = [], []
-    for row, sample in enumerate(everyone.values()):
+    alone, single_losses = [], []
+    for row, sample in enumerate(cases.values()):
         frames = K if len(sample.frames) <= K else LONG
         single = stack([pad(sample, frames, 10, subtitle=4)])
         visual, loss = jax.device_get(run(params, single, noise[row : row + 1]))
         alone.append(visual)
-        lonely_losses.append(loss[0])
-    assert not list(differences(together, alone, everyone))
+        single_losses.append(loss[0])
+    assert not list(differences(together, alone, cases))
     assert losses.min() > 0.1
-    np.testing.assert_allclose(lonely_losses, losses, rtol=1e-6)
+    np.testing.assert_allclose(single_losses, losses, rtol=1e-6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_connector(variant):
-    """Every variant, in evaluation and training: frame features to visual tokens; in other company."""
+    """A mixed batch has the visual tokens of batches of other samples in smaller buckets."""
     config = change(tiny_config(), **VARIANTS[variant])
     connector = make_connector(config.model)
     rng = np.random.default_rng(4)
@@ -131,14 +131,16 @@ def test_connector(variant):
     questions = rng.standard_normal((len(clips), words, width)).astype(np.float32)
     lengths = np.arange(len(clips), dtype=np.int32) % words + 1
     oracle = rng.random((len(clips), LONG + 6)) < 0.5
-    noise = perturbations(len(clips))
+    noise = make_noise(len(clips))
 
     def randomness(rows):
-        every = row_randomness(jax.random.key(7), len(clips))
-        return every._replace(keys=every.keys[np.array(rows)], given={"noise": noise[rows]})
+        whole = row_randomness(jax.random.key(7), len(clips))
+        return whole._replace(keys=whole.keys[np.array(rows)], given={"noise": noise[rows]})
 
     def inputs(rows, frames, train=False):
-        features = np.full((len(rows), frames, patches, width), 7.0, np.float32)  # rubbish in the padding
+        features = np.full(
+            (len(rows), frames, patches, width), 7.0, np.float32
+        )  # padding holds arbitrary values
         mask = np.zeros((len(rows), frames), bool)
         for place, row in enumerate(rows):
             clip = list(clips.values())[row]
@@ -152,8 +154,8 @@ def test_connector(variant):
             randomness=randomness(rows) if train else None,
         )
 
-    everyone = list(range(len(clips)))
-    params = {"params": shaken(connector.init(jax.random.key(0), inputs(everyone, LONG + 6))["params"])}
+    all_rows = list(range(len(clips)))
+    params = {"params": perturb(connector.init(jax.random.key(0), inputs(all_rows, LONG + 6))["params"])}
     failures = []
     for train in (False, True):
 
@@ -161,10 +163,10 @@ def test_connector(variant):
             visual = connector.apply(params, inputs(rows, frames, train), train=train)
             return jax.device_get(visual._replace(focus=None))
 
-        together, apart = run(everyone, LONG + 6), {}
+        together, alone = run(all_rows, LONG + 6), {}
         short = [row for row, clip in enumerate(clips.values()) if len(clip) <= K]
-        for rows, frames in ((short[::-1], K), (sorted({*everyone} - {*short})[::-1], LONG)):
+        for rows, frames in ((short[::-1], K), (sorted({*all_rows} - {*short})[::-1], LONG)):
             out = run(rows, frames)
-            apart |= {row: jax.tree.map(lambda x, i=i: x[i : i + 1], out) for i, row in enumerate(rows)}
-        failures += [f"train={train}, {text}" for text in differences(together, apart, clips)]
+            alone |= {row: jax.tree.map(lambda x, i=i: x[i : i + 1], out) for i, row in enumerate(rows)}
+        failures += [f"train={train}, {text}" for text in differences(together, alone, clips)]
     assert not failures, "\n".join(failures)

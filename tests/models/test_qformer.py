@@ -1,4 +1,4 @@
-"""The text encoder: what its queries depend on, its gradients, rematerialization."""
+"""The text encoder: dependencies of its queries, gradients, rematerialization."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import numpy as np
 from dynfocus_jax import trees
 from dynfocus_jax.models.qformer import QFormer
 from dynfocus_jax.planning.flops import count_flops
-from tests.tiny import shaken
+from tests.tiny import perturb
 
 
 def make_qformer(**changes):
@@ -15,7 +15,7 @@ def make_qformer(**changes):
     model = QFormer(**(sizes | {"mlp_dim": 10, "cross_every": 2, "output_width": 5} | changes))
     tokens, lengths = jnp.zeros((1, 4), jnp.int32), jnp.array([4])
     init = jax.jit(lambda key: model.init(key, tokens, lengths, jnp.zeros((1, 2, 6, 7))))
-    return model, {"params": shaken(init(jax.random.key(0))["params"])}
+    return model, {"params": perturb(init(jax.random.key(0))["params"])}
 
 
 def inputs(seed=0):
@@ -70,10 +70,10 @@ def test_all_parameters_but_the_last_text_feed_forward_have_gradients():
     gradients = trees.flatten(jax.grad(loss)(variables)["params"])
     zero = {path for path, gradient in gradients.items() if np.abs(gradient).max() < 1e-9}
     # The text output of the last block is unused; a key's bias shifts all logits of a query equally.
-    unread = {path for path in gradients if path.startswith("blocks_2/text_mlp")}
-    assert unread
-    assert zero >= unread
-    assert all(path.endswith("key/bias") for path in zero - unread)
+    unused = {path for path in gradients if path.startswith("blocks_2/text_mlp")}
+    assert unused
+    assert zero >= unused
+    assert all(path.endswith("key/bias") for path in zero - unused)
     cross = {path.split("/")[0] for path in gradients if "cross_attention" in path}
     assert cross == {"blocks_0", "blocks_2"}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dynfocus_jax.models.vit import VisionTransformer, resize_positions
-from tests.tiny import shaken
+from tests.tiny import perturb
 
 SIZES = {
     "image_size": 8,
@@ -25,7 +25,7 @@ SIZES = {
 def make_tower(**changes):
     tower = VisionTransformer(**(SIZES | changes))
     frames = np.random.default_rng(0).integers(0, 256, (2, 1, 8, 8, 3), dtype=np.uint8)
-    return tower, frames, shaken(jax.jit(tower.init)(jax.random.key(0), frames)["params"])
+    return tower, frames, perturb(jax.jit(tower.init)(jax.random.key(0), frames)["params"])
 
 
 @pytest.mark.parametrize("cls_token", [True, False])

@@ -119,7 +119,7 @@ def scenes(rng, frames, width):
 
 @pytest.mark.parametrize("extra", [3, 40])
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -1e30, 0.0])
-def test_padding_changes_no_choice(extra, garbage):
+def test_padding_does_not_change_clusters(extra, garbage):
     rng = np.random.default_rng(0)
     for frames, width in [(17, 1408), (24, 96), (15, 257)]:
         points = scenes(rng, frames, width)
@@ -137,7 +137,7 @@ def test_padding_changes_no_choice(extra, garbage):
         assert_close(padded.prototypes, plain.prototypes, 1e-6)
 
 
-def test_masked_points_in_between_change_no_choice():
+def test_masked_points_in_between_do_not_change_clusters():
     rng = np.random.default_rng(1)
     points, at = scenes(rng, 20, 64), np.sort(rng.choice(50, 20, replace=False))
     spaced, mask = np.full((50, 64), np.nan, np.float32), np.zeros(50, bool)
@@ -159,7 +159,7 @@ def test_static_video_gives_distinct_centers():
 
 @pytest.fixture(params=["exact", "by position"])
 def rounding(request, monkeypatch):
-    """`dpc_knn` with products as this machine rounds them, and with rounding that depends on the position."""
+    """`dpc_knn` with this machine's rounding of products, and with rounding that depends on the position."""
     exact = module.gram
 
     def by_position(points):
@@ -183,7 +183,7 @@ def test_two_alternating_frames_tie_by_index(rounding):
 
 
 def test_mutual_nearest_neighbours_tie_by_index(rounding):
-    """With k = 2 two such points have the same density, wherever they are among masked points."""
+    """With k = 2, two such points have equal densities, wherever they are among masked points."""
     for seed in range(20):
         rng = np.random.default_rng(seed)
         far, pair = rng.normal(size=(2, 1001))
@@ -270,7 +270,7 @@ def test_first_duplicate_distinguishes_adjacent_floats():
 
 
 @pytest.mark.parametrize("weighting", ["importance", "mean"])
-def test_gradient_of_the_weighted_sum_alone(weighting):
+def test_gradient_is_that_of_the_weighted_sum(weighting):
     rng = np.random.default_rng(6)
     points = rng.normal(size=(2, 20, 8)).astype(np.float32)
     points[:, 15:] = np.nan
@@ -288,7 +288,7 @@ def test_gradient_of_the_weighted_sum_alone(weighting):
     assert not np.asarray(gradient)[:, 15:].any()
 
 
-def test_nothing_valid():
+def test_no_valid_point():
     points = np.full((5, 4), np.nan, np.float32)
     mask = np.zeros(5, bool)
     clusters = run(points, 3, 2, mask=mask)
@@ -325,7 +325,7 @@ def test_no_pairwise_difference_is_materialised():
     points = jax.ShapeDtypeStruct((batch, num, width), jnp.float32)
     found = list(sizes(jax.make_jaxpr(partial(dpc_knn, num_clusters=8, k=4))(points).jaxpr))
     assert max(found) < batch * num * num * width / 8
-    assert batch * num * num in found  # the search has reached the distances
+    assert batch * num * num in found  # the search has found the distances
 
 
 def test_errors():

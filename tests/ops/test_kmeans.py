@@ -33,7 +33,7 @@ def slow_kmeans(points, initial, weights, mask, iterations, tol):
     return centroids, labels, total
 
 
-def check(actual, expected):
+def assert_equals(actual, expected):
     """Compare a KMeans with the result of `slow_kmeans`."""
     centroids, labels, total = expected
     np.testing.assert_array_equal(actual.assignment, labels)
@@ -44,7 +44,7 @@ def check(actual, expected):
 def test_released_values():
     golden = np.load(GOLDEN / "kmeans.npz")
     found = run(golden["features"].reshape(60, -1), golden["initial"])
-    check(found, (golden["centroids"].reshape(16, -1), golden["labels"], golden["weights"]))
+    assert_equals(found, (golden["centroids"].reshape(16, -1), golden["labels"], golden["weights"]))
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 10, 50])
@@ -63,7 +63,7 @@ def test_against_a_plain_loop(iterations):
     stops = set()
     for b in range(4):
         expected = slow_kmeans(points[b], initial[b], weights[b], mask[b], iterations, 1e-4)
-        check(jax.tree.map(lambda field, b=b: field[b], found), expected)
+        assert_equals(jax.tree.map(lambda field, b=b: field[b], found), expected)
         longer = slow_kmeans(points[b], initial[b], weights[b], mask[b], iterations + 1, 1e-4)
         stops.add(bool((longer[0] == expected[0]).all()))
     assert iterations != 2 or stops == {True, False}
@@ -73,7 +73,7 @@ def test_tolerance_drops_the_last_update():
     points = np.random.default_rng(1).normal(size=(40, 3)).astype(np.float32)
     initial, ones, mask = np.arange(5), np.ones(40), np.ones(40, bool)
     for tol in (0.05, 0.5, 1e9):
-        check(run(points, initial, tol=tol), slow_kmeans(points, initial, ones, mask, 10, tol))
+        assert_equals(run(points, initial, tol=tol), slow_kmeans(points, initial, ones, mask, 10, tol))
     np.testing.assert_array_equal(run(points, initial, tol=1e9).centroids, points[:5])
 
 
@@ -88,7 +88,7 @@ def test_duplicates_and_unused_slots():
 
 
 def test_slots_with_equal_starting_points():
-    """Only the first of them gets points, even when rounding has moved its centroid away from them."""
+    """Only the first such slot gets points, even if rounding has moved its centroid away from them."""
     rng = np.random.default_rng(10)
     points = np.concatenate([rng.normal(size=(3, 33)).repeat(7, 0), rng.normal(size=(15, 33))]).astype(
         np.float32
@@ -190,9 +190,8 @@ def test_weights_do_not_underflow():
     initial = np.asarray(evenly_spaced(jnp.ones(40, bool), 3))
     centroids, labels, _ = slow_kmeans(points, initial, weights, np.ones(40, bool), 10, 1e-4)
     np.testing.assert_array_equal(found.assignment, labels)
-    np.testing.assert_allclose(
-        found.prototypes, centroids, atol=1e-3
-    )  # of 30; weights carry e^-144's rounding
+    # Values are up to 30, and the weights have the rounding error of an exponent of -144.
+    np.testing.assert_allclose(found.prototypes, centroids, atol=1e-3)
 
 
 def test_cluster_by_dpc_knn_and_errors():

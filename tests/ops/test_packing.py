@@ -57,7 +57,7 @@ def test_pack_frames(data):
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.data())
 def test_text_follows_its_frame(data):
-    """Frames may have no other token, and several text tokens or none."""
+    """A frame may have several text tokens or none, and no other token."""
     frames, room = data.draw(st.sampled_from([(5, 6), (1, 4), (3, 0)]))
     rods, cones = numbered(2, frames, 2, 3, start=1), numbered(2, 1, 3, 3, start=1000)
     words = numbered(2, room, 3, start=5000)

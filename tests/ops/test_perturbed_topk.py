@@ -1,4 +1,4 @@
-"""Top-k selection: values; gradients of the released code, of optax and by differences; masks and counts."""
+"""Top-k selection: values; gradients against released code, optax and differences; masks and counts."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def slow_indicators(scores, noise, k, sigma, mask, count):
     return result
 
 
-def problem(seed, batch=3, samples=40, num=9, k=4):
+def make_inputs(seed, batch=3, samples=40, num=9, k=4):
     rng = np.random.default_rng(seed)
     scores = rng.random((batch, num)).astype(np.float32)
     noise = rng.normal(size=(batch, samples, num)).astype(np.float32)
@@ -65,8 +65,8 @@ def test_released_values_and_gradient():
 
 @pytest.mark.parametrize("jacobian", ["full", "diagonal"])
 def test_values_and_gradients_by_definition(jacobian):
-    """Both estimators, computed from the sample indicators in float64, with a mask and counts below k."""
-    scores, noise, upstream = problem(0)
+    """Compute both estimators from the sample indicators in float64, with a mask and counts below k."""
+    scores, noise, upstream = make_inputs(0)
     mask = np.ones((3, 9), bool)
     mask[0, [1, 5]], mask[1, :6] = False, False  # sample 1 has 3 valid entries for k = 4
     count = np.array([4, 4, 2])
@@ -88,7 +88,7 @@ def test_values_and_gradients_by_definition(jacobian):
 
 def test_full_gradient_equals_that_of_optax():
     num, k, samples, sigma = 8, 3, 50, 0.2
-    scores, _, upstream = problem(1, batch=1, num=num, k=k)
+    scores, _, upstream = make_inputs(1, batch=1, num=num, k=k)
     key = jax.random.key(3)
     noise = jax.vmap(lambda one: optax.tree.random_like(one, scores[0], sampler=jax.random.normal))(
         jax.random.split(key, samples)
@@ -109,7 +109,7 @@ def test_full_gradient_equals_that_of_optax():
 def test_full_gradient_is_the_slope_of_the_smoothed_objective():
     """Central differences with common random numbers agree within 5 standard errors of the samples."""
     num, k, samples, sigma, step = 5, 2, 200_000, 0.5, 0.1
-    scores, noise, upstream = problem(2, 1, samples, num, k)
+    scores, noise, upstream = make_inputs(2, 1, samples, num, k)
 
     def per_sample(x):  # <G, Y_s>, [S]
         chosen = np.sort(np.argsort(-(x + sigma * noise[0]), axis=-1)[:, :k], axis=-1)
@@ -134,15 +134,15 @@ def test_full_gradient_is_the_slope_of_the_smoothed_objective():
 @pytest.mark.parametrize("jacobian", ["full", "diagonal"])
 @pytest.mark.parametrize("sigma", [0.0, 1e-20])
 def test_no_perturbation_no_gradient(sigma, jacobian):
-    scores, noise, upstream = problem(4)
+    scores, noise, upstream = make_inputs(4)
     indicators, pull = jax.vjp(lambda x: perturbed(x, noise, 4, sigma, jacobian), scores)
     assert_close(indicators, slow_indicators(scores, noise, 4, 0, np.ones((3, 9), bool), [4] * 3).mean(1), 0)
     np.testing.assert_array_equal(pull(upstream)[0], np.zeros((3, 9)))
 
 
 @pytest.mark.parametrize("jacobian", ["full", "diagonal"])
-def test_masked_entries_may_hold_anything(jacobian):
-    scores, noise, upstream = problem(5)
+def test_masked_entries_have_no_effect(jacobian):
+    scores, noise, upstream = make_inputs(5)
     mask = np.arange(9) < np.array([[9], [6], [5]])
 
     def run(x):
@@ -156,7 +156,7 @@ def test_masked_entries_may_hold_anything(jacobian):
 
 
 def test_noise_has_no_gradient_and_bfloat16_scores_have_one():
-    scores, noise, upstream = problem(6)
+    scores, noise, upstream = make_inputs(6)
     by_noise = jax.grad(lambda z: (perturbed_topk(jnp.asarray(scores), z, 4, 0.1) * upstream).sum())(noise)
     assert not np.asarray(by_noise).any()
     half = jnp.asarray(scores, jnp.bfloat16)

@@ -12,7 +12,7 @@ from dynfocus_jax.training.optimizer import make_optimizer, make_schedule
 from dynfocus_jax.training.state import TrainState, abstract_state, state_shardings
 from dynfocus_jax.training.step import make_train_step
 from dynfocus_jax.video_language_model import build_model
-from tests.tiny import make_sample, mesh_of, pad, shaken, stack, tiny_config
+from tests.tiny import make_sample, mesh_of, pad, perturb, stack, tiny_config
 
 FRAMES, TEXT, ROWS = 7, 13, 16  # more frames than prototypes; 4 devices do not divide text and sequence
 MESHES = (
@@ -54,7 +54,7 @@ def params():
     shapes = param_shapes(toy(), -1)
     rng = np.random.default_rng(1)
     start = {path: jnp.asarray(0.2 * rng.standard_normal(s.shape), s.dtype) for path, s in shapes.items()}
-    return jax.device_get(trees.flatten(shaken(trees.unflatten(start))))
+    return jax.device_get(trees.flatten(perturb(trees.unflatten(start))))
 
 
 def train(config, mesh, params, batch, steps=2):

@@ -14,7 +14,7 @@ from dynfocus_jax import trees
 from dynfocus_jax.weights.merge import load_part
 
 
-def shaken(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+def perturb(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Set all parameters to random values, biases and norms included, so that each affects the output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -21,9 +21,9 @@ from tests.parity.comparison import (
     assert_close,
     assert_gradients_close,
     cut,
+    perturb,
     published,
     read,
-    shaken,
     shapes_of,
     value_and_gradients,
 )
@@ -97,7 +97,7 @@ def torch_vision(kind: str = "InstructBlipVision", seed: int = 0, **options) -> 
         attn_implementation="eager",
         **options,
     )
-    return shaken(getattr(transformers, f"{kind}Model")(config), seed)
+    return perturb(getattr(transformers, f"{kind}Model")(config), seed)
 
 
 def pixels(frames: torch.Tensor) -> torch.Tensor:
@@ -172,7 +172,7 @@ class InstructBlip(torch.nn.Module):
             attn_implementation="eager",
         )
         self.qformer = transformers.InstructBlipQFormerModel(config)
-        shaken(self)
+        perturb(self)
 
     def queries(self, tokens: torch.Tensor, lengths: torch.Tensor, features: torch.Tensor) -> list:
         """Return the queries `[F, Q, width]` after every layer; `tokens [F, L]` hold a question per frame."""
@@ -201,7 +201,7 @@ class LlamaVid(torch.nn.Module):
                 "vlm_att_val_projector": torch.nn.Linear(channels, width),
             }
         )
-        shaken(self, seed=1)
+        perturb(self, seed=1)
 
     def context(self, queries: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """Return context tokens `[F, D]` of the Q-Former's queries `[F, Q, *]` and patches `[F, N, C]`."""
@@ -353,7 +353,7 @@ def torch_language(kind: str, fields: dict) -> torch.nn.Module:
         attn_implementation="eager",
         **options,
     )
-    return shaken(getattr(transformers, f"{kind}ForCausalLM")(config))
+    return perturb(getattr(transformers, f"{kind}ForCausalLM")(config))
 
 
 def run_text(module: Llama, tokens, lengths, shift=0.0, cache=None):

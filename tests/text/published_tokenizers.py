@@ -1,4 +1,4 @@
-"""Small tokenizers in the layouts of published models, trained on a few sentences."""
+"""Small tokenizers in the formats of published models, trained on a few sentences."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def llama_folder(folder: Path, **settings) -> Path:
 
 
 def byte_pairs(specials: tuple[str, ...], *before) -> Tokenizer:
-    """Train a byte-level tokenizer; text is split by `before`, then as in GPT-2."""
+    """Train a byte-level BPE tokenizer. It splits text by `before`, then as GPT-2 does."""
     tokenizer = Tokenizer(models.BPE())
     splits = [*before, pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)

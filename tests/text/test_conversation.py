@@ -1,4 +1,4 @@
-"""Token sequences and loss masks against lists written by hand."""
+"""Token sequences and loss masks of conversations, compared with lists written by hand."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ TURNS = [("what ?", "red disc"), ("where ?", "left")]
 
 
 class Characters:
-    """A tokenizer with one token per character, whose sequences can be read as text."""
+    """A tokenizer with one token per character, so that sequences are legible."""
 
     pad_id, bos_id, eos_id = 0, 1, 2
     special_ids = frozenset()
@@ -97,7 +97,7 @@ def test_guided_prompt_is_a_prefix_of_the_conversation():
     assert (prompt.tokens.tolist(), prompt.visual_position) == ([BOS], 1)
 
 
-def test_too_long_raises():
+def test_too_long_conversations_raise():
     assert len(encode_conversation(WORDS, TURNS, TEMPLATES["plain"], max_length=10).tokens) == 10
     with pytest.raises(SampleError, match="10 text tokens, expected at most 9"):
         encode_conversation(WORDS, TURNS, TEMPLATES["plain"], max_length=9)

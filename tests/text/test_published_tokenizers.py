@@ -1,4 +1,4 @@
-"""Tokenizers read from files, against SentencePiece, transformers and LLaVA's conversations."""
+"""Tokenizers read from files, compared with SentencePiece, transformers and LLaVA's conversations."""
 
 import random
 import shutil
@@ -60,8 +60,8 @@ def joined(parts):
     return [i for part in parts for i in part]
 
 
-class Slow:
-    """Llama's original tokenizer, with SentencePiece alone; `legacy`: a space before text after </s>."""
+class ReferenceLlamaTokenizer:
+    """Llama's original tokenizer, by SentencePiece alone; a legacy one adds a space to text after </s>."""
 
     def __init__(self, folder, legacy):
         content = (folder / "tokenizer.model").read_bytes()
@@ -78,8 +78,11 @@ class Slow:
 
 @pytest.mark.parametrize("name", ["vicuna", "vicuna_legacy", "vicuna_bare"])
 def test_vicuna_against_sentencepiece(folders, name):
-    """Without tokenizer_config.json, or without `legacy` in it, a tokenizer is of the legacy kind."""
-    tokenizer, slow = read_tokenizer(folders / name), Slow(folders / "vicuna", name != "vicuna")
+    """A tokenizer without tokenizer_config.json, or without `legacy` in it, is a legacy one."""
+    tokenizer, slow = (
+        read_tokenizer(folders / name),
+        ReferenceLlamaTokenizer(folders / "vicuna", name != "vicuna"),
+    )
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.pad_id) == (1, 2, 0, 0)
     assert tokenizer.vocab_size == slow.start.vocab_size()
     assert tokenizer.special_ids == {1, 2}
@@ -94,11 +97,11 @@ def test_vicuna_against_sentencepiece(folders, name):
 
 
 def llava(slow, turns, *, at_end=False, image=True):
-    """Return a conversation's ids in LLaVA v1.5, with -200 for the image, and which of them are predicted.
+    """Return a conversation's token ids in LLaVA v1.5, with -200 for the image, and its loss mask.
 
-    As published: the prompt is one string; the text before <image> and the text after it are tokenized apart
-    and lose their <s>; the same function counts the tokens of a round and of its instruction, the latter less
-    two for <s> and the space before the answer. For tokenizers of the legacy kind.
+    As in the published code, the prompt is one string, and the texts before and after <image> are tokenized
+    separately, without <s>. The same function counts the tokens of a round and of its instruction; from the
+    latter, two are subtracted for <s> and the space before the answer. `slow` is a legacy tokenizer.
     """
 
     def image_tokens(text):
@@ -137,7 +140,7 @@ def test_conversations_as_in_llava(folders, turns, options):
         has_visual=options.get("image", True),
         visual_at_end=options.get("at_end", False),
     )
-    ids, predicted = llava(Slow(folders / "vicuna", legacy=True), turns, **options)
+    ids, predicted = llava(ReferenceLlamaTokenizer(folders / "vicuna", legacy=True), turns, **options)
     if -200 in ids:
         position = ids.index(-200)
         assert got.visual_position == position
@@ -148,8 +151,8 @@ def test_conversations_as_in_llava(folders, turns, options):
 
 
 def test_guided_captions_as_in_llava(folders):
-    """<s>, image, the caption tokenized apart, and an end token, where the published code has a newline."""
-    caption, slow = "12 dogs are on the grass", Slow(folders / "vicuna", legacy=True)
+    """The sequence is <s>, image, caption and an end token, where the published code has a newline."""
+    caption, slow = "12 dogs are on the grass", ReferenceLlamaTokenizer(folders / "vicuna", legacy=True)
     tokenizer = read_tokenizer(folders / "vicuna_legacy")
     got = encode_conversation(tokenizer, [("describe", caption)], TEMPLATES["plain_guided"], max_length=99)
     assert (got.tokens.tolist(), got.visual_position) == ([*slow(caption), 2], 1)
@@ -158,12 +161,14 @@ def test_guided_captions_as_in_llava(folders):
 
 @pytest.mark.parametrize("at_end", [False, True])
 def test_conversations_without_a_space_after_the_end_token(folders, at_end):
-    """As the current tokenizer of Vicuna v1.5 does (`legacy` false)."""
+    """The current tokenizer of Vicuna v1.5 adds no such space (`legacy` is false)."""
     tokenizer = read_tokenizer(folders / "vicuna")
     got = encode_conversation(tokenizer, TURNS, CHAT, max_length=999, visual_at_end=at_end)
-    ids, predicted = llava(Slow(folders / "vicuna", legacy=True), TURNS, at_end=at_end)
-    expected = llava(Slow(folders / "vicuna", legacy=False), TURNS[:1], at_end=at_end)[0]
-    rest = Slow(folders / "vicuna", legacy=False)("</s>USER: {} ASSISTANT: {}</s>".format(*TURNS[1]))[2:]
+    ids, predicted = llava(ReferenceLlamaTokenizer(folders / "vicuna", legacy=True), TURNS, at_end=at_end)
+    expected = llava(ReferenceLlamaTokenizer(folders / "vicuna", legacy=False), TURNS[:1], at_end=at_end)[0]
+    rest = ReferenceLlamaTokenizer(folders / "vicuna", legacy=False)(
+        "</s>USER: {} ASSISTANT: {}</s>".format(*TURNS[1])
+    )[2:]
     expected = [i for i in [*expected, *rest] if i != -200]
     assert got.tokens.tolist() == expected
     assert len(got.tokens) != len(ids) - 1, "both kinds of tokenizer give the same ids here"
@@ -207,7 +212,7 @@ def test_qwen_against_transformers(folders):
 
 @pytest.mark.parametrize("name", ["vicuna", "vicuna_legacy", "qwen"])
 def test_against_auto_tokenizer(folders, name):
-    """Without texts that start with a space, for which LlamaTokenizer differs from SentencePiece."""
+    """Texts that start with a space are left out: for them LlamaTokenizer differs from SentencePiece."""
     reference = AutoTokenizer.from_pretrained(folders / name, local_files_only=True)
     tokenizer = read_tokenizer(folders / name)
     assert tokenizer.vocab_size == len(reference)
@@ -249,7 +254,7 @@ def test_special_token_in_a_turn_raises(folders, name, token):
     encode_conversation(tokenizer, [("what is <b> or s> or <unk> ?", "☃")], CHAT, max_length=999)
 
 
-def edited(folders, tmp_path, name="qwen", **settings):
+def copy_tokenizer(folders, tmp_path, name="qwen", **settings):
     shutil.copytree(folders / name, tmp_path / name)
     if settings:
         write_json(tmp_path / name / "tokenizer_config.json", settings)
@@ -257,8 +262,11 @@ def edited(folders, tmp_path, name="qwen", **settings):
 
 
 def test_start_token(folders, tmp_path):
-    """Llama 3 adds it in tokenizer.json alone; `add_bos_token` takes precedence."""
-    folder, names = edited(folders, tmp_path), {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}
+    """Llama 3 adds the start token only in tokenizer.json; `add_bos_token` takes precedence."""
+    folder, names = (
+        copy_tokenizer(folders, tmp_path),
+        {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"},
+    )
     write_json(folder / "tokenizer_config.json", names)
     assert read_tokenizer(folder).bos_id is None
     write_json(folder / "tokenizer_config.json", names | {"add_bos_token": True})
@@ -277,7 +285,7 @@ def test_start_token(folders, tmp_path):
 
 
 def test_padding_without_a_padding_token(folders, tmp_path):
-    folder = edited(folders, tmp_path, eos_token="<|im_end|>")
+    folder = copy_tokenizer(folders, tmp_path, eos_token="<|im_end|>")
     assert read_tokenizer(folder).pad_id == 2
     write_json(folder / "tokenizer_config.json", {"eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"})
     assert read_tokenizer(folder).pad_id == 0
@@ -287,7 +295,7 @@ def test_padding_without_a_padding_token(folders, tmp_path):
 
 
 def test_saved_truncation_and_padding_are_ignored(folders, tmp_path):
-    folder = edited(folders, tmp_path)
+    folder = copy_tokenizer(folders, tmp_path)
     backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.enable_truncation(4)
     backend.enable_padding(length=9)
@@ -318,19 +326,19 @@ def test_gguf(tmp_path, pre, splits):
 
 def test_unreadable_gguf(tmp_path):
     path = gguf_file(tmp_path / "m.gguf", byte_pairs(("<|end|>",)), pre="llama-bpe", eos=0)
-    refuse(path, "gpt2/llama-bpe", "gpt2/smollm", "tokenizer.json")
+    assert_unreadable(path, "gpt2/llama-bpe", "gpt2/smollm", "tokenizer.json")
     content = path.read_bytes()
     gguf_file(path, byte_pairs(("<|end|>",)), pre="smollm", eos=0)
     bad_merge = path.read_bytes().replace("Ġ a".encode(), "Ġ ".encode() + b"\xff")
     assert bad_merge != path.read_bytes()
     for wrong in (b"GGML" + content[4:], content[:2], content[: len(content) // 2], bad_merge):
         path.write_bytes(wrong)
-        refuse(path, "not a GGUF file")
+        assert_unreadable(path, "not a GGUF file")
     writer = gguf.GGUFWriter(path, "llama")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    refuse(path, "None/None")
+    assert_unreadable(path, "None/None")
 
 
 def test_readers_do_not_import_torch(folders, tmp_path):
@@ -347,7 +355,7 @@ def test_readers_do_not_import_torch(folders, tmp_path):
 
 
 def test_without_torch_nothing_is_printed(folders):
-    """transformers warns on import that PyTorch is missing; other warnings of it still appear."""
+    """The warning of transformers about missing PyTorch is suppressed, but no other warning."""
     program = (
         "import importlib.util; find = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n"
@@ -366,20 +374,22 @@ def test_without_torch_nothing_is_printed(folders):
 
 
 def test_ids_are_compared_with_sentencepiece(folders, monkeypatch):
-    """As if an installed version of transformers converted SentencePiece models wrongly."""
+    """A version of transformers that converts SentencePiece models wrongly is an error."""
     other = PreTrainedTokenizerFast(tokenizer_file=str(folders / "qwen" / "tokenizer.json"))
     monkeypatch.setattr(
         PreTrainedTokenizerFast,
         "convert_to_native_format",
         lambda **_: {"tokenizer_object": other.backend_tokenizer},
     )
-    refuse(folders / "vicuna", "tokenizer.model: transformers 5.", "other token ids than SentencePiece")
+    assert_unreadable(
+        folders / "vicuna", "tokenizer.model: transformers 5.", "other token ids than SentencePiece"
+    )
 
 
 # --- Unusable files -----------------------------------------------------------------------------------
 
 
-def refuse(path, *parts):
+def assert_unreadable(path, *parts):
     with pytest.raises(UserError) as error:
         read_tokenizer(path)
     sentence = str(error.value)
@@ -391,15 +401,15 @@ def refuse(path, *parts):
 
 def test_missing_tokenizer(folders, tmp_path):
     for path in (tmp_path / "absent", tmp_path, folders / "bert", tmp_path / "absent.gguf"):
-        refuse(path, "tokenizer.json or tokenizer.model")
+        assert_unreadable(path, "tokenizer.json or tokenizer.model")
 
 
 def test_broken_files(folders, tmp_path):
-    folder = edited(folders, tmp_path)
+    folder = copy_tokenizer(folders, tmp_path)
     for content in ("{", "{}", '{"model": 3}'):
         (folder / "tokenizer.json").write_text(content)
-        refuse(folder, "tokenizer.json cannot be read")
-    folder = edited(folders, tmp_path, name="vicuna")
+        assert_unreadable(folder, "tokenizer.json cannot be read")
+    folder = copy_tokenizer(folders, tmp_path, name="vicuna")
     for content, problem in [
         ("[", "tokenizer_config.json is not JSON"),
         ("[]", "tokenizer_config.json is not a JSON object"),
@@ -407,16 +417,16 @@ def test_broken_files(folders, tmp_path):
         ('{"pad_token": {"id": 0}}', "pad_token is {'id': 0}, expected a string"),
     ]:
         (folder / "tokenizer_config.json").write_text(content)
-        refuse(folder, problem)
+        assert_unreadable(folder, problem)
     (folder / "tokenizer_config.json").unlink()
     content = (folder / "tokenizer.model").read_bytes()
     for wrong in (content[:1000], b"<html>not found</html>", b""):
         (folder / "tokenizer.model").write_bytes(wrong)
-        refuse(folder, "is not a SentencePiece model")
+        assert_unreadable(folder, "is not a SentencePiece model")
 
 
 def test_unsupported_sentencepiece_models(folders, tmp_path):
-    folder = edited(folders, tmp_path, name="vicuna")
+    folder = copy_tokenizer(folders, tmp_path, name="vicuna")
     content = (folder / "tokenizer.model").read_bytes()
     for section, field, value in [
         ("trainer_spec", "model_type", sentencepiece_model_pb2.TrainerSpec.UNIGRAM),
@@ -427,19 +437,19 @@ def test_unsupported_sentencepiece_models(folders, tmp_path):
         model = sentencepiece_model_pb2.ModelProto.FromString(content)
         setattr(getattr(model, section), field, value)
         (folder / "tokenizer.model").write_bytes(model.SerializeToString())
-        refuse(folder, "not a SentencePiece model of Llama's kind", "save_pretrained")
+        assert_unreadable(folder, "not a SentencePiece model of Llama's kind", "save_pretrained")
 
 
 def test_missing_special_tokens(folders, tmp_path):
-    folder = edited(folders, tmp_path, pad_token="<|endoftext|>")
-    refuse(folder, "does not set an eos_token", "tokenizer_config.json")
+    folder = copy_tokenizer(folders, tmp_path, pad_token="<|endoftext|>")
+    assert_unreadable(folder, "does not set an eos_token", "tokenizer_config.json")
     write_json(folder / "special_tokens_map.json", {"eos_token": {"content": "<|im_end|>"}})
     assert read_tokenizer(folder).eos_id == 2
     write_json(folder / "tokenizer_config.json", {"eos_token": "<|fin|>"})
-    refuse(folder, "eos_token is '<|fin|>', which is not in the vocabulary")
+    assert_unreadable(folder, "eos_token is '<|fin|>', which is not in the vocabulary")
 
 
-# --- The text encoder's -------------------------------------------------------------------------------
+# --- Query tokenizers ---------------------------------------------------------------------------------
 
 QUESTIONS = ("What SHAPE is the reds'?", "", "café 是 12", "red [SEP] [DEC] zzz", "the " * 40 + "disc!\n is;")
 
@@ -447,7 +457,7 @@ QUESTIONS = ("What SHAPE is the reds'?", "", "café 是 12", "red [SEP] [DEC] zz
 @pytest.mark.parametrize("max_length", [3, 4, 9, 256])
 @pytest.mark.parametrize("lower", [None, True, False])
 def test_bert_against_transformers(folders, tmp_path, max_length, lower):
-    folder = edited(folders, tmp_path, name="bert")
+    folder = copy_tokenizer(folders, tmp_path, name="bert")
     if lower is not None:
         write_json(folder / "tokenizer_config.json", {"do_lower_case": lower})
     reference = BertTokenizer.from_pretrained(folder, truncation_side="left")
@@ -471,7 +481,7 @@ def test_no_bert_vocabulary(folders, tmp_path):
             read_query_tokenizer(wrong)
 
 
-def configured(folders, text="vicuna", query="bert"):
+def tokenizer_config(folders, text="vicuna", query="bert"):
     config = tiny_config()
     config.data.tokenizer = None if text is None else str(folders / text)
     config.data.query_tokenizer = None if query is None else str(folders / query)
@@ -480,7 +490,7 @@ def configured(folders, text="vicuna", query="bert"):
 
 
 def test_queries_are_encoded_by_the_query_tokenizer(folders):
-    config = configured(folders)
+    config = tokenizer_config(folders)
     tokenizer = make_tokenizer(config, folders / "no_vocabulary.json")
     record = Record("t", None, (("What shape is the red disc ?", "a red disc"),))
     loader = SampleLoader(
@@ -501,7 +511,7 @@ def test_queries_are_encoded_by_the_query_tokenizer(folders):
 
 def test_query_padding_is_zero(folders):
     """The text's padding id may lie outside the text encoder's vocabulary."""
-    tokenizer = make_tokenizer(configured(folders, text="qwen"), folders)
+    tokenizer = make_tokenizer(tokenizer_config(folders, text="qwen"), folders)
     record = Record("t", None, (("red ?", "disc"),))
     loader = SampleLoader(
         [record], tokenizer, CHAT, MediaReader(8), Budget.from_buckets([(1, 99)]), max_query=20
@@ -512,23 +522,27 @@ def test_query_padding_is_zero(folders):
 
 
 def test_make_tokenizer_errors(folders):
-    def refused(config, *parts):
+    def assert_refused(config, *parts):
         with pytest.raises(UserError) as error:
             make_tokenizer(config, folders / "vocabulary.json")
         assert str(error.value).endswith(".")
         for part in parts:
             assert part in str(error.value)
 
-    config = configured(folders)
+    config = tokenizer_config(folders)
     config.model.language.vocab_size = 419
-    refused(config, "config.model.language.vocab_size is 419", "vicuna has 420 tokens; raise vocab_size")
-    config = configured(folders)
+    assert_refused(
+        config, "config.model.language.vocab_size is 419", "vicuna has 420 tokens; raise vocab_size"
+    )
+    config = tokenizer_config(folders)
     config.model.text_encoder.vocab_size = 25
-    refused(config, "config.model.text_encoder.vocab_size is 25", "bert has 27 tokens; raise vocab_size")
-    config = configured(folders, query=None)
-    refused(config, "text_encoder.vocab_size is 40", "vicuna has 420", "config.data.query_tokenizer")
-    config = configured(folders)
+    assert_refused(
+        config, "config.model.text_encoder.vocab_size is 25", "bert has 27 tokens; raise vocab_size"
+    )
+    config = tokenizer_config(folders, query=None)
+    assert_refused(config, "text_encoder.vocab_size is 40", "vicuna has 420", "config.data.query_tokenizer")
+    config = tokenizer_config(folders)
     config.data.max_query = 2
-    refused(config, "config.data.max_query is 2, expected at least 3")
+    assert_refused(config, "config.data.max_query is 2, expected at least 3")
     with pytest.raises(UserError, match=r"does not exist.*config\.data\.tokenizer"):
-        make_tokenizer(configured(folders, text=None), folders / "vocabulary.json")
+        make_tokenizer(tokenizer_config(folders, text=None), folders / "vocabulary.json")

@@ -1,4 +1,4 @@
-"""Chat templates against token sequences written by hand and against the published Jinja templates."""
+"""Chat templates, compared with token sequences written by hand and with the published Jinja templates."""
 
 import json
 
@@ -106,7 +106,7 @@ JINJA = {
 
 
 def chat_folder(folder, template):
-    """Write a tokenizer in the layout of a published model; its tokens are the bytes and `WORDS`."""
+    """Write a tokenizer in the format of a published model; its tokens are the bytes and `WORDS`."""
     vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges = []
     for word in WORDS:
@@ -158,7 +158,7 @@ def test_tokens(folders, template, place):
 
 @pytest.mark.parametrize("template", SPECIALS)
 def test_against_published_jinja_templates(folders, template):
-    """Equal ids, except for the line break after the last end token, after which nothing is predicted."""
+    """Token ids are equal, except that we omit the line break after the last end token."""
     published = AutoTokenizer.from_pretrained(folders[template], local_files_only=True)
     roles = ("user", "assistant")
     turns = [("what shape ?\n\n1 dog's <b>", "a naïve\ncafé ☃"), ("where ?", "left")]
@@ -196,7 +196,7 @@ def test_conversation_of_the_first_turns_is_a_prefix(folders, template, place):
 
 
 def test_vicuna_tokens():
-    """Under its own name and LLaMA-VID's."""
+    """The template exists under Vicuna's name and LLaMA-VID's."""
     text = """
         a chat between a curious user and an artificial intelligence assistant. the assistant gives helpful,
         detailed, and polite answers to the user's questions. user: | what shape ?
