@@ -132,9 +132,7 @@ def check_value(value: Any, field: Field, where: str) -> None:
         require(isinstance(field.default, type), f"{where} is not set, expected {field.accepted}.")
         return
     if not _has_type(value, field.type):
-        raise UserError(
-            f"{where} is {value!r} of type {type(value).__name__}, expected {field.type.__name__}."
-        )
+        raise UserError(f"{where} is {value!r} of type {type(value).__name__}, expected {field.accepted}.")
     if field.choices is not None:
         entries = value if isinstance(value, tuple | list) else (value,)
         for entry in entries:

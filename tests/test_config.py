@@ -288,11 +288,11 @@ def test_unknown_and_mistyped_fields():
     config = toy()
     with config.ignore_type(), config.unlocked():
         config.model.connector.dpe.num_prototypes = "8"
-    assert_invalid(config, "num_prototypes is '8' of type str, expected int")
+    assert_invalid(config, "num_prototypes is '8' of type str, expected an integer at least 1")
     config = toy()
     with config.ignore_type():
         config.checkpoint.every = True
-    assert_invalid(config, "checkpoint.every", "bool", "expected int")
+    assert_invalid(config, "checkpoint.every", "bool", "expected an integer")
     config = toy()
     with config.ignore_type():
         config.model = 3
