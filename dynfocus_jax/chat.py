@@ -1,15 +1,15 @@
-"""Talk with a trained model about a video or an image, or without either.
+"""Chat with a trained model, with or without a video or image.
 
     python -m dynfocus_jax.chat --checkpoint runs/toy --video clip.mp4
     python -m dynfocus_jax.chat --checkpoint runs/toy --video clip.mp4 --question "what shape is red ?"
 
-With --question, answers it and exits. Otherwise reads questions from the terminal (or a pipe), one per line,
-and streams the answers. Lines that start with / are commands:
+With --question, the command answers that question and exits. Otherwise it reads questions from the terminal
+(or a pipe), one per line, and streams the answers. Lines that start with / are commands:
 
     /focus FILE.png   draw the frames, their scores and which are in focus (default: focus.png)
     /video FILE       start a new conversation about another video or image
-    /reset            forget the conversation
-    /quit             exit, as does the end of the input
+    /reset            clear the conversation
+    /quit             exit; the end of the input also exits
 """
 
 import sys
@@ -36,29 +36,35 @@ from dynfocus_jax.serving.requests import Completion, EncodedClip, Request
 from dynfocus_jax.serving.token_sampling import SamplingParams, check_sampling
 from dynfocus_jax.visualize.focus import FocusStrip, draw_focus
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or WORKDIR/checkpoints/STAGE/STEP.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Workdir of a training run, or WORKDIR/checkpoints/STAGE/STEP."
+)
 _VIDEO = flags.DEFINE_string("video", None, "Video or image file to talk about.")
 _QUESTION = flags.DEFINE_string("question", None, "Answer this question and exit.")
-_PICTURE = flags.DEFINE_string("focus_picture", None, "With --question: draw the frames to this file.")
+_PICTURE = flags.DEFINE_string("focus_picture", None, "With --question: file to draw the frames to.")
 _FRAMES = flags.DEFINE_integer(
-    "num_frames", None, "Frames sampled from a video (default: config.generation.num_frames)."
+    "num_frames", None, "Number of frames sampled from a video (default: config.generation.num_frames)."
 )
 _NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", None, "Maximum tokens of an answer (default: config.generation.max_new_tokens)."
+    "max_new_tokens",
+    None,
+    "Maximum number of tokens in an answer (default: config.generation.max_new_tokens).",
 )
 _TEMPERATURE = flags.DEFINE_float(
-    "temperature", None, "Sampling temperature, 0 is greedy (default: config.generation.temperature)."
+    "temperature", None, "Sampling temperature; 0 decodes greedily (default: config.generation.temperature)."
 )
 _TOP_K = flags.DEFINE_integer(
-    "top_k", None, "Sample from the k most likely tokens, 0 from all (default: config.generation.top_k)."
+    "top_k",
+    None,
+    "Sample from the k most likely tokens; 0: from all tokens (default: config.generation.top_k).",
 )
 _TOP_P = flags.DEFINE_float(
     "top_p",
     None,
-    "Sample from the most likely tokens whose probabilities reach p (default: config.generation.top_p).",
+    "Sample from the most likely tokens that together have probability p (default: config.generation.top_p).",
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling.")
-_STOP = flags.DEFINE_multi_string("stop", [], "String that ends an answer; can be given several times.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed for sampling.")
+_STOP = flags.DEFINE_multi_string("stop", [], "String that ends an answer.")
 
 
 class Exchange(NamedTuple):
@@ -128,7 +134,7 @@ class Chat:
             return
         unknown = [word for word in question.split() if tokenizer.encode(word) == [tokenizer.unk_id]]
         if unknown:
-            self._write(f"note: the model does not know the words {', '.join(unknown)}")
+            self._write(f"note: words that the model does not know: {', '.join(unknown)}")
 
     def draw(self, path: Path) -> None:
         """Draw the frames that the latest answer is based on.
@@ -141,7 +147,7 @@ class Chat:
             raise UserError("nothing to draw: ask a question about a video first.")
         focus = self._latest.encoded.focus
         if focus is None:
-            raise UserError("nothing to draw: this model's connector does not choose frames.")
+            raise UserError("nothing to draw: this model's connector does not select frames.")
         strip = FocusStrip(
             self._clip.frames,
             self._clip.times,
@@ -227,9 +233,9 @@ def _frame_summary(encoded: EncodedClip, clip: Clip) -> str:
 
 def main() -> None:
     if _CHECKPOINT.value is None:
-        raise UserError("--checkpoint is missing; give the workdir of a training run.")
+        raise UserError("--checkpoint is missing; set it to the workdir of a training run.")
     if _QUESTION.value is not None and not _QUESTION.value.strip():
-        raise UserError("--question is empty; give a question, or leave it out to talk interactively.")
+        raise UserError("--question is empty; set it to a question, or remove it to chat interactively.")
 
     # --- Model ----------------------------------------------------------------------------------------
     run = load_run(Path(_CHECKPOINT.value))

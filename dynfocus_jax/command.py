@@ -23,12 +23,12 @@ from dynfocus_jax.sections import Section, iterate_fields
 flags.DEFINE_string(
     "config",
     None,
-    "Config file, with options: FILE[:option=value,...]. Any field of it is set by --config.FIELD=VALUE.",
+    "Config file, with options: FILE[:option=value,...]. Set any of its fields with --config.FIELD=VALUE.",
 )
 flags.DEFINE_string(
     "fields",
     None,
-    "Print the fields of the configuration whose names begin with this, such as config.data, and exit.",
+    "Print the configuration fields whose names begin with this prefix, such as config.data, and exit.",
 )
 
 
@@ -43,7 +43,7 @@ class ConfigFlag:
     def require(self, example: str) -> ConfigDict:
         """Return the configuration; raise UserError if --config is missing."""
         if self.value is None:
-            raise UserError(f"--config is missing; name a config file such as {example}.")
+            raise UserError(f"--config is missing; set it to a config file such as {example}.")
         return self.value
 
 
@@ -103,7 +103,7 @@ def _parse_flags(argv: list[str], sections: Callable[[ConfigDict | None], Sectio
                 config_flags.DEFINE_config_dict("config", config, "configuration", sys_argv=argv)
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
-            raise UserError(f"unexpected argument {rest[1]!r}; arguments have the form --name=value.")
+            raise UserError(f"unexpected argument {rest[1]!r}; use flags of the form --name=value.")
         if flags.FLAGS.fields is not None:
             _print_fields(flags.FLAGS.fields, sections(CONFIG_FLAG.value))
             sys.exit(0)
@@ -155,7 +155,7 @@ def _split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
             skip = False
         elif re.fullmatch(r"--?config", argument):
             if number + 1 == len(argv):
-                raise UserError("--config has no value; name a config file such as configs/toy.py.")
+                raise UserError("--config has no value; set it to a config file such as configs/toy.py.")
             value, skip = argv[number + 1], True
         elif re.match(r"--?config=", argument):
             value = argument.partition("=")[2]
@@ -172,10 +172,10 @@ def load_config(argument: str) -> ConfigDict:
     """
     path, _, options = argument.partition(":")
     if not Path(path).is_file():
-        raise UserError(f"--config names {path!r}, which is not a file; try configs/toy.py.")
+        raise UserError(f"--config is {path!r}, which is not a file; check the path, or try configs/toy.py.")
     get_config = runpy.run_path(path).get("get_config")
     if get_config is None:
-        raise UserError(f"--config names {path!r}, which defines no get_config(); see configs/toy.py.")
+        raise UserError(f"--config is {path!r}, which defines no get_config(); see configs/toy.py.")
     return get_config(*([options] if options else []))
 
 
@@ -204,7 +204,7 @@ def _walk(config: ConfigDict, path: str) -> Iterator[_Node]:
         node, where = node[name], f"{where}.{name}"
         for index in map(int, indices):
             if index >= len(node):
-                raise UserError(f"{where} has {len(node)} entries, so there is no {where}[{index}].")
+                raise UserError(f"{where} has {len(node)} entries, so {where}[{index}] does not exist.")
             node, where = node[index], f"{where}[{index}]"
         yield _Node(node, where)
 

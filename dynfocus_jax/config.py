@@ -30,15 +30,15 @@ VISION: Section = {
     "image_size": Field(224, "height and width of a frame, pixels", at_least=1),
     "patch_size": Field(14, "height and width of a patch, pixels", at_least=1),
     "width": Field(1408, "hidden width, C", at_least=1),
-    "depth": Field(39, "blocks", at_least=1),
-    "heads": Field(16, "attention heads", at_least=1),
+    "depth": Field(39, "number of blocks", at_least=1),
+    "heads": Field(16, "number of attention heads", at_least=1),
     "mlp_dim": Field(6144, "hidden width of the MLP", at_least=1),
-    "mean": Field(CLIP_MEAN, "mean of red, green and blue that pixels are normalised with"),
-    "std": Field(CLIP_STD, "standard deviation that pixels are normalised with"),
+    "mean": Field(CLIP_MEAN, "mean of red, green and blue, for normalising pixels"),
+    "std": Field(CLIP_STD, "standard deviation of red, green and blue, for normalising pixels"),
     "cls_token": Field(True, "whether there is a class token"),
     "patch_bias": Field(True, "whether the patch embedding has a bias"),
     "pre_norm": Field(False, "LayerNorm between embeddings and blocks (CLIP)"),
-    "select_layer": Field(-1, "block whose output is taken, counted from the end: -1 is the last"),
+    "select_layer": Field(-1, "block whose output is used, counted from the end; -1: the last"),
     "final_norm": Field(False, "LayerNorm after the last block"),
     "activation": Field("gelu", "activation of the MLP", choices=tuple(ACTIVATIONS)),
     "eps": Field(1e-6, "epsilon of the LayerNorms", above=0),
@@ -47,14 +47,14 @@ VISION: Section = {
 }
 
 TEXT_ENCODER: Section = {
-    "vocab_size": Field(30523, "word embeddings", at_least=1),
-    "max_text": Field(512, "position embeddings, text tokens", at_least=1),
-    "num_queries": Field(32, "text queries of a frame, Q", at_least=1),
+    "vocab_size": Field(30523, "number of word embeddings", at_least=1),
+    "max_text": Field(512, "number of position embeddings, text tokens", at_least=1),
+    "num_queries": Field(32, "number of text queries per frame, Q", at_least=1),
     "width": Field(768, "hidden width", at_least=1),
-    "depth": Field(12, "blocks", at_least=1),
-    "heads": Field(12, "attention heads", at_least=1),
+    "depth": Field(12, "number of blocks", at_least=1),
+    "heads": Field(12, "number of attention heads", at_least=1),
     "mlp_dim": Field(3072, "hidden width of the MLP", at_least=1),
-    "cross_every": Field(2, "every n-th block attends to the frame", at_least=1),
+    "cross_every": Field(2, "n: every n-th block attends to the frame", at_least=1),
     "eps": Field(1e-12, "epsilon of the LayerNorms", above=0),
     "vision_eps": Field(1e-5, "epsilon of the LayerNorm on the frame's features", above=0),
     "remat": _REMAT,
@@ -62,35 +62,35 @@ TEXT_ENCODER: Section = {
 }
 
 LANGUAGE: Section = {
-    "vocab_size": Field(32000, "token embeddings, V", at_least=1),
+    "vocab_size": Field(32000, "number of token embeddings, V", at_least=1),
     "width": Field(4096, "hidden width, D", at_least=1),
-    "depth": Field(32, "blocks", at_least=1),
-    "heads": Field(32, "query heads", at_least=1),
-    "kv_heads": Field(32, "key and value heads", at_least=1),
+    "depth": Field(32, "number of blocks", at_least=1),
+    "heads": Field(32, "number of query heads", at_least=1),
+    "kv_heads": Field(32, "number of key and value heads", at_least=1),
     "head_dim": Field(128, "width of a head", at_least=1),
     "mlp_dim": Field(11008, "hidden width of the MLP", at_least=1),
-    "qkv_bias": Field(False, "bias of the query, key and value projections (Qwen2)"),
+    "qkv_bias": Field(False, "whether the query, key and value projections have a bias (Qwen2)"),
     "qk_norm": Field(False, "RMSNorm of every head's query and key (Qwen3)"),
     "rope_theta": Field(1e4, "base of the rotary position embedding", above=0),
     "rope_scaling": Field(
-        "none", "how rotary frequencies are lowered for longer contexts", choices=ROPE_SCALINGS
+        "none", "how rotary frequencies are scaled for longer contexts", choices=ROPE_SCALINGS
     ),
-    "rope_factor": Field(1.0, "factor by which they are lowered", above=0),
+    "rope_factor": Field(1.0, "factor that rotary frequencies are divided by", above=0),
     "rope_low_freq": Field(
         1.0,
-        '"llama3": frequencies with fewer turns in the original length are lowered by the whole factor',
+        '"llama3": frequencies with fewer rotations in the original length are divided by the whole factor',
         above=0,
     ),
-    "rope_high_freq": Field(4.0, '"llama3": frequencies with more turns than this are kept'),
+    "rope_high_freq": Field(4.0, '"llama3": frequencies with more rotations than this are not scaled'),
     "rope_original_length": Field(8192, '"llama3": context length before scaling, tokens', at_least=1),
     "eps": Field(1e-5, "epsilon of the RMSNorms", above=0),
     "tied_embeddings": Field(False, "whether the head is the transposed embedding"),
     "remat": _REMAT,
     "attention": _ATTENTION,
     "lora": {
-        "rank": Field(0, "rank of the low-rank updates; 0 builds none", at_least=0),
-        "alpha": Field(16.0, "scale: an update counts alpha / rank", above=0),
-        "targets": Field(("query", "value"), "projections with an update", choices=PROJECTIONS),
+        "rank": Field(0, "rank of the low-rank updates; 0: no updates", at_least=0),
+        "alpha": Field(16.0, "scale of the updates: each is multiplied by alpha / rank", above=0),
+        "targets": Field(("query", "value"), "projections that get an update", choices=PROJECTIONS),
     },
 }
 
@@ -109,54 +109,56 @@ MODEL: Section = {
 
 DATA: Section = {
     "root": Field(str, "folder of annotations and media"),
-    "generate": Field(str, "benchmark that is generated below `root` first", choices=("needles",)),
+    "generate": Field(str, "benchmark to generate below `root` before training", choices=("needles",)),
     "vocabulary": Field("vocabulary.json", "word list of the tokenizer, relative to the root"),
     "tokenizer": Field(str, "folder of a Hugging Face tokenizer, instead of the word list"),
     "query_tokenizer": Field(
         str, "folder or vocab.txt of the text encoder's tokenizer; None: the same tokenizer"
     ),
-    "template": Field("plain", "form of a conversation", choices=tuple(TEMPLATES)),
-    "max_query": Field(32, "text tokens that the text encoder reads", at_least=1),
+    "template": Field("plain", "chat template", choices=tuple(TEMPLATES)),
+    "max_query": Field(32, "number of text tokens that the text encoder reads", at_least=1),
     "text_guidance": Field(
         "joined",
-        'questions of a conversation that the text encoder reads: all "joined", the one of the "first_turn", '
-        'or with "each_turn" its own: each turn is then a sample, with the turns before as its history',
+        'questions that the text encoder reads: "joined", all of the conversation; "first_turn", the first '
+        'one; "each_turn", one at a time: each turn becomes a sample, with the earlier turns as its history',
         choices=GUIDANCE,
     ),
     "sampling": {
         "kind": Field(
             "uniform",
-            'frames of a video: "uniform", evenly spaced to fill the bucket; "segments", one of each of as '
-            'many equal parts; "fps", at a constant rate',
+            'how frames are sampled: "uniform", evenly spaced, as many as the bucket holds; "segments", one '
+            'from each of that many equal segments; "fps", at a constant rate',
             choices=("uniform", "fps", "segments"),
         ),
         "fps": Field(1.0, 'frames per second of "fps"', above=0),
-        "cap": Field(2000, 'most frames of "fps" ...', at_least=1),
-        "above": Field(200, "... evenly spaced frames of a video that has more", at_least=1),
-        "pick": Field("middle", "frame taken of each segment", choices=("middle", "random")),
+        "cap": Field(2000, 'largest number of frames of "fps"', at_least=1),
+        "above": Field(
+            200, "number of evenly spaced frames of a video with more frames than cap", at_least=1
+        ),
+        "pick": Field("middle", "frame to take from each segment", choices=("middle", "random")),
     },
     "image_layout": Field(
         "crop",
         'how frames become square: "crop" to the centre (CLIP), "pad" with the mean colour, or "stretch"',
         choices=LAYOUTS,
     ),
-    "features": Field(str, "folder written by `extract`; its features are read instead of pixels"),
+    "features": Field(str, "folder written by `extract`, to read features from instead of pixels"),
     "lengths": Field(str, "file of known sample lengths; None: WORKDIR/lengths.jsonl"),
-    "cache_gib": Field(0.5, "decoded media kept in memory, GiB", at_least=0),
-    "threads": Field(2, "threads of each process that decode media", at_least=1),
-    "processes": Field(0, "worker processes that read samples; 0 reads them in threads", at_least=0),
-    "timeout": Field(60.0, "seconds to read a sample, after which it is skipped", above=0),
+    "cache_gib": Field(0.5, "size of the cache of decoded media in memory, GiB", at_least=0),
+    "threads": Field(2, "number of threads per process that decode media", at_least=1),
+    "processes": Field(0, "number of worker processes that read samples; 0: threads read them", at_least=0),
+    "timeout": Field(60.0, "seconds after which a sample that is still being read is skipped", above=0),
     "max_skip_share": Field(
         0.05, "fraction of samples that may be unusable before the run stops", at_least=0, below=1
     ),
-    "workers": Field(2, "processes that generate data", at_least=1),
+    "workers": Field(2, "number of processes that generate data", at_least=1),
     "needles": {
         "seed": Field(0, "seed of the generated benchmark"),
-        "num_train": Field(1600, "training videos", at_least=1),
-        "num_validation": Field(64, "validation videos", at_least=1),
-        "num_heldout": Field(128, "held-out videos", at_least=1),
-        "num_images": Field(8000, "images for pretraining", at_least=1),
-        "num_sequences": Field(4000, "short videos for pretraining", at_least=1),
+        "num_train": Field(1600, "number of training videos", at_least=1),
+        "num_validation": Field(64, "number of validation videos", at_least=1),
+        "num_heldout": Field(128, "number of held-out videos", at_least=1),
+        "num_images": Field(8000, "number of images for pretraining", at_least=1),
+        "num_sequences": Field(4000, "number of short videos for pretraining", at_least=1),
     },
 }
 
@@ -169,48 +171,58 @@ WEIGHTS: Section = {
 }
 
 MESH: dict[str, Field] = {
-    "data": Field(-1, "replicas of the parameters; splits the batch; -1: all remaining devices"),
-    "fsdp": Field(1, "shards of the parameters; splits the batch too"),
-    "tensor": Field(1, "shards of the heads and hidden units"),
-    "context": Field(1, "shards of the language model's sequence"),
+    "data": Field(
+        -1, "number of replicas of the parameters, which split the batch; -1: all remaining devices"
+    ),
+    "fsdp": Field(1, "number of shards of the parameters, which also split the batch"),
+    "tensor": Field(1, "number of shards of the heads and hidden units"),
+    "context": Field(1, "number of shards of the language model's sequence"),
 }
 
 CHECKPOINT: Section = {
     "every": Field(500, "steps between checkpoints", at_least=1),
-    "keep": Field(1, "newest checkpoints that are kept", at_least=1),
-    "keep_every": Field(int, "steps; checkpoints at multiples of this are kept too", at_least=1),
-    "best": Field(str, "metric whose best checkpoint is kept too", choices=("loss", "grad_norm")),
+    "keep": Field(1, "number of newest checkpoints to keep", at_least=1),
+    "keep_every": Field(int, "also keep checkpoints at multiples of this number of steps", at_least=1),
+    "best": Field(
+        str, "also keep the checkpoint with the best value of this metric", choices=("loss", "grad_norm")
+    ),
     "best_mode": Field("min", "whether the smallest or the largest value is best", choices=("min", "max")),
 }
 
 EVALUATION: Section = {
     "annotations": Field(str, "LLaVA file of held-out questions, relative to data.root; None: no evaluation"),
-    "media_frames": Field(16, "frames of a video", at_least=1),
-    "max_text": Field(64, "text tokens of a prompt", at_least=1),
-    "max_subtitle": Field(0, "text tokens of a video's subtitles", at_least=0),
-    "batch_size": Field(64, "questions answered together", at_least=1),
-    "max_new_tokens": Field(8, "most tokens of an answer", at_least=1),
-    "focus_videos": Field(2, "videos in focus.png; 0 draws no picture", at_least=0),
+    "media_frames": Field(16, "number of frames of a video", at_least=1),
+    "max_text": Field(64, "maximum number of text tokens in a prompt", at_least=1),
+    "max_subtitle": Field(0, "maximum number of text tokens in a video's subtitles; 0: none", at_least=0),
+    "batch_size": Field(64, "questions per batch", at_least=1),
+    "max_new_tokens": Field(8, "maximum number of tokens in an answer", at_least=1),
+    "focus_videos": Field(2, "number of videos in focus.png; 0: no picture", at_least=0),
 }
 
 GENERATION: Section = {
-    "num_frames": Field(int, "frames of a video; None: evaluation.media_frames", at_least=1),
-    "max_new_tokens": Field(256, "most tokens of an answer", at_least=1),
-    "max_length": Field(int, "most visual and text tokens, including the answer; None: no limit", at_least=1),
+    "num_frames": Field(int, "number of frames of a video; None: evaluation.media_frames", at_least=1),
+    "max_new_tokens": Field(256, "maximum number of tokens in an answer", at_least=1),
+    "max_length": Field(
+        int, "maximum number of visual and text tokens, including the answer; None: no limit", at_least=1
+    ),
     **SAMPLING,
-    "end_tokens": Field((), "special tokens that end an answer, besides the tokenizer's eos_token"),
+    "end_tokens": Field((), "special tokens that end an answer, in addition to the tokenizer's eos_token"),
     # Sizes that programs are compiled for; inputs are padded to the next one
-    "frames": Field((), "compiled clip lengths, frames; (): 1 and num_frames"),
+    "frames": Field((), "clip lengths to compile for, frames; (): 1 and num_frames"),
     "text": Field(
         (32, 48, 64, 96, 128, 256, 512, 1024, 2048),
-        "compiled prompt lengths, tokens; longer prompts: multiples of the last",
+        "prompt lengths to compile for, tokens; for longer prompts, multiples of the last",
     ),
-    "batch": Field((1, 4, 16), "compiled batch sizes of decoding; the last is the largest"),
-    "cache": Field(128, "positions of the KV cache are a multiple of this", at_least=1),
+    "batch": Field((1, 4, 16), "batch sizes to compile decoding for, in ascending order"),
+    "cache": Field(128, "the length of the KV cache is a multiple of this", at_least=1),
     "prefill": Field(
-        4096, "prompt tokens prefilled per device at a time, unless one prompt has more", at_least=1
+        4096,
+        "maximum number of prompt tokens that a device prefills at a time, unless one prompt is longer",
+        at_least=1,
     ),
-    "cached_clips": Field(16, "encoded clips whose visual tokens are kept for later questions", at_least=0),
+    "cached_clips": Field(
+        16, "number of clips whose visual tokens are cached for later questions", at_least=0
+    ),
 }
 
 CONFIG: Section = {
@@ -221,56 +233,66 @@ CONFIG: Section = {
     "model": MODEL,
     "data": DATA,
     "weights": WEIGHTS,
-    "stages": Field((), "stages of training in their order: stage(...)"),
+    "stages": Field((), "training stages in order: stage(...)"),
     "mesh": MESH,
     "distributed": DISTRIBUTED,
     "checkpoint": CHECKPOINT,
-    "log_every": Field(50, "steps between lines of the log", at_least=1),
+    "log_every": Field(50, "steps between log lines", at_least=1),
     "evaluation": EVALUATION,
     "generation": GENERATION,
 }
 
 STAGE: Section = {
     "name": Field(str, "name of the stage and of its folder of checkpoints"),
-    "annotations": Field(str, "LLaVA file, relative to data.root ..."),
-    "sources": Field((), "... or a mixture of source(...)"),
-    "steps": Field(int, "steps, or ...", at_least=1),
-    "epochs": Field(float, "... epochs: passes over the records", above=0),
+    "annotations": Field(str, "LLaVA file, relative to data.root; set this or sources"),
+    "sources": Field((), "mixture of source(...); set this or annotations"),
+    "steps": Field(int, "number of steps; set this or epochs", at_least=1),
+    "epochs": Field(float, "number of passes over the records; set this or steps", above=0),
     "batch_size": Field(32, "samples per step, over all devices", at_least=1),
-    "microbatches": Field(1, "microbatches per step, whose gradients are accumulated", at_least=1),
+    "microbatches": Field(1, "microbatches per step; their gradients are accumulated", at_least=1),
     "loss_chunk": Field(0, "text tokens per sample whose logits are in memory at a time; 0: all", at_least=0),
-    "num_frames": Field(16, "frames of a sample, after padding", at_least=1),
-    "max_text": Field(64, "text tokens of a sample, after padding", at_least=1),
-    "buckets": Field((), "(num_frames, max_text) pairs of the batches, instead of these two"),
-    "max_length": Field(int, "most visual and text tokens of a sample", at_least=1),
+    "num_frames": Field(16, "number of frames of a sample, after padding", at_least=1),
+    "max_text": Field(64, "number of text tokens of a sample, after padding", at_least=1),
+    "buckets": Field(
+        (), "(num_frames, max_text) pairs, the shapes of the batches, instead of these two fields"
+    ),
+    "max_length": Field(
+        int, "maximum number of visual and text tokens of a sample; None: no limit", at_least=1
+    ),
     "on_overflow": Field(
         "error",
-        'what happens to a longer sample: "error" skips it; "drop_turns" drops its last turns; '
+        'what to do with a longer sample: "error" skips it, "drop_turns" drops its last turns, '
         '"fewer_frames" samples fewer frames',
         choices=ON_OVERFLOW,
     ),
     "max_subtitle": Field(
-        0, "most text tokens of a video's subtitles, placed between its frames; 0: none", at_least=0
+        0,
+        "maximum number of text tokens in a video's subtitles, placed between its frames; 0: none",
+        at_least=0,
     ),
-    "max_turns": Field(int, "turns that are drawn from a record; None: all", at_least=1),
+    "max_turns": Field(int, "number of turns drawn at random from a record; None: all turns", at_least=1),
     "connector": Field(ConfigDict, "connector of this stage, connector(...); None: config.model.connector"),
     "trainable": Field(
-        tuple, 'regular expressions over parameter paths, "language/.*"; None: the connector\'s own'
+        tuple,
+        'regular expressions over the paths of the parameters to train, such as "language/.*"; None: those '
+        "that the connector declares",
     ),
     "copy": Field((), '"destination <- source" parameter paths, copied once when the stage starts'),
-    "random_steps": Field(0, "first steps, in which the connector selects frames at random", at_least=0),
+    "random_steps": Field(
+        0, "number of steps at the start in which the connector selects frames at random", at_least=0
+    ),
     "learning_rate": Field(1e-3, "peak learning rate of AdamW", above=0),
     "lr_scale": Field((), "(regular expression, factor) pairs that scale the learning rate"),
     "schedule": Field(
         "cosine",
-        'learning rate after the warm-up: "cosine" to 0, or "linear_tail": constant, then linear to 0 over '
-        "the last quarter",
+        'learning rate after the warm-up: "cosine", to 0; "linear_tail", constant, then linear to 0 over the '
+        "last quarter",
         choices=("cosine", "linear_tail"),
     ),
-    "warmup": Field(0.03, "fraction of the steps with a linear warm-up", at_least=0, below=1),
+    "warmup": Field(0.03, "fraction of the steps used for a linear warm-up", at_least=0, below=1),
     "weight_decay": Field(0.0, "decoupled weight decay", at_least=0),
     "b2": Field(0.999, "decay of AdamW's second moment", above=0, below=1),
-    "clip": Field(1.0, "largest global gradient norm", above=0),
+    "clip": Field(1.0, "maximum global gradient norm; larger gradients are scaled down to it", above=0),
 }
 
 

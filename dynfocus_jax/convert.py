@@ -5,16 +5,16 @@ r"""Convert published weights to a checkpoint that training can start from, or e
     python -m dynfocus_jax.convert --config configs/instruct_7b.py --export published/dynfocus \
         --checkpoint runs/instruct_7b/checkpoints/instruct/23843
 
---output reads the files in config.weights and writes their parameters to a new folder, which config.initial
-can name. Each entry of config.weights is a file (.safetensors, .bin, .pth, .pt, .gguf), an index of shards,
-or a Hugging Face folder. If a file holds several parts of the model, set it for each of them. An empty entry
-(--config.weights.vision=) leaves the part out. Every weight must match a parameter, and every parameter a
-weight; list published names to leave out in config.weights.skip. --dtype casts all weights; bfloat16 halves
-the memory of frozen ones.
+--output reads the files in config.weights and writes their parameters to a new folder; set config.initial to
+that folder to train from it. Each field of config.weights is a file (.safetensors, .bin, .pth, .pt, .gguf),
+an index of shards, or a Hugging Face folder. If a file holds several parts of the model, set the field of
+each part to it. An empty field (--config.weights.vision=) leaves the part out. Every weight must match a
+parameter, and every parameter a weight; config.weights.skip lists published names to ignore. --dtype casts
+all weights; bfloat16 halves the memory of frozen ones.
 
---export writes the parts of --checkpoint to folders with published names: language (for
-AutoModelForCausalLM), vision and text_encoder (Hugging Face names), and connector. Converting them back gives
-the same parameters, bit for bit.
+--export writes the parts of --checkpoint under their published names, each to a folder of its own: language
+(for AutoModelForCausalLM), vision and text_encoder (Hugging Face names), and connector. Converting them back
+gives the same parameters, bit for bit.
 """
 
 import json
@@ -43,18 +43,19 @@ _SHARD_GIB = flags.DEFINE_float("shard_gib", 2.0, "Largest size of an exported f
 
 def main() -> None:
     if CONFIG_FLAG.value is None:
-        raise UserError("--config is missing. Give a config file such as configs/align_7b.py.")
+        raise UserError("--config is missing; set it to a config file such as configs/align_7b.py.")
     if (_OUTPUT.value is None) == (_EXPORT.value is None):
         raise UserError(
-            "give either --output (to convert published files) or --export (to export a checkpoint)."
+            "expected one of --output and --export; use --output to convert published files, or --export to "
+            "export a checkpoint."
         )
     if (_EXPORT.value is None) != (_CHECKPOINT.value is None):
-        raise UserError("give --export (the folder to write) and --checkpoint (what to export) together.")
+        raise UserError("use --export (the folder to write) and --checkpoint (what to export) together.")
     config = CONFIG_FLAG.value
     validate_model(config)
     target = Path(_OUTPUT.value or _EXPORT.value or "").expanduser()
     if target.exists():
-        raise UserError(f"{target} exists already. Give another folder, or remove this one.")
+        raise UserError(f"{target} already exists; use another folder, or remove this one.")
     if _OUTPUT.value:
         params = read_model(config, _DTYPE.value)
         described = {"weights": to_dict(config.weights), "model": to_dict(config.model)}

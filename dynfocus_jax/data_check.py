@@ -3,11 +3,11 @@
     python -m dynfocus_jax.data_check --config configs/instruct_7b.py --config.data.root=DIR
     python -m dynfocus_jax.data_check --config configs/toy.py --samples 100 --json check.json
 
-Reads all records of the sources of all stages, looks for their files, counts their text tokens, and decodes
-some files of each source (--samples). Prints the numbers of records and samples, the distributions of their
+The command reads all records of all stages, looks for their files, counts their text tokens, and decodes some
+files of each source (--samples). It prints the numbers of records and samples, the distributions of their
 lengths, and the records that cannot be used. --json FILE writes all figures, and the reason for each record
-that cannot be used. The exit code is 1 if more records of a stage cannot be used than
-config.data.max_skip_share allows; the number of unreadable files is estimated from those decoded.
+that cannot be used. The number of unreadable files is estimated from the decoded ones. The exit code is 1 if
+more records of a stage cannot be used than config.data.max_skip_share allows.
 """
 
 import json
@@ -29,7 +29,7 @@ from dynfocus_jax.training.stage_data import make_loader, stage_budget, stage_se
 from dynfocus_jax.validation import validate
 
 _SAMPLES = flags.DEFINE_integer("samples", 20, "Number of files of each source to decode.", lower_bound=0)
-_JSON = flags.DEFINE_string("json", None, "Output file for all figures and reasons.")
+_JSON = flags.DEFINE_string("json", None, "File to write all figures and reasons to.")
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
         if unusable_share(sources) > allowed:
             raise RunError(
                 f"{unusable_share(sources):.2%} of the records of stage {name!r} cannot be used, more than "
-                f"config.data.max_skip_share = {allowed} allows."
+                f"config.data.max_skip_share = {allowed} allows; correct the data, or raise max_skip_share."
             )
 
 
@@ -75,7 +75,7 @@ def _make_tokenizer(config: ConfigDict, data_root: Path) -> Tokenizer | None:
     try:
         return make_tokenizer(config, data_root / config.data.vocabulary)
     except UserError as error:
-        print(f"note: text tokens are not counted, because the tokenizer cannot be used: {error}", flush=True)
+        print(f"note: text tokens are not counted, because the tokenizer cannot be read: {error}", flush=True)
         return None
 
 

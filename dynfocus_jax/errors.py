@@ -26,10 +26,12 @@ class MediaTimeout(MediaError):
 
 
 def suggest(key: str, known: Iterable[str]) -> str:
-    """Return the end of a sentence about an unknown name: the closest known one, or a list of all."""
+    """Return the rest of a clause about an unknown name: the closest known name, or a list of all."""
     known = list(known)
+    if not known:
+        return ""
     close = difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean {close[0]!r}" if close else f"; known names: {', '.join(sorted(known))}"
+    return f" (did you mean {close[0]!r}?)" if close else f", expected one of {', '.join(sorted(known))}"
 
 
 def quoted(value: object) -> str:

@@ -1,28 +1,28 @@
-"""Evaluate a trained model on a published benchmark.
+r"""Evaluate a trained model on a published benchmark.
 
-    python -m dynfocus_jax.evaluate --benchmark=videomme --checkpoint=runs/instruct --output=runs/videomme
-        --annotations=videomme/test-00000-of-00001.parquet --media=videomme/data
+    python -m dynfocus_jax.evaluate --benchmark videomme --checkpoint runs/instruct --output runs/videomme \
+        --annotations videomme/test-00000-of-00001.parquet --media videomme/data
 
-Answers are decoded greedily and appended to OUTPUT/predictions.jsonl. The same command continues after an
-interruption, with the questions that have no answer yet. results.json and table.txt are written when every
-question has an entry. Questions whose video cannot be read, that get no answer, or whose answer cannot be
-parsed count as wrong and are listed. Frames are read from the videos, even if the model was trained on
-extracted features.
+Answers are decoded greedily and appended to OUTPUT/predictions.jsonl. To resume an interrupted evaluation,
+rerun the same command; questions that have an answer are not repeated. results.json and table.txt are written
+once every question has an entry. A question counts as wrong, and is listed, if its video cannot be read, if
+it gets no answer, or if its answer cannot be parsed. Frames are read from the videos, even if the model was
+trained on extracted features.
 
-configs/benchmarks.py has the prompts and frames of each benchmark; set a field with
---config.BENCHMARK.FIELD=VALUE, list all with --fields=config. Open answers are measured by exact match and
-token F1, and also by a judge if one is named:
+configs/benchmarks.py has the prompts and the number of frames of each benchmark; set a field with
+--config.BENCHMARK.FIELD=VALUE, list the fields with --fields=config. Open answers are scored by exact match
+and token F1, and also by a judge if config.judge.model is set:
 
-    --config.judge.model=NAME         its name at the endpoint
+    --config.judge.model=NAME         name of the model at the endpoint
     --config.judge.base_url=URL       any OpenAI-compatible endpoint (https://api.openai.com/v1)
     --config.judge.key_variable=NAME  environment variable with the key (OPENAI_API_KEY); empty: no key
-    --config.judge.concurrency=8      requests in flight; see --fields=config.judge
+    --config.judge.concurrency=8      concurrent requests; see --fields=config.judge
 
 The judge gets the published prompts (evaluation/judge_prompts.toml). Their versions are in results.json, its
 replies in OUTPUT/judge.jsonl.
 
-Several processes share the questions if each is started with the same arguments and config.distributed sets
-their address, as for training. Each process has the whole model on its own devices.
+To evaluate with several processes, set config.distributed and start each process with the same arguments, as
+in training. The processes split the questions; each holds the whole model on its own devices.
 """
 
 import re
@@ -67,12 +67,14 @@ from dynfocus_jax.validation import validate
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "benchmarks.py"
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Folder of a training run, or of one of its checkpoints."
+    "checkpoint", None, "Workdir of a training run, or WORKDIR/checkpoints/STAGE/STEP."
 )
 _BENCHMARK = flags.DEFINE_string("benchmark", None, f"One of {', '.join(BENCHMARKS)}.")
 _ANNOTATIONS = flags.DEFINE_string("annotations", None, "The benchmark's published file, or folder of files.")
 _MEDIA = flags.DEFINE_string("media", None, "Folder of the benchmark's videos.")
-_OUTPUT = flags.DEFINE_string("output", None, "Folder of predictions and results, new or of an earlier run.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Folder for predictions and results: new, or of a run to resume."
+)
 
 
 class Paths(NamedTuple):
@@ -114,9 +116,9 @@ def evaluate(name: str, paths: Paths, config: ConfigDict, judge: Judge | None) -
     if settings.subtitles and not any(question.subtitles for question in questions):
         raise UserError(
             f"config.{name}.subtitles is True, but {str(paths.media)!r} has no subtitle files; add them, or "
-            "set it to False."
+            "set the field to False."
         )
-    print_once(f"{len(questions)} questions about {len(videos)} videos, {missing} of which are missing")
+    print_once(f"{len(questions)} questions about {len(videos)} videos, {missing} of them missing")
 
     # --- Model ----------------------------------------------------------------------------------------
     trained = load_run(paths.checkpoint)
@@ -176,7 +178,7 @@ def evaluate(name: str, paths: Paths, config: ConfigDict, judge: Judge | None) -
 def _require(flag: flags.FlagHolder[str | None]) -> str:
     """Return the value of a flag; raise UserError if it is missing or empty."""
     if not flag.value:
-        raise UserError(f"--{flag.name} is missing; see --help.")
+        raise UserError(f"--{flag.name} is missing; set it (see --help).")
     return flag.value
 
 

@@ -1,4 +1,4 @@
-"""Compute the features of the frozen vision tower once, for training to read in place of pixels.
+r"""Compute the features of the frozen vision tower once, for training to read instead of pixels.
 
     python -m dynfocus_jax.extract --config configs/align_7b.py --config.initial=DIR --config.data.root=DATA \
         --output FEATURES
@@ -6,18 +6,18 @@
         --config.data.features=FEATURES --workdir RUN
 
 The command reads the media of all stages and of the evaluation in the same way as training, and runs the
-frames that their buckets ask for through the vision tower of config.initial. --stage NAME limits it to one
-stage, or to "evaluation". Training from the features is equivalent to training from pixels. Features are
-stored in the dtype of the model, bfloat16 by default.
+frames that the buckets need through the vision tower in config.initial. --stage NAME limits it to one stage,
+or to "evaluation". Training from the features is equivalent to training from pixels. Features are stored in
+the dtype of the model, bfloat16 by default.
 
 --movie_features FOLDER converts LLaMA-VID's movie features (.pkl files, read without executing them) instead,
 and needs no vision tower. Records of the stages that name .pkl files are converted as well.
 
-Started again, also with other stages or data, the command adds the features that are missing. After a killed
-run, finished shards are kept. FEATURES/skipped.jsonl lists the media that could not be read.
+Rerunning the command, also with other stages or data, adds the features that are missing. If a run is killed,
+its finished shards are kept. FEATURES/skipped.jsonl lists the media that could not be read.
 
-Several processes share the work if each is started with the same arguments and config.distributed describes
-how they find each other, as in training. `features/store.py` describes the files of the folder.
+To extract with several processes, set config.distributed and start each process with the same arguments, as
+in training. `features/store.py` describes the files of the folder.
 """
 
 import itertools
@@ -60,12 +60,14 @@ from dynfocus_jax.parameters import param_shapes, trained_paths
 from dynfocus_jax.validation import validate
 from dynfocus_jax.version import code_version
 
-_OUTPUT = flags.DEFINE_string("output", None, "Folder for the features; it may hold some already.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder for the features; it may already hold some.")
 _STAGE = flags.DEFINE_string(
-    "stage", None, "The only stage whose media are extracted, or 'evaluation'; all by default."
+    "stage",
+    None,
+    "Stage to extract the features of, or 'evaluation'; by default, all stages and the evaluation.",
 )
 _MOVIE_FEATURES = flags.DEFINE_string(
-    "movie_features", None, "Folder with LLaMA-VID's .pkl files, which are converted instead."
+    "movie_features", None, "Folder with LLaMA-VID's .pkl files to convert instead."
 )
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 32, "Frames that each device runs through the vision tower at a time.", lower_bound=1
@@ -78,7 +80,7 @@ _SHARD_SECONDS = 600.0  # a killed run loses at most the work of this time
 def main() -> None:
     config = CONFIG_FLAG.require("configs/align_7b.py")
     if _OUTPUT.value is None:
-        raise UserError("--output is missing; name a folder for the features.")
+        raise UserError("--output is missing; set it to a folder for the features.")
     connect_processes(config.distributed)
     movies = _MOVIE_FEATURES.value
     extract_features(
@@ -196,7 +198,7 @@ def _check_disk_space(frames: int, config: ConfigDict, output: Path) -> None:
     if size > free:
         raise UserError(
             f"--output {str(output)!r} has {free / 2**30:.3g} GiB free, but the features need about "
-            f"{gib}; choose a larger disk, or extract fewer stages or frames."
+            f"{gib}; use a larger disk, or extract fewer stages or frames."
         )
 
 

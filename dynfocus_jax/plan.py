@@ -8,15 +8,16 @@ The command compiles the train step of every stage, prefill and the decode step 
 any CPU and takes minutes. Install the compilers with `pip install -r requirements-plan.txt`.
 Machines, NAME:SHAPE:
 
-    a100-40gb:8  a100-80gb:8  h100:8  h200:8     GPUs of one host; for several, hosts x GPUs: h100:4x8
-    v4:2x2x2  v5p:2x2x4  v5e:4x8  v6e:8x8        TPU slices by their sides in chips; hosts have 2x2 chips
+    a100-40gb:8  a100-80gb:8  h100:8  h200:8     GPUs of one host; for several hosts, hosts x GPUs: h100:4x8
+    v4:2x2x2  v5p:2x2x4  v5e:4x8  v6e:8x8        TPU slices: sides in chips; each host has 2x2 chips
 
-All figures are per device and step. Temporaries include gradients. FLOPs are those of matrix products. The
-best-case time is that of the slowest of arithmetic, memory and links at its peak rate, as if it hid the other
-two. The best-case MFU is the share of the chip's bfloat16 peak that the model's own FLOPs, without
-recomputation (remat), reach in that time.
+All figures are per device and step. Temporaries include gradients. FLOPs count matrix products only. The
+best-case time assumes that arithmetic, memory traffic and communication all run at peak rate and overlap
+fully, so it is the time of the slowest of the three. The best-case MFU divides the model's own FLOPs, without
+recomputation (remat), by what the chip can do in bfloat16 in that time.
+
 Set any field with --config.FIELD=VALUE, for example --config.mesh.data=1 --config.mesh.fsdp=-1.
-The exit code is 1 if a step does not fit; the error names the largest part and the fields to change.
+The exit code is 1 if a step does not fit in memory; the error names the largest part and fields to change.
 """
 
 import json
@@ -51,13 +52,13 @@ _OUTPUT = flags.DEFINE_string("output", None, "File to write the JSON object to,
 def main() -> None:
     if CONFIG_FLAG.value is None or _MACHINE.value is None:
         missing = "--config" if CONFIG_FLAG.value is None else "--machine"
-        raise UserError(f"{missing} is missing. Try --config configs/instruct_7b.py --machine a100-80gb:8.")
+        raise UserError(f"{missing} is missing; try --config configs/instruct_7b.py --machine a100-80gb:8.")
     unknown = [name for name in _STEPS.value if name not in STEPS]
     if unknown:
-        raise UserError(f"--steps: unknown step {unknown[0]!r}, expected some of {','.join(STEPS)}.")
+        raise UserError(f"--steps: unknown step {unknown[0]!r}, expected any of {', '.join(STEPS)}.")
     output = None if _OUTPUT.value is None else Path(_OUTPUT.value).expanduser()
     if output is not None and not output.parent.is_dir():
-        raise UserError(f"--output: the folder of {_OUTPUT.value!r} does not exist. Create it first.")
+        raise UserError(f"--output: the folder of {_OUTPUT.value!r} does not exist; create it first.")
 
     # --- Machine --------------------------------------------------------------------------------------
     jax.config.update("jax_platforms", "cpu")  # local accelerators are not used

@@ -119,7 +119,7 @@ def check_section(section: ConfigDict, fields: Section, where: str) -> None:
     for name, field in fields.items():
         place = f"{where}.{name}"
         if name not in section:
-            raise UserError(f"{place} is missing; start from the defaults of dynfocus_jax.config.")
+            raise UserError(f"{place} is missing; start from dynfocus_jax.config.default_config().")
         value = section[name]
         if isinstance(field, Field):
             check_value(value, field, place)
@@ -135,9 +135,7 @@ def check_value(value: Any, field: Field, where: str) -> None:
         require(isinstance(field.default, type), f"{where} is not set, expected {field.accepted}.")
         return
     if not _has_type(value, field.type):
-        raise UserError(
-            f"{where} is {value!r} of type {type(value).__name__}, expected {field.type.__name__}."
-        )
+        raise UserError(f"{where} is {value!r} of type {type(value).__name__}, expected {field.accepted}.")
     if field.choices is not None:
         entries = value if isinstance(value, tuple | list) else (value,)
         for entry in entries:

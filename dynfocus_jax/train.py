@@ -6,15 +6,15 @@
 Set any field of the configuration with --config.FIELD=VALUE, for example --config.stages[3].steps=100; list
 the fields with --fields=config.
 
-To resume a run, run the same command again, on the same or other devices; finished stages are not repeated.
-On SIGTERM the run saves a checkpoint and exits with 0.
+To resume a run, rerun the same command, on the same devices or on others; finished stages are not repeated.
+On SIGTERM the run saves a checkpoint and exits with code 0.
 
-Written to the workdir: config.json, checkpoints/, metrics.jsonl, skipped.jsonl (samples that could not be
-used), overflow.jsonl (samples that were shortened), lengths.jsonl (lengths of the samples), and, if
-config.evaluation names held-out questions, eval.json, predictions.jsonl and focus.png.
+The workdir receives config.json, checkpoints/, metrics.jsonl, skipped.jsonl (samples that could not be used),
+overflow.jsonl (samples that were shortened), lengths.jsonl (lengths of the samples), and, if
+config.evaluation.annotations is set, eval.json, predictions.jsonl and focus.png.
 
-To train with several processes, start each with the same arguments and a config.distributed that says how
-they find each other; launch/ has scripts for this. They share the workdir; process 0 prints and writes.
+To train with several processes, set config.distributed and start each process with the same arguments;
+launch/ has scripts for this. The processes share the workdir; process 0 prints and writes.
 """
 
 import json
@@ -40,14 +40,14 @@ from dynfocus_jax.validation import validate
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and results.")
 _STOP_AT = flags.DEFINE_string(
-    "stop_at", None, "STAGE:STEP to save a checkpoint at and stop; run again to resume."
+    "stop_at", None, "STAGE:STEP at which to save a checkpoint and stop; run again without it to resume."
 )
 
 
 def main() -> None:
     config = CONFIG_FLAG.require("configs/toy.py")
     if _WORKDIR.value is None:
-        raise UserError("--workdir is missing; give a folder for checkpoints and results.")
+        raise UserError("--workdir is missing; set it to a folder for checkpoints and results.")
     workdir = Path(_WORKDIR.value).expanduser()
 
     # --- Devices and settings -------------------------------------------------------------------------
@@ -67,7 +67,10 @@ def main() -> None:
     tokenizer = make_tokenizer(config, data_root / config.data.vocabulary)
     held_out = config.evaluation.annotations
     if held_out is not None and not (data_root / held_out).is_file():
-        raise UserError(f"config.evaluation.annotations is {held_out!r}, which is not a file in {data_root}.")
+        raise UserError(
+            f"config.evaluation.annotations is {held_out!r}, which is not a file in {data_root}; check "
+            "the path."
+        )
     if held_out is not None:
         check_held_out_features(config, data_root)
     seconds = {"data": time.perf_counter() - started}
@@ -99,8 +102,10 @@ def main() -> None:
                 params, seconds[stage.name] = stage.run(params, stop, preemption)
                 if stop is not None or preemption.agreed:
                     step = stage.checkpoints.latest_step()
+                    change = "" if stop is None else " without --stop_at"
                     print_once(
-                        f"stopped at step {step} of stage {stage.name}; run the same command to resume"
+                        f"stopped at step {step} of stage {stage.name}; rerun the same command{change} to "
+                        "resume"
                     )
                     return
 

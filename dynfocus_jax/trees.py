@@ -30,7 +30,7 @@ def matcher(patterns: Sequence[str], paths: Sequence[str], where: str) -> Callab
         if not any(pattern.fullmatch(path) for path in paths):
             tops = sorted({"/".join(path.split("/")[:2]) for path in paths})
             raise UserError(
-                f"{where}: {pattern.pattern!r} matches no parameter; expected a regular expression over "
+                f"{where}: {pattern.pattern!r} matches no parameter, expected a regular expression over "
                 f"paths such as {', '.join(tops)}."
             )
     return lambda path: any(pattern.fullmatch(path) for pattern in compiled)

@@ -32,7 +32,10 @@ def validate(config: ConfigDict, devices: int = 1) -> None:
     for index, stage in enumerate(config.stages):
         _check_stage(stage, config, f"config.stages[{index}]", devices)
     names = [stage.name for stage in config.stages]
-    require(len(set(names)) == len(names), f"config.stages has two stages of one name: {', '.join(names)}.")
+    require(
+        len(set(names)) == len(names),
+        f"config.stages has two stages with the same name: {', '.join(names)}; rename one of them.",
+    )
     _check_initial(config.initial)
     _check_data(config.data, config.model.text_encoder.max_text)
     if config.data.features is not None:
@@ -44,8 +47,8 @@ def validate(config: ConfigDict, devices: int = 1) -> None:
     evaluation = config.evaluation
     require(
         evaluation.annotations is None or evaluation.batch_size % devices == 0,
-        f"config.evaluation.batch_size is {evaluation.batch_size}, which the {devices} devices of the mesh's "
-        f"data and fsdp axes do not divide; choose a multiple of {devices}.",
+        f"config.evaluation.batch_size is {evaluation.batch_size}, expected a multiple of {devices} "
+        f"({devices} devices on the data and fsdp axes of config.mesh).",
     )
 
 
@@ -92,15 +95,15 @@ def _check_vision(vision: ConfigDict) -> None:
     )
     require(
         vision.image_size % vision.patch_size == 0,
-        f"{where}.image_size is {vision.image_size}, not a multiple of patch_size = {vision.patch_size}.",
+        f"{where}.image_size is {vision.image_size}, expected a multiple of patch_size = "
+        f"{vision.patch_size}.",
     )
 
 
 def _check_heads(section: ConfigDict, where: str) -> None:
     require(
         section.width % section.heads == 0,
-        f"{where}.width is {section.width}, which its {section.heads} heads do not divide; change one of "
-        "them.",
+        f"{where}.width is {section.width}, expected a multiple of heads = {section.heads}.",
     )
 
 
@@ -108,13 +111,13 @@ def _check_language(language: ConfigDict) -> None:
     where = "config.model.language"
     require(
         language.heads % language.kv_heads == 0,
-        f"{where}.heads is {language.heads}, not a multiple of kv_heads = {language.kv_heads}.",
+        f"{where}.heads is {language.heads}, expected a multiple of kv_heads = {language.kv_heads}.",
     )
     require(language.head_dim % 2 == 0, f"{where}.head_dim is {language.head_dim}, expected an even number.")
     require(
         language.rope_scaling != "none" or language.rope_factor == 1,
-        f"{where}.rope_factor is {language.rope_factor}, but rope_scaling is 'none'; choose 'linear' or "
-        "'llama3', or set the factor to 1.",
+        f"{where}.rope_factor is {language.rope_factor}, but rope_scaling is 'none'; set rope_scaling to "
+        "'linear' or 'llama3', or rope_factor to 1.",
     )
     require(
         language.rope_low_freq < language.rope_high_freq,
@@ -124,15 +127,15 @@ def _check_language(language: ConfigDict) -> None:
     lora = language.lora
     require(
         lora.rank == 0 or len(lora.targets) > 0,
-        f"{where}.lora.targets is empty, but rank is {lora.rank}; name projections, or set rank to 0.",
+        f"{where}.lora.targets is empty, but rank is {lora.rank}; set targets, or set rank to 0.",
     )
 
 
 def _check_stage(stage: ConfigDict, config: ConfigDict, where: str, devices: int) -> None:
-    require(stage.name is not None, f"{where}.name is not set; it has no default.")
+    require(stage.name is not None, f"{where}.name is not set; set it, because it has no default.")
     require(
         re.fullmatch(r"[\w-]+", stage.name) is not None,
-        f"{where}.name is {stage.name!r}, expected letters, digits, '_' or '-': it names a folder.",
+        f"{where}.name is {stage.name!r}, expected letters, digits, '_' or '-', because it names a folder.",
     )
     _check_one_of_two(stage, where, "annotations", "sources")
     _check_one_of_two(stage, where, "steps", "epochs")
@@ -145,7 +148,7 @@ def _check_stage(stage: ConfigDict, config: ConfigDict, where: str, devices: int
         )
     require(
         len(set(stage.buckets)) == len(stage.buckets),
-        f"{where}.buckets has one shape twice: {stage.buckets}.",
+        f"{where}.buckets has the same shape twice: {stage.buckets}; remove one of them.",
     )
     check_sources(stage.sources, f"{where}.sources")
     require(
@@ -154,21 +157,21 @@ def _check_stage(stage: ConfigDict, config: ConfigDict, where: str, devices: int
     )
     require(
         stage.trainable is None or len(stage.trainable) > 0,
-        f"{where}.trainable is empty: nothing would be trained. Name parameters, or set it to None for those "
-        "of the connector.",
+        f"{where}.trainable is empty, so nothing would be trained; set it to regular expressions over "
+        "parameter paths, or to None for the parameters of the connector.",
     )
     _check_regular_expressions(where, (*(stage.trainable or ()), *(pair[0] for pair in stage.lr_scale)))
     parts = stage.microbatches * devices
-    each = "" if stage.microbatches == 1 else f"{stage.microbatches} microbatches on "
+    each = "" if stage.microbatches == 1 else f"{stage.microbatches} microbatches x "
     require(
         stage.batch_size % parts == 0,
-        f"{where}.batch_size is {stage.batch_size}, which {each}the {devices} devices of the mesh's data and "
-        f"fsdp axes do not divide; choose a multiple of {parts}.",
+        f"{where}.batch_size is {stage.batch_size}, expected a multiple of {parts} ({each}{devices} devices "
+        "on the data and fsdp axes of config.mesh).",
     )
     require(
         stage.max_turns is None or config.data.text_guidance != "each_turn",
         f"{where}.max_turns is {stage.max_turns}, but with text_guidance 'each_turn' every turn is a sample; "
-        "leave it out.",
+        "remove it.",
     )
 
 
@@ -201,16 +204,16 @@ def _check_initial(initial: str | None) -> None:
 
 
 def _check_data(data: ConfigDict, text_encoder_text: int) -> None:
-    require(data.root is not None, "config.data.root is not set; name the folder of the data.")
+    require(data.root is not None, "config.data.root is not set; set it to the folder of the data.")
     sampling = data.sampling
     require(
         sampling.above <= sampling.cap,
-        f"config.data.sampling.above is {sampling.above}, expected at most cap = {sampling.cap}: a video "
-        "over the cap gives fewer frames.",
+        f"config.data.sampling.above is {sampling.above}, expected at most cap = {sampling.cap}, because it "
+        "replaces the cap for longer videos.",
     )
     require(
         data.max_query <= text_encoder_text,
-        f"config.data.max_query is {data.max_query}, more than the text encoder's max_text = "
+        f"config.data.max_query is {data.max_query}, expected at most config.model.text_encoder.max_text = "
         f"{text_encoder_text}.",
     )
 
@@ -224,7 +227,7 @@ def _check_mesh(mesh: ConfigDict) -> None:
     rest = [axis for axis, size in mesh.items() if size == -1]
     require(
         len(rest) <= 1,
-        f"config.mesh has -1 for {' and '.join(rest)}, expected one such axis at most; set the others.",
+        f"config.mesh has -1 for {' and '.join(rest)}, expected -1 for at most one axis; set the others.",
     )
 
 
@@ -232,7 +235,7 @@ def _check_checkpoint(checkpoint: ConfigDict) -> None:
     require(
         checkpoint.keep_every is None or checkpoint.keep_every % checkpoint.every == 0,
         f"config.checkpoint.keep_every is {checkpoint.keep_every}, expected a multiple of every = "
-        f"{checkpoint.every}: only those steps are saved.",
+        f"{checkpoint.every}, because only those steps are saved.",
     )
 
 
@@ -243,5 +246,5 @@ def _check_generation(generation: ConfigDict) -> None:
             (name == "frames" or len(sizes) > 0)
             and all(type(size) is int and size > 0 for size in sizes)
             and all(small < large for small, large in itertools.pairwise(sizes)),
-            f"config.generation.{name} is {sizes}, expected ascending sizes greater than 0.",
+            f"config.generation.{name} is {sizes}, expected integers greater than 0 in ascending order.",
         )

@@ -135,7 +135,7 @@ def test_errors_are_written_and_change_nothing(engine):
     assert talk.say("/video b.mp4") == ["error: b.mp4: no such file"]
     (line,) = talk.say("/fokus")
     assert line == "error: /fokus is not a command; use /focus [FILE], /video FILE, /reset or /quit."
-    assert "holds a special token" in talk.say("w1 <eos>")[0]
+    assert "contains a special token" in talk.say("w1 <eos>")[0]
     assert talk.say("") == []
     again = Talk(engine)
     again.say("/video a.mp4", "w1 w2")
@@ -144,7 +144,7 @@ def test_errors_are_written_and_change_nothing(engine):
 
 def test_unknown_words_are_named(engine):
     note, *_ = Talk(engine).say("w1 zebra w2 zoo")
-    assert note == "note: the model does not know the words zebra, zoo"
+    assert note == "note: words that the model does not know: zebra, zoo"
 
 
 def test_quit_ends(engine):
@@ -169,9 +169,9 @@ def test_sampling_and_stop_strings_reach_the_engine(engine):
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({}, "--checkpoint is missing; give the workdir of a training run"),
-        ({"checkpoint": "/nowhere"}, "--checkpoint /nowhere has no config.json; give the workdir"),
-        ({"checkpoint": "/nowhere", "question": " "}, "--question is empty; give a question"),
+        ({}, "--checkpoint is missing; set it to the workdir of a training run"),
+        ({"checkpoint": "/nowhere"}, "--checkpoint /nowhere has no config.json; set it to the workdir"),
+        ({"checkpoint": "/nowhere", "question": " "}, "--question is empty; set it to a question"),
     ],
 )
 def test_missing_and_empty_flags(given, sentence):

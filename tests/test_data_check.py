@@ -111,7 +111,7 @@ def test_too_many_unusable_records(root):
     assert "cannot be used: 4.00% of the records" in out
     assert err.strip().splitlines()[-1] == (
         "error: 4.00% of the records of stage 'first' cannot be used, more than config.data.max_skip_share = "
-        "0.03 allows."
+        "0.03 allows; correct the data, or raise max_skip_share."
     )
 
 
@@ -119,7 +119,7 @@ def test_without_a_tokenizer(root):
     code, out, _ = check(root, "--config.data.tokenizer=none")
     assert code == 0
     assert out.startswith(
-        "note: text tokens are not counted, because the tokenizer cannot be used: none is not a tokenizer"
+        "note: text tokens are not counted, because the tokenizer cannot be read: none is not a tokenizer"
     )
     assert "text tokens of a conversation" not in out
     assert "frames of a decoded file" in out
@@ -147,4 +147,4 @@ def test_user_errors(root, arguments, message):
 def test_no_config():
     code, _, err = command("data_check")
     assert code == 2
-    assert err.strip() == "error: --config is missing; name a config file such as configs/toy.py."
+    assert err.strip() == "error: --config is missing; set it to a config file such as configs/toy.py."

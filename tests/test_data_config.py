@@ -39,13 +39,13 @@ def expect_error(config, *parts):
         ({"sources": TWO_SOURCES}, ("stages[1] has both annotations and sources",)),
         ({"buckets": ((4, 8), (4,))}, ("stages[1].buckets has (4,)", "(num_frames, max_text) pairs")),
         ({"buckets": ((4, 0),)}, ("stages[1].buckets has (4, 0)",)),
-        ({"buckets": ((4, 8), (1, 8), (4, 8))}, ("stages[1].buckets has one shape twice",)),
+        ({"buckets": ((4, 8), (1, 8), (4, 8))}, ("stages[1].buckets has the same shape twice",)),
         ({"max_subtitle": -1}, ("stages[1].max_subtitle is -1", "at least 0")),
         ({"max_length": 0}, ("stages[1].max_length is 0",)),
         ({"on_overflow": "cut"}, ("stages[1].on_overflow is 'cut'", "'drop_turns'")),
         (
             MIXTURE | {"sources": (*TWO_SOURCES, TWO_SOURCES[0])},
-            ("stages[1].sources has two sources of one name: a, b, a",),
+            ("stages[1].sources has two sources with the same name: a, b, a",),
         ),
         (MIXTURE | {"sources": (source(name="a"),)}, ("sources[0].annotations is not set",)),
         (MIXTURE | {"sources": (source(annotations="a.json"),)}, ("sources[0].name is not set",)),
@@ -101,11 +101,13 @@ def test_max_turns_excludes_one_sample_per_turn():
 
 
 def test_invalid_sources():
-    with pytest.raises(UserError, match=r"source\(\.\.\.\) has no field 'repeats'; did you mean 'repeat'"):
+    with pytest.raises(
+        UserError, match=r"source\(\.\.\.\) has no field 'repeats' \(did you mean 'repeat'\?\)"
+    ):
         source(name="a", repeats=2)
     config = tiny_config()
     config.stages[0].update({"annotations": None, "sources": ("a.json",)})
-    expect_error(config, "stages[0].sources[0] is not a source")
+    expect_error(config, "stages[0].sources[0] is 'a.json', expected a source")
 
 
 def test_mixtures_round_trip_through_json():
@@ -142,7 +144,7 @@ def test_source_fields_on_the_command_line(tmp_path):
     )
     arguments = ["train", f"--config={file}", "--config.stages[0].sources[1].repeat=2"]
     command_lib._take_config(arguments)
-    with pytest.raises(UserError, match=r"sources has 2 entries, so there is no .*sources\[2\]"):
+    with pytest.raises(UserError, match=r"sources has 2 entries, so .*sources\[2\] does not exist"):
         command_lib._take_config([*arguments, "--config.stages[0].sources[2].repeat=2"])
     code, stdout, stderr = command(
         *("train", f"--config={file}", f"--workdir={tmp_path}/run", f"--config.data.root={tmp_path}"),

@@ -192,7 +192,7 @@ def chat_error(*arguments):
 
 def test_chat_about_a_missing_file(run):
     line = chat_error(f"--checkpoint={run[0]}", "--video=nowhere.mp4", "--question=what shape is red ?")
-    assert "nowhere.mp4: no such file" in line
+    assert "--video nowhere.mp4 does not exist" in line
 
 
 def test_chat_about_a_file_that_is_not_a_video(run, tmp_path):

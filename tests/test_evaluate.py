@@ -104,7 +104,7 @@ def test_a_run(uninterrupted):
     assert made["model"]["num_frames"] == FRAMES
     assert made["asked"]["answer_start"] == "Best Option: ("
     assert len(made["made_by"]) == 1
-    assert "24 questions about 4 videos, 1 of which are missing" in stdout
+    assert "24 questions about 4 videos, 1 of them missing" in stdout
     assert (output / "table.txt").read_text().strip() in stdout
 
 

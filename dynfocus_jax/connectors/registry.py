@@ -18,7 +18,7 @@ KIND = Field(
     "dynfocus",
     "method that turns frame features into language tokens: the name of a file in "
     "dynfocus_jax/connectors, or "
-    '"my_module:MyConnector" for one outside of the package',
+    '"my_module:MyConnector" for one outside the package',
 )
 
 
@@ -42,8 +42,8 @@ def find_connector(kind: str, where: str = "config.model.connector.kind") -> typ
     if not class_name:
         if kind not in connector_kinds():
             raise UserError(
-                f"{where} is {kind!r}, which is no connector{suggest(kind, connector_kinds())}; one outside "
-                "of the package is named 'my_module:MyConnector'."
+                f"{where} is {kind!r}, which is not a connector{suggest(kind, connector_kinds())}; for one "
+                "outside the package, use 'my_module:MyConnector'."
             )
         return importlib.import_module(f"{connectors.__name__}.{kind}").CONNECTOR
     try:

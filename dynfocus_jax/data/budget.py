@@ -109,12 +109,12 @@ class Budget:
         _, max_text = self.buckets[bucket]
         if text > max_text:
             return SampleError(
-                f"the conversation has {text} text tokens, over the limit of {max_text}: shorten it or "
-                "raise the limit"
+                f"the conversation has {text} text tokens, expected at most {max_text}; shorten it, or raise "
+                "max_text"
             )
         return SampleError(
             f"{text} text tokens and up to {self.visual_tokens[frames]} visual tokens of {frames} frames are "
-            f"over the max_length of {self.max_length}: raise it, or choose another on_overflow"
+            f"more than max_length = {self.max_length}; raise max_length, or use another on_overflow"
         )
 
 

@@ -137,7 +137,9 @@ class MediaReader:
 
     def _call_in_time(self, path: Path, read: Callable[[], _Result]) -> _Result:
         if path in self._timed_out:
-            raise MediaTimeout(f"{path}: not read again after it took more than {self._timeout:g} s")
+            raise MediaTimeout(
+                f"{path}: skipped, because reading it took more than {self._timeout:g} s before"
+            )
         try:
             return call_with_timeout(read, self._timeout)
         except CallTimeout:

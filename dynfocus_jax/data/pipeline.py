@@ -58,7 +58,7 @@ def make_dataset(
     skipped, shortened = skipped or SkippedSamples(), shortened or ShortenedSamples()
     rows = range(order.batch_size) if rows is None else rows
     if not len(loader):
-        raise UserError("there are no records to read: check the annotations")
+        raise UserError("there are no records to read; check the annotations.")
 
     def load_position(position: int, rng: np.random.Generator) -> LoadedSample:
         step, row = divmod(position, order.batch_size)

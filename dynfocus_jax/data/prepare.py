@@ -46,8 +46,8 @@ def check_initial_checkpoint(config: ConfigDict) -> None:
         raise UserError(
             f"config.initial is not set, but stage {config.stages[0].name!r} starts from published weights. "
             f"Convert {', '.join(published)} (the paths in config.weights) with `python -m "
-            "dynfocus_jax.convert --config=FILE --output=DIR`, where FILE is this config, and add "
-            "--config.initial=DIR, or name the checkpoint of a stage that was trained from these weights."
+            "dynfocus_jax.convert --config=FILE --output=DIR`, where FILE is this config, and set "
+            "--config.initial=DIR, or set it to a checkpoint that was trained from these weights."
         )
 
 
@@ -63,27 +63,27 @@ def make_tokenizer(config: ConfigDict, vocabulary: Path, *, strict: bool = True)
       UserError: if a file cannot be read, a vocabulary is larger than the model's, or the tokenizer lacks a
         special token of `config.data.template`.
     """
-    data, remedy = config.data, "Raise it"
+    data, remedy = config.data, "raise vocab_size"
     if data.tokenizer is None:
         tokenizer: Tokenizer = WordTokenizer.from_file(vocabulary, strict=strict)
         found = f"{vocabulary} has {tokenizer.vocab_size} words"
     else:
         tokenizer = read_tokenizer(data.tokenizer)
         found = f"{data.tokenizer} has {tokenizer.vocab_size} tokens"
-    _check_vocab_size(config, "language", tokenizer.vocab_size, f"{found}. {remedy}")
+    _check_vocab_size(config, "language", tokenizer.vocab_size, f"{found}; {remedy}")
     check_template(tokenizer, data.template)
     if data.query_tokenizer is None:
         remedy += ", or set config.data.query_tokenizer to the text encoder's own vocabulary"
-        _check_vocab_size(config, "text_encoder", tokenizer.vocab_size, f"{found}. {remedy}")
+        _check_vocab_size(config, "text_encoder", tokenizer.vocab_size, f"{found}; {remedy}")
         return tokenizer
     if data.max_query < 3:
         raise UserError(
-            f"config.data.max_query is {data.max_query}, expected at least 3: config.data.query_tokenizer "
-            "adds the tokens [CLS] and [SEP]."
+            f"config.data.max_query is {data.max_query}, expected at least 3, because "
+            "config.data.query_tokenizer adds the tokens [CLS] and [SEP]."
         )
     query_tokenizer = read_query_tokenizer(data.query_tokenizer)
     found = f"{data.query_tokenizer} has {query_tokenizer.vocab_size} tokens"
-    _check_vocab_size(config, "text_encoder", query_tokenizer.vocab_size, f"{found}. {remedy}")
+    _check_vocab_size(config, "text_encoder", query_tokenizer.vocab_size, f"{found}; {remedy}")
     return TextAndQueryTokenizer(tokenizer, query_tokenizer)
 
 

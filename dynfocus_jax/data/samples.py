@@ -200,14 +200,14 @@ class SampleLoader:
         assigned = assign_subtitles(self.media.subtitles(record), times.tolist(), record.span)
         tokens, frames, kept = tokenize_subtitles(assigned, encode, room)
         if not self._tokenizer.special_ids.isdisjoint(tokens):
-            raise SampleError("the subtitles contain a special token: remove it")
+            raise SampleError("the subtitles contain a special token; remove it")
         total = sum(map(len, assigned))
         if kept == total:
             return tokens, frames, ()
         if self.budget.on_overflow == "error":
             raise SampleError(
-                f"the {total} subtitles have more than the {room} text tokens of max_subtitle: raise it, or "
-                "choose another on_overflow"
+                f"the {total} subtitles have more than the {room} text tokens of max_subtitle; raise "
+                "max_subtitle, or use another on_overflow"
             )
         return tokens, frames, (Omission("subtitles", f"kept {kept} of {total} subtitles"),)
 

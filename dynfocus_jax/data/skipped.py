@@ -65,7 +65,7 @@ class SkippedSamples:
         """
         if not 0 <= max_share < 1:
             raise UserError(
-                f"the largest share of skipped samples is {max_share}, expected at least 0 and below 1"
+                f"the largest share of skipped samples is {max_share}, expected at least 0 and less than 1."
             )
         self.count = 0
         self.seen = 0
@@ -97,8 +97,9 @@ class SkippedSamples:
             self._log.add({**_identity(record), "media": media, "reason": reason})
             if self.count > self._max_share * max(self.seen, self._grace):
                 raise UserError(
-                    f"{self.count} of {self.seen} samples could not be used, more than the allowed share of "
-                    f"{self._max_share}; the last: record {record.id}: {reason}"
+                    f"{self.count} of {self.seen} samples could not be used, more than "
+                    f"config.data.max_skip_share = {self._max_share} allows; correct the data, or raise "
+                    f"max_skip_share. The last is record {record.id}: {reason}"
                 )
 
     def note_refused(self, refused: Iterable[tuple[str, RefusedEntry]], num_entries: int) -> None:
@@ -119,8 +120,8 @@ class SkippedSamples:
             source, entry = refused[-1]
             raise UserError(
                 f"{len(refused)} of {num_entries} records of the annotation files cannot be used, more than "
-                f"the allowed share of {self._max_share}; the last: record {entry.id} of {source}: "
-                f"{entry.reason}"
+                f"config.data.max_skip_share = {self._max_share} allows; correct the files, or raise "
+                f"max_skip_share. The last is record {entry.id} of {source}: {entry.reason}"
             )
 
 

@@ -63,17 +63,17 @@ def prepare_output(
         if changed:
             raise UserError(
                 f"--output {str(output)!r} has predictions made with other settings "
-                f"({_shorten('; '.join(changed[:3]))}); choose another folder, or remove this one."
+                f"({_shorten('; '.join(changed[:3]))}); use another folder, or remove this one."
             )
         if any(each["code"]["source"] != maker["code"]["source"] for each in makers):
-            print_once(f"note: {output} has predictions made by other code; they may differ")
+            print_once(f"note: {output} has predictions of another version of the code; they may differ")
         if maker not in makers:
             makers.append(maker)
         write_json(output / RUN, described | {"made_by": makers})
         for stale in (RESULTS, TABLE, SUBMISSION, *(path.name for path in output.glob("finished.*"))):
             (output / stale).unlink(missing_ok=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"--output {str(output)!r} cannot be used: {error}. Choose another folder.") from None
+        raise UserError(f"--output {str(output)!r} cannot be used ({error}); use another folder.") from None
 
 
 def run_benchmark(
@@ -150,7 +150,8 @@ def write_results(
         write_json(output / RESULTS, results)  # last: the other processes wait for it
     except OSError as error:
         raise RunError(
-            f"the results cannot be written to {output}: {error.strerror}. Free disk space and run again."
+            f"the results cannot be written to {output} ({error.strerror}); check free space and "
+            "permissions, then rerun the same command."
         ) from None
     return results
 

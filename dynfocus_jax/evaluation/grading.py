@@ -64,8 +64,8 @@ def grade_answers(
     missing = [question.id for question in questions if question.id not in entries]
     if missing:
         raise RunError(
-            f"{len(missing)} of {len(questions)} questions have no prediction, the first is {missing[0]!r}; "
-            "start the evaluation again to answer them."
+            f"{len(missing)} of {len(questions)} questions have no prediction, such as {missing[0]!r}; rerun "
+            "the same command to answer them."
         )
     return [
         grade_answer(question, entries[question.id]["prediction"], entries[question.id].get("reason", ""))

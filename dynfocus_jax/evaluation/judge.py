@@ -174,13 +174,16 @@ class Judge:
 
     def _failed(self, problem: str, reason: object) -> RunError:
         cache = self.settings.cache
-        remedy = f"The replies so far are in {cache}; run again to continue." if cache else "Run again later."
-        return RunError(f"the judge at {self.settings.url} failed: {problem} ({reason}). {remedy}")
+        kept = f" The replies so far are kept in {cache}." if cache else ""
+        return RunError(
+            f"the judge at {self.settings.url} failed: {problem} ({reason}); rerun the same command later."
+            f"{kept}"
+        )
 
     def _verdict(
         self, item: JudgeItem, rubric: Rubric, key: str | None, failures: Mapping[str, NoReply | Reply]
     ) -> Verdict:
-        reply, reason = NO_REPLY, "the judge's reply cannot be read"
+        reply, reason = NO_REPLY, "the judge's reply cannot be parsed"
         if key is None:
             reason = "the model gave no answer"
         elif isinstance(failure := failures.get(key), NoReply):

@@ -111,7 +111,7 @@ class Endpoint:
         key = self.settings.key_variable or "key_variable (not set)"
         self._refusal = UserError(
             f"the judge at {self.settings.url} refuses requests ({described}); check its address, the model "
-            f"{self.settings.model!r}, and the key in {key} and its credit."
+            f"{self.settings.model!r}, the key in {key}, and the credit of the key."
         )
         return self._refusal
 

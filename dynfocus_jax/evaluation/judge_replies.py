@@ -46,8 +46,8 @@ class ReplyCache:
                     file.write(b"\n")
         except OSError as error:
             raise UserError(
-                f"the judge's cache {path} cannot be used: {error.strerror}. Choose a folder that can be "
-                "written."
+                f"the judge's cache {path} cannot be used ({error.strerror}); use a folder that can be "
+                "written to."
             ) from None
         self._replies.update(_parse_entries(lines))
 

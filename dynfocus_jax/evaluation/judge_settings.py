@@ -46,10 +46,10 @@ class JudgeSettings(NamedTuple):
 def check_settings(settings: JudgeSettings) -> None:
     """Check a judge's settings; raise UserError if one of them cannot be used."""
     if not settings.model.strip():
-        raise UserError("the judge's model is not set; use the name under which its endpoint serves it.")
+        raise UserError("the judge's model is not set; set it to the model's name at the endpoint.")
     if not _is_web_address(settings.url):
         raise UserError(
-            f"the judge's base_url is {settings.base_url!r}, expected an address such as https://host/v1."
+            f"the judge's base_url is {settings.base_url!r}, expected a URL such as https://host/v1."
         )
     for name in ("concurrency", "attempts", "timeout", "patience", "give_up_after"):
         check_value(getattr(settings, name), JUDGE[name], f"the judge's {name}")
@@ -65,9 +65,9 @@ def read_key(settings: JudgeSettings) -> str:
         return ""
     key = os.environ.get(settings.key_variable, "").strip()
     if not key or not key.isascii() or not key.isprintable():
-        found = "contains characters that no key has" if key else "is not set"
+        found = "contains characters that a key cannot have" if key else "is not set"
         raise UserError(
-            f"the environment variable {settings.key_variable} {found}, expected the judge's key. Set it, or "
+            f"the environment variable {settings.key_variable} {found}, expected the judge's key; set it, or "
             'set key_variable to "" if the endpoint needs no key.'
         )
     return key

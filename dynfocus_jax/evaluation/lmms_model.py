@@ -51,14 +51,15 @@ class DynFocus(lmms):
         super().__init__()
         if unknown:
             raise UserError(
-                f"--model_args has the unknown fields {', '.join(unknown)}, expected checkpoint and "
-                "num_frames."
+                f"--model_args has unknown fields: {', '.join(unknown)}, expected checkpoint and num_frames "
+                "only."
             )
         if not checkpoint:
             raise UserError("--model_args has no checkpoint; use --model_args checkpoint=DIR.")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError(
-                "lmms-eval runs in several processes, expected one. It uses all devices of the machine."
+                "lmms-eval runs in several processes, expected one; start a single process, which uses all "
+                "devices of the machine."
             )
         # After the arguments are checked, because importing JAX takes seconds and occupies the accelerators
         from dynfocus_jax.evaluation.lmms_requests import LmmsAnswerer  # noqa: PLC0415
@@ -85,7 +86,7 @@ class DynFocus(lmms):
 
     def _result(self, request: Instance, completion: "Completion") -> GenerationResult:
         if completion.error:
-            _LOG.error("%s gets an empty answer: %s", completion.id, completion.error)
+            _LOG.error("%s: empty answer (%s)", completion.id, completion.error)
         self.cache_hook.add_partial("generate_until", (request.args[0], request.args[2]), completion.text)
         num_input = completion.visual_tokens + completion.prompt_tokens
         counts = TokenCounts(input_tokens=num_input, output_tokens=len(completion.tokens))
@@ -94,15 +95,13 @@ class DynFocus(lmms):
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Raise UserError: the model does not compute the likelihood of given answers."""
         raise UserError(
-            f"{_tasks(requests)} needs log-likelihoods of given answers, which dynfocus_jax does not "
-            "compute; use a generation task."
+            f"{_tasks(requests)} needs log-likelihoods of given answers, which are not supported; use a "
+            "generation task."
         )
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         """Raise UserError: tasks of several rounds are not supported."""
-        raise UserError(
-            f"{_tasks(requests)} has several rounds, which dynfocus_jax does not support; use another task."
-        )
+        raise UserError(f"{_tasks(requests)} has several rounds, which are not supported; use another task.")
 
 
 def _tasks(requests: Sequence[Instance]) -> str:

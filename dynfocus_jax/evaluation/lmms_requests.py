@@ -79,7 +79,7 @@ class LmmsAnswerer:
         run.config.data.sampling.pick = "middle"  # the same frames each time
         if num_frames is not None:
             if not isinstance(num_frames, int):
-                raise UserError(f"num_frames is {num_frames!r}, expected a whole number.")
+                raise UserError(f"num_frames is {num_frames!r}, expected an integer.")
             run.config.generation.num_frames = num_frames
             validate(run.config)
         mesh = make_mesh(mesh_shape(run.config.mesh, jax.local_device_count()), jax.local_devices())
@@ -128,14 +128,14 @@ class LmmsAnswerer:
         if not visuals:
             return None
         if len(visuals) > 1:
-            raise SampleError(f"the chat has {len(visuals)} images or videos, expected at most one.")
+            raise SampleError(f"the chat has {len(visuals)} images or videos, expected at most 1")
         kind, source, span = _parse_visual(visuals[0])
         if kind == "image" and isinstance(source, Image.Image):
             picture = fit_to_square(source.convert("RGB"), self._media.size, self._layout, self._mean)
             return Clip(np.asarray(picture)[None], np.zeros(1), np.zeros(1, np.int32))
         if kind not in ("image", "video") or not isinstance(source, str | Path):
             raise SampleError(
-                f"the chat has a {kind} of type {type(source).__name__}, expected a file or a picture."
+                f"the chat has a {kind} of type {type(source).__name__}, expected a path or a PIL image"
             )
         record = Record(str(source), Path(source), (), modality=kind, span=span)
         return self._media.read(record, self._num_frames if kind == "video" else 1, np.random.default_rng(0))
@@ -155,7 +155,7 @@ def _parse_visual(visual: Json) -> VisualPart:
     if start is None and end is None:
         return VisualPart(visual["type"], source, None)
     if start is None or end is None:
-        raise SampleError(f"the span of {source} has only one end, expected start and end.")
+        raise SampleError(f"the span of {source} has only a start or an end, expected both")
     return VisualPart(visual["type"], source, (float(start), float(end)))
 
 
@@ -178,7 +178,7 @@ def split_messages(messages: Sequence[Json]) -> ParsedChat:
             continue
         in_message = [part for part in parts if part["type"] != "text"]
         if in_message and turns:
-            raise SampleError("an image or video comes after the first question of the chat, expected in it.")
+            raise SampleError("an image or video comes after the chat's first question, expected within it")
         if in_message:
             visuals, at_end = in_message, parts[0]["type"] == "text" and parts[-1]["type"] != "text"
         turns.append((message["role"], "\n".join([*system, text])))
@@ -194,7 +194,7 @@ def read_sampling(settings: Json, seed: int) -> SamplingParams:
     """
     if (settings.get("num_beams") or 1) > 1:
         raise UserError(
-            f"the task asks for beam search (num_beams={settings['num_beams']}), which is not supported; use "
+            f"the task sets num_beams={settings['num_beams']}, but beam search is not supported; use "
             "lmms-eval --gen_kwargs num_beams=1."
         )
     temperature = settings.get("temperature") or 0.0

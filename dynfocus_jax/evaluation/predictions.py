@@ -31,7 +31,7 @@ class PredictionStore:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"--output {str(folder)!r} cannot be created: {error.strerror}. Choose another folder."
+                f"--output {str(folder)!r} cannot be created ({error.strerror}); use another folder."
             ) from None
         _read_checked(self._file, read_json_lines)  # removes an unfinished last line
         self._entries = self.read_all()
@@ -64,8 +64,8 @@ class PredictionStore:
             append_json_line(self._file, dict(entry))
         except OSError as error:
             raise RunError(
-                f"{self._file} cannot be written: {error.strerror}. Free disk space and start again; the "
-                "predictions so far are kept."
+                f"{self._file} cannot be written ({error.strerror}); check free space and permissions, then "
+                "rerun the same command. The predictions so far are kept."
             ) from None
         self._entries[entry["id"]] = dict(entry)
 
@@ -83,4 +83,4 @@ def _read_checked(path: Path, read: Callable[[Path], Iterable[Any]]) -> list[dic
             return entries
     except ValueError:
         pass
-    raise UserError(f"{path} is not a predictions file; remove it, or choose another --output.")
+    raise UserError(f"{path} is not a file of predictions; remove it, or use another --output.")

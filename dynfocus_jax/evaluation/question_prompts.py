@@ -58,8 +58,8 @@ def _fill(template: str, question: Question, settings: Mapping[str, Any], *, wit
         )
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(
-            f"a prompt in the config is invalid ({error}), expected no fields but question, options, letters "
-            "and seen; in `option`, letter and option."
+            f"prompt template {template!r} is invalid ({error}), expected only the fields question, options, "
+            "letters and seen (in `option`: letter and option); correct it in the config."
         ) from None
 
 
@@ -118,7 +118,7 @@ class ClipReader:
             names = sorted(name for name in os.listdir(folder) if Path(name).suffix.lower() in IMAGE_SUFFIXES)
         except OSError as error:
             raise MediaError(
-                f"{folder}: the folder of frames cannot be read: {error.strerror}. Check the path."
+                f"{folder}: the folder of frames cannot be read ({error.strerror}); check the path."
             ) from None
         times = np.arange(len(names)) / rate
         duration = len(names) / rate
@@ -126,8 +126,8 @@ class ClipReader:
         inside = np.flatnonzero((times >= start) & (times < end))
         if not len(inside):
             raise MediaError(
-                f"{folder}: none of its {len(names)} frames is between {start:g} and {end:g} s; check the "
-                "folder."
+                f"{folder}: none of its {len(names)} frames is between {start:g} and {end:g} s; check that "
+                "the folder is complete."
             )
         chosen = inside[choose_frames(times[inside], min(end, duration), self._sampling, self._limit)]
         files = MediaFolder(folder)

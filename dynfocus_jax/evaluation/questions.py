@@ -69,11 +69,12 @@ def read_questions(
             parsed = parse(object_of(entry))
         except InvalidEntry as error:
             raise UserError(
-                f"annotation file {path}, entry {number}: {error}. Correct the file: no entry is skipped."
+                f"annotation file {path}, entry {number}: {error}; correct the file, or download it again "
+                "(no entry is skipped)."
             ) from None
         questions += [parsed] if isinstance(parsed, Question) else parsed
     if not questions:
-        raise UserError(f"annotation file {path} contains no questions; check that it is the right file.")
+        raise UserError(f"annotation file {path} has no questions; check that it is the right file.")
     return questions
 
 
@@ -123,7 +124,9 @@ def _parquet_entries(path: Path) -> Iterator[tuple[int, RawEntry]]:
             yield from enumerate(rows)
     except (OSError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"annotation file {path} cannot be read as parquet: {reason}.") from None
+        raise UserError(
+            f"annotation file {path} is not a parquet file ({reason}); download it again."
+        ) from None
 
 
 def annotation_files(annotations: Path, names: Sequence[str]) -> list[Path]:
@@ -141,8 +144,8 @@ def annotation_files(annotations: Path, names: Sequence[str]) -> list[Path]:
     found = [place for each in places if (place := next(filter(Path.is_file, each), None))]
     if not found:
         raise UserError(
-            f"--annotations {str(annotations)!r} has none of the files {names[0]}, ... {names[-1]}; name the "
-            "folder that holds them."
+            f"--annotations {str(annotations)!r} has none of the files {names[0]}, ... {names[-1]}; set it "
+            "to the folder that has them."
         )
     return found
 

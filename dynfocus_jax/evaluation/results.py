@@ -63,7 +63,7 @@ def format_results(results: Mapping[str, Any]) -> str:
     failed, unparsed = results["failed"], results["not_understood"]
     lines = [
         f"{results['benchmark']}: {results['questions']} questions, {results['answered']} answered, "
-        f"{len(unparsed)} of them not understood, {len(failed)} failed; all count"
+        f"{len(unparsed)} of them not understood, {len(failed)} failed; both of these count as wrong"
     ]
     if "closed" in results:
         lines += _format_measures(results["closed"])

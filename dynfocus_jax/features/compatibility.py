@@ -29,8 +29,8 @@ def check_vision_frozen(stage: str, paths: Iterable[str], is_trained: Callable[[
     if trained:
         raise UserError(
             f"stage {stage!r} trains the vision tower ({trained[0]} and {len(trained) - 1} more parameters), "
-            "so stored features would be outdated. Leave this stage out, or remove 'vision/.*' from its "
-            "trainable."
+            "so stored features would be outdated; extract the other stages only, or remove 'vision/.*' from "
+            "the trainable of this stage."
         )
 
 
@@ -52,9 +52,9 @@ def check_vision_weights(features: FeatureStore | None, params: Mapping[str, jax
     )
     if found != features.weights_digest:
         raise UserError(
-            f"the features in {features.folder} were computed by another vision tower: its weights have the "
-            f"digest {features.weights_digest}, the weights of this run {found}. Set config.initial to the "
-            "checkpoint that the features were extracted with, or extract again into another folder."
+            f"the features in {features.folder} were computed by another vision tower: the digest of its "
+            f"weights is {features.weights_digest}, expected {found}; set config.initial to the checkpoint "
+            "that the features were extracted with, or extract again into another folder."
         )
     if features.code != code_version():
         print_once("note: the features were extracted by another version of the code; results may differ")

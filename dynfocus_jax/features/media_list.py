@@ -109,7 +109,7 @@ def movie_requests(
     """
     paths = sorted(path for path in folder.absolute().rglob(f"*{SUFFIX}") if path.is_file())
     if not paths:
-        raise UserError(f"--movie_features is {str(folder)!r}, which is no folder with {SUFFIX} files in it.")
+        raise UserError(f"--movie_features is {str(folder)!r}, expected a folder with {SUFFIX} files.")
     requests: dict[MediaKey, MediaRequest] = {}
     for limits in frame_limits(config, name).values():
         _add_requests(requests, [Record(path.name, path, ()) for path in paths], limits, data_root)
@@ -188,8 +188,8 @@ class FrameReader:
         """Sample the frames of movie features as those of a video, within the record's span."""
         if movie.features.shape[1:] != self._shape:
             raise MediaError(
-                f"{request.path}: its features have the shape {movie.features.shape[1:]}, but those of "
-                f"config.model.vision {self._shape}; set config.model.vision to the tower that computed them."
+                f"{request.path}: its features have shape {movie.features.shape[1:]}, expected {self._shape} "
+                "as in config.model.vision; set config.model.vision to the tower that computed them."
             )
         begin, end = request.record.span or (0.0, float(len(movie.times)))
         first, last = np.searchsorted(movie.times, [np.floor(begin), end])

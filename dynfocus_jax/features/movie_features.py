@@ -63,7 +63,9 @@ def read_movie_features(path: Path) -> MovieFeatures:
     try:
         return _as_movie(_load(_map_file(path)))
     except (_InvalidFile, OSError) as error:
-        raise MediaError(f"{path}: not a movie-features file ({error}); replace or remove it.") from None
+        raise MediaError(
+            f"{path}: not a file of movie features ({error}); download it again, or remove it."
+        ) from None
 
 
 def _map_file(path: Path) -> memoryview:
@@ -276,9 +278,7 @@ class _Interpreter:
                     raise _InvalidFile("its pickle sets the state of something other than an array")
                 stack[-1].build(state)
             case _:
-                raise _InvalidFile(
-                    f"its pickle has the operation {operation}, which plain data does not need"
-                )
+                raise _InvalidFile(f"its pickle has the operation {operation}, which plain data never has")
 
     def _collect(self, operation: str, items: list[Any]) -> None:
         """Finish an operation that takes several items from the stack."""
@@ -302,7 +302,7 @@ def _find_name(module: Any, name: Any) -> _Name:
         raise _InvalidFile("its pickle refers to a name that is not a string")
     if (module, name) not in _NAMES:
         found = f"{module} {name}"[:80]
-        raise _InvalidFile(f"its pickle refers to {found!r}, which plain data does not need")
+        raise _InvalidFile(f"its pickle refers to {found!r}, which plain data never does")
     return _NAMES[module, name]
 
 

@@ -50,11 +50,11 @@ def prepare_folder(folder: Path, description: dict[str, Any]) -> None:
         changed = description_differences(before, settings)
         there, here = before["weights"], description["weights"]
         if there is not None and here is not None and there != here:
-            changed.append(f"weights: there {there}, here {here}")
+            changed.append(f"weights: stored {there}, now {here}")
         if changed:
             raise UserError(
                 f"--output {str(folder)!r} has features of another vision tower or of other frames "
-                f"({'; '.join(changed[:5])}); restore these settings, or choose another folder."
+                f"({'; '.join(changed[:5])}); restore these settings, or use another folder."
             )
         if there is not None:
             description = before
@@ -67,7 +67,7 @@ def prepare_folder(folder: Path, description: dict[str, Any]) -> None:
     except OSError as error:
         raise UserError(
             f"--output {str(folder)!r} cannot be written ({error.strerror or error}); check its permissions, "
-            "or choose another folder."
+            "or use another folder."
         ) from None
 
 
@@ -188,8 +188,8 @@ def _write_errors(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as error:  # RuntimeError: from ArrayRecord
         reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
         raise RunError(
-            f"{path} cannot be written ({reason}); check free space and permissions, then start "
-            "again. Finished shards are kept."
+            f"{path} cannot be written ({reason}); check free space and permissions, then rerun the same "
+            "command. Finished shards are kept."
         ) from None
 
 

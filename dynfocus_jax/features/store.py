@@ -54,14 +54,14 @@ def check_storable(config: ConfigDict) -> None:
     sampling = config.data.sampling
     if sampling.kind == "segments" and sampling.pick == "random":
         raise UserError(
-            "config.data.sampling.pick is 'random', so the frames change every epoch and features "
-            "cannot be stored; set it to 'middle'."
+            "config.data.sampling.pick is 'random', so the frames change every epoch, but stored "
+            "features are fixed; set it to 'middle'."
         )
     for index, stage in enumerate(config.stages):
         if stage.on_overflow == "fewer_frames":
             raise UserError(
                 f"config.stages[{index}].on_overflow is 'fewer_frames', so the frames of a sample depend on "
-                "its text, but features are stored for whole buckets; choose 'drop_turns' or 'error'."
+                "its text, but features are stored for whole buckets; set it to 'drop_turns' or 'error'."
             )
 
 
@@ -102,7 +102,7 @@ def read_description(folder: Path) -> dict[str, Any] | None:
     path = folder / DESCRIPTION
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-        problem = None if isinstance(description, dict) else "it holds no JSON object"
+        problem = None if isinstance(description, dict) else "it is not a JSON object"
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
@@ -116,7 +116,7 @@ def read_description(folder: Path) -> dict[str, Any] | None:
 
 def description_differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
     """List the fields of `expected` that have another value in the description of a folder."""
-    return differences({key: found.get(key) for key in expected}, dict(expected), ("there", "here"))
+    return differences({key: found.get(key) for key in expected}, dict(expected), ("stored", "now"))
 
 
 # ---- Index ----------------------------------------------------------------------------------------------
@@ -183,14 +183,14 @@ def read_index(folder: Path) -> dict[MediaKey, IndexEntry]:
             expected = head["bytes"]
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{path} is damaged ({error!r}); delete it, and run extract again for its media."
+                f"{path} is damaged ({error!r}); remove it, and rerun extract for its media."
             ) from None
         shard = path.with_suffix(".array_record")
         found = shard.stat().st_size if shard.is_file() else None
         if found != expected:
             raise UserError(
                 f"{shard} {'is missing' if found is None else f'has {found} bytes'}, expected {expected} "
-                f"bytes; copy it again, or delete {path.name} and run extract again for its media."
+                f"bytes; copy it again, or remove {path.name} and rerun extract for its media."
             )
     return entries
 
@@ -249,8 +249,8 @@ class FeatureStore:
         description = read_description(folder)
         if description is None:
             raise UserError(
-                f"config.data.features is {str(folder)!r}, which holds no {DESCRIPTION}; make it with python "
-                "-m dynfocus_jax.extract --config=FILE --output=DIR."
+                f"config.data.features is {str(folder)!r}, which has no {DESCRIPTION}; check the path, or "
+                "extract the features with python -m dynfocus_jax.extract --config=FILE --output=DIR."
             )
         changed = description_differences(description, describe_features(config))
         if changed:
@@ -338,8 +338,8 @@ class FeatureStore:
         reasons = [reason for record in with_media if (reason := self.missing_reason(record, limits))]
         if len(reasons) > max_share * len(with_media):
             raise UserError(
-                f"{len(reasons)} of {len(with_media)} records have no features, more than the allowed share "
-                f"of {max_share}; the first: {reasons[0]}"
+                f"{len(reasons)} of {len(with_media)} records have no features, more than "
+                f"config.data.max_skip_share = {max_share} allows. The first is {reasons[0]}"
             )
 
     def _entry(self, record: Record) -> IndexEntry:
@@ -350,15 +350,15 @@ class FeatureStore:
 
     def _not_extracted(self, path: Path | None) -> MediaError:
         return MediaError(
-            f"{path}: {self.folder} has no features of it; see the reason in its skipped.jsonl, or run "
-            "extract again with this configuration."
+            f"{path}: {self.folder} has no features of it; check its skipped.jsonl for the reason, or rerun "
+            "extract with this configuration."
         )
 
     def _limit_missing(self, entry: IndexEntry, limit: int) -> str:
         stored = ", ".join(map(str, entry.limits))
         return (
-            f"{self.folder} has its features for {stored} frames, not for {limit}; run extract again with "
-            "this configuration."
+            f"{self.folder} has its features for {stored} frames, not for {limit}; rerun extract with this "
+            "configuration."
         )
 
     def _header(self, entry: IndexEntry) -> dict[str, Any]:
@@ -385,8 +385,8 @@ class FeatureStore:
     def _damaged(self, shard: str, problem: str) -> MediaError:
         index = Path(shard).with_suffix(".jsonl")
         return MediaError(
-            f"{self.folder / shard}: {problem}; copy it again, or delete {index} and run extract again for "
-            "its media."
+            f"{self.folder / shard}: {problem}; copy it again, or remove {index} and rerun extract for its "
+            "media."
         )
 
 

@@ -55,8 +55,8 @@ class VisionTower:
         """
         if config.initial is None:
             raise UserError(
-                "config.initial is not set, expected a checkpoint with the vision tower. Make one from "
-                "published weights with python -m dynfocus_jax.convert."
+                "config.initial is not set, expected a checkpoint with the vision tower; convert published "
+                "weights with python -m dynfocus_jax.convert, and set it to the output."
             )
         shapes = sharded_shapes(config, len(config.stages) - 1, mesh)
         shapes = {path: shape for path, shape in shapes.items() if path.startswith(VISION_PREFIX)}

@@ -162,7 +162,7 @@ def scan_packets(video: Video) -> Timeline:
             found = f"{packets.end_seconds:.2f} s, expected {claimed_seconds:.2f} s"
         else:
             found = f"{packets.count} frames, expected {claimed_frames or 'more'}"
-        raise MediaError(f"{path}: truncated: {found}; replace or remove it.")
+        raise MediaError(f"{path}: the file is truncated ({found}); replace or remove it.")
     if not packets.pts:
         raise MediaError(f"{path}: the video stream has no frames; replace or remove it.")
 
@@ -187,7 +187,9 @@ def _read_packets(video: Video, streams: Iterable[Stream]) -> _Packets:
     for packet in video.container.demux(list(streams)):
         video.deadline.check()
         if packet.is_corrupt:
-            raise MediaError(f"{video.path}: truncated or damaged after frame {count}; replace or remove it.")
+            raise MediaError(
+                f"{video.path}: the file is truncated or damaged after frame {count}; replace or remove it."
+            )
         if not packet.size:
             continue
         shown, duration = packet.pts, packet.duration or 0

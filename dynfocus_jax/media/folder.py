@@ -70,7 +70,7 @@ class MediaFolder:
         if ".." in parts:
             raise ValueError(f'path {quoted(relative)} contains "..", which could leave the media folder')
         if not parts:
-            raise ValueError(f"path {quoted(relative)} names no file")
+            raise ValueError(f"path {quoted(relative)} is not the path of a file")
         longest_name = max(len(os.fsencode(part)) for part in parts)
         if len(os.fsencode(relative)) > _MAX_PATH_BYTES or longest_name > _MAX_NAME_BYTES:
             raise ValueError(f"path {quoted(relative)} is too long")

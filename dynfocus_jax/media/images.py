@@ -149,7 +149,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             raise ValueError(f"values from {values.min()} to {values.max()}, expected 16 bits")
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("floating-point values, whose value of white is unknown")
+        raise ValueError("floating-point pixels, whose range is unknown")
     return image.convert("RGB")
 
 

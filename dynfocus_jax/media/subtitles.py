@@ -44,7 +44,9 @@ def read_subtitles(path: str | Path) -> list[Subtitle]:
     try:
         lines = ["", *_decode(Path(path).read_bytes()).splitlines()]
     except OSError as error:
-        raise MediaError(f"{path}: cannot be read ({error.strerror}); check the file.") from error
+        raise MediaError(
+            f"{path}: cannot be read ({error.strerror}); check the path and permissions."
+        ) from error
     cues: list[tuple[float, float, list[str]]] = []
     texts: list[str] = []  # lines of the last cue, or before the first timing
     hidden = False
@@ -59,7 +61,7 @@ def read_subtitles(path: str | Path) -> list[Subtitle]:
             cues.append((*_parse_times(timing), texts))
         elif _LIKE_TIMING.search(line):
             raise MediaError(
-                f"{path}, line {number}: invalid timing, expected one like 00:01:02,500 --> 00:01:04,000."
+                f"{path}, line {number}: invalid timing, expected one such as 00:01:02,500 --> 00:01:04,000."
             )
         elif follows_gap and line.split()[:1] and line.split()[0] in _HIDDEN:
             hidden = True

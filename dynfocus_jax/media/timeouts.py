@@ -48,7 +48,7 @@ def call_with_timeout(function: Callable[[], T], seconds: float) -> T:
 def timeout_error(path: str | Path, seconds: float) -> MediaTimeout:
     """Return the error for a file that was not read within `seconds`."""
     return MediaTimeout(
-        f"{path}: reading it takes more than {seconds:g} s; replace or remove it, or raise "
+        f"{path}: reading the file takes more than {seconds:g} s; replace or remove it, or raise "
         "config.data.timeout."
     )
 
@@ -73,7 +73,7 @@ class Deadline:
     def error(self) -> MediaError:
         """Return the error for a read that was interrupted: a MediaTimeout if there is a time limit."""
         if self._seconds is None:
-            return MediaError(f"{self._path}: reading it was interrupted; try again.")
+            return MediaError(f"{self._path}: reading the file was interrupted; try again.")
         return timeout_error(self._path, self._seconds)
 
     def remaining(self) -> float | None:

@@ -275,7 +275,7 @@ def rematerialized(
       UserError: if there is no such policy.
     """
     if remat not in REMAT_POLICIES:
-        raise UserError(f"remat policy {remat!r} is unknown; choose one of {', '.join(REMAT_POLICIES)}.")
+        raise UserError(f"the remat policy is {remat!r}, expected one of {', '.join(REMAT_POLICIES)}.")
     if remat == "none":
         return block
     policy = REMAT_POLICIES[remat]

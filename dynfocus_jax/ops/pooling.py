@@ -24,9 +24,7 @@ def pool_grid(features: jax.Array, grid: tuple[int, int], output: tuple[int, int
             f"pool_grid: {num} patches, expected {height * width} for a grid of {height}x{width}."
         )
     if min(output) < 1 or height % out_height or width % out_width:
-        raise UserError(
-            f"pool_grid: output {output} does not divide grid {grid}; choose divisors of its sides."
-        )
+        raise UserError(f"pool_grid: output {output} does not divide grid {grid}; use divisors of its sides.")
     cells = features.reshape(*lead, out_height, height // out_height, out_width, width // out_width, channels)
     pooled = cells.mean((-4, -2), dtype=jnp.float32)
     return pooled.reshape(*lead, out_height * out_width, channels).astype(features.dtype)

@@ -32,12 +32,12 @@ def mesh_shape(mesh: Mapping[str, int], num_devices: int) -> dict[str, int]:
     product = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size != -1)
     if rest and num_devices % given:
         raise UserError(
-            f"config.mesh has {product} = {given}, which does not divide the {num_devices} devices, so "
-            f"{rest[0]} = -1 has no value. Choose sizes whose product divides {num_devices}."
+            f"config.mesh has {product} = {given}, which does not divide {num_devices} devices, so "
+            f"{rest[0]} = -1 has no value; use sizes whose product divides {num_devices}."
         )
     if not rest and given != num_devices:
         raise UserError(
-            f"config.mesh has {product} = {given} devices, expected {num_devices}. Change an axis, or set "
+            f"config.mesh has {product} = {given} devices, expected {num_devices}; change an axis, or set "
             "one to -1 for all remaining devices."
         )
     return shape | {axis: num_devices // given for axis in rest}

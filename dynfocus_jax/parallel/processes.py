@@ -30,7 +30,7 @@ DISTRIBUTED: Section = {
     "address": Field(str, "host:port of process 0"),
     "num_processes": Field(int, "number of processes", at_least=1),
     "process_id": Field(int, "number of this process, from 0", at_least=0),
-    "timeout": Field(60, "time to wait for the other processes at the start, seconds", above=0),
+    "timeout": Field(60, "seconds to wait for the other processes at the start", above=0),
 }
 
 
@@ -74,8 +74,8 @@ def _initialize_from_environment(options: dict[str, Any]) -> None:
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(
             "config.distributed.mode is 'auto', but JAX finds no cluster in the environment "
-            f"({' '.join(str(error).split())}). Start the processes with srun, on a TPU or as a JobSet, "
-            "or set mode to 'explicit' with address, num_processes and process_id."
+            f"({' '.join(str(error).split())}); start the processes with srun, on a TPU or as a JobSet, "
+            "or set mode to 'explicit' and set address, num_processes and process_id."
         ) from None
 
 
@@ -91,12 +91,15 @@ def check_distributed(distributed: ConfigDict) -> None:
         for name in fields:
             require(
                 distributed[name] is None,
-                f"{where}.{name} is {distributed[name]!r}, but mode is {distributed.mode!r}. Set mode to "
-                f"'explicit', or leave {name} unset.",
+                f"{where}.{name} is {distributed[name]!r}, but mode is {distributed.mode!r}; set mode to "
+                f"'explicit', or remove {name}.",
             )
         return
     for name in fields:
-        require(distributed[name] is not None, f"{where}.{name} is not set, but mode 'explicit' needs it.")
+        require(
+            distributed[name] is not None,
+            f"{where}.{name} is not set, but mode 'explicit' needs it; set it, or change mode.",
+        )
     require(
         re.fullmatch(r"\S+:\d+", distributed.address) is not None,
         f"{where}.address is {distributed.address!r}, expected host:port of process 0.",
@@ -119,7 +122,7 @@ def _deadline(seconds: float, failure: str) -> Iterator[None]:
 
     def end():
         print(
-            f"error: {failure} within {seconds:g} s. Check that all of them run and can reach each other, or "
+            f"error: {failure} within {seconds:g} s; check that all of them run and can reach each other, or "
             "raise config.distributed.timeout.",
             file=sys.stderr,
             flush=True,

@@ -79,7 +79,7 @@ def _listen(port: int) -> socket.socket:
     except OSError as error:
         raise UserError(
             f"config.distributed.address: process 0 cannot listen on port {port} of this machine "
-            f"({error.strerror}). Choose another port, or end the process that uses it."
+            f"({error.strerror}); use another port, or stop the process that uses this one."
         ) from None
 
 
@@ -100,12 +100,12 @@ def _register(
     if expected != num_processes:
         return UserError(
             f"config.distributed.num_processes is {expected} for process {process_id}, but {num_processes} "
-            "for process 0. Set the same number for all processes."
+            "for process 0; set the same number for all processes."
         )
     if is_taken or process_id == 0:
         return UserError(
-            f"config.distributed.process_id is {process_id} for two processes. Number the processes 0 to "
-            f"{num_processes - 1}, each number once."
+            f"config.distributed.process_id is {process_id} for two processes; use each number from 0 to "
+            f"{num_processes - 1} once."
         )
     return None
 
@@ -117,7 +117,7 @@ def _missing_processes(
     listed = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
     return RunError(
         f"{len(missing)} of {num_processes} processes ({listed}) did not connect to process 0 on port {port} "
-        f"within {timeout:g} s. Check that they were started with its address and that the port is open, "
+        f"within {timeout:g} s; check that they were started with its address and that the port is open, "
         "correct config.distributed.num_processes, or raise config.distributed.timeout."
     )
 
@@ -143,11 +143,13 @@ def _report_to_process_zero(
                     return
                 raise _ERRORS[reply["error"]](reply["sentence"])
             is_late = time.monotonic() >= deadline
-            status = "it still waits for other processes" if is_late else "another program answers"
+            status = (
+                "process 0 is still waiting for other processes" if is_late else "another program answers"
+            )
         time.sleep(_RETRY_INTERVAL)
     raise RunError(
         f"process {process_id} of {num_processes} received no reply from process 0 at {host}:{port} within "
-        f"{timeout:g} s ({status}). Check that process 0 runs there and that the port is open, correct "
+        f"{timeout:g} s ({status}); check that process 0 runs there and that the port is open, correct "
         "config.distributed.address, or raise config.distributed.timeout."
     )
 

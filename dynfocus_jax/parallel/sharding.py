@@ -98,7 +98,7 @@ def _spec(
     rule = next((spec for pattern, spec in rules if re.fullmatch(pattern, path)), None)
     if rule is None or len(rule) > len(shape):
         raise UserError(
-            f"parameter {path} of shape {shape} has no sharding rule. Add one to RULES in "
+            f"parameter {path} of shape {shape} has no sharding rule; add one to RULES in "
             "dynfocus_jax/parallel/sharding.py."
         )
     if not rule:
@@ -108,7 +108,7 @@ def _spec(
         if axis is not None and size % mesh.shape[axis]:
             raise UserError(
                 f"config.mesh.{axis} is {mesh.shape[axis]}, which does not divide {size}, a dimension of "
-                f"parameter {path} of shape {shape}. Choose a divisor of {size}."
+                f"parameter {path} of shape {shape}; use a divisor of {size}."
             )
     return PartitionSpec(*spec)
 

@@ -201,13 +201,13 @@ def compile_only_devices(
             raise RunError(_missing_compiler(machine, error)) from None
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise UserError(
-            f"machine {machine.name!r}: the compiler rejects the shape ({reason}), expected one chip or "
-            "whole hosts of 2x2 chips."
+            f"machine {machine.name!r}: the compiler rejects the shape ({reason}); use one chip, or whole "
+            "hosts of 2x2 chips."
         ) from None
     if len(found) != machine.num_devices:
         raise UserError(
             f"machine {machine.name!r}: the compiler finds {len(found)} devices, expected "
-            f"{machine.num_devices}. Choose another shape."
+            f"{machine.num_devices}; use another shape."
         )
     return found
 

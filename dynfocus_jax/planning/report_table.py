@@ -52,7 +52,7 @@ def describe_misfit(report: dict[str, Any]) -> str:
     return (
         f"the {report['step']} step of {report['where']} needs {report['total'] / GIB:.2f} GiB per device, "
         f"but only {report['usable'] / GIB:.2f} GiB are usable; the largest part is {report['largest']} with "
-        f"{size:.2f} GiB. Change {report['remedy']}."
+        f"{size:.2f} GiB. Change one of {report['remedy']}."
     )
 
 

@@ -63,7 +63,8 @@ def json_list_entries(path: Path) -> Iterator[tuple[int, JsonValue | InvalidEntr
                     raise _ends_early(path, number - 1)
                 if character != ",":
                     raise UserError(
-                        f"annotation file {path}: {character!r} follows record {number - 1}, expected ','."
+                        f"annotation file {path}: {character!r} follows record {number - 1}, expected ','; "
+                        "correct the file, or download it again."
                     )
                 buffer.position += 1
                 buffer.skip_space()
@@ -71,7 +72,7 @@ def json_list_entries(path: Path) -> Iterator[tuple[int, JsonValue | InvalidEntr
             number += 1
         buffer.position += 1
         if buffer.skip_space():
-            raise UserError(f"annotation file {path}: text follows the list of records; remove it.")
+            raise UserError(f"annotation file {path}: there is text after the list of records; remove it.")
 
 
 def json_line_entries(path: Path) -> Iterator[tuple[int, JsonValue | InvalidEntry]]:
@@ -115,12 +116,15 @@ def csv_entries(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[
         try:
             header = next(reader, [])
         except csv.Error as error:
-            raise UserError(f"annotation file {path}: not CSV ({error}), expected a header.") from None
+            raise UserError(
+                f"annotation file {path}: not CSV ({error}), expected a header; check that it is the "
+                "right file."
+            ) from None
         missing = [column for column in columns if column not in header]
         if missing:
             raise UserError(
                 f"annotation file {path}: the header {quoted(', '.join(header))} has no column "
-                f"{missing[0]!r}, expected {', '.join(columns)}."
+                f"{missing[0]!r}, expected {', '.join(columns)}; check that it is the right file."
             )
         number = 0
         while True:
@@ -154,7 +158,9 @@ def read_json(path: Path) -> JsonValue:
         try:
             return json.load(file)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"annotation file {path}: not JSON ({_first_line(error)}).") from None
+            raise UserError(
+                f"annotation file {path}: not JSON ({_first_line(error)}); correct it, or download it again."
+            ) from None
 
 
 def _open(path: Path, newline: str | None = None) -> TextIO:
@@ -252,6 +258,6 @@ def _first_line(error: Exception) -> str:
 
 def _ends_early(path: Path, number: int) -> UserError:
     return UserError(
-        f"annotation file {path}: the file ends at record {number}, within the list; check that the file is "
+        f"annotation file {path}: the file ends within the list, at record {number}; check that the file is "
         "complete and that the record is JSON."
     )

@@ -125,8 +125,8 @@ def _select(section: ConfigDict, parsed: ParsedEntries, seed: int) -> list[Recor
     if not count:
         first = f"; the first is record {refused[0].id}: {refused[0].reason}" if refused else ""
         raise UserError(
-            f"source {section.name!r}: {section.annotations} has no usable record among its {len(refused)} "
-            f"entries{first}."
+            f"source {section.name!r}: none of the {len(refused)} entries of {section.annotations} is a "
+            f"usable record{first}."
         )
     how, _, amount = section.select.partition(":")
     if how == "all":
@@ -134,8 +134,8 @@ def _select(section: ConfigDict, parsed: ParsedEntries, seed: int) -> list[Recor
     number = -(-count * int(amount[:-1]) // 100) if amount.endswith("%") else int(amount)
     if not 0 < number <= count:
         raise UserError(
-            f"source {section.name!r}: select is {section.select!r}, {number} records, expected 1 to {count} "
-            "(the usable records); change it, or select a percentage such as 50%."
+            f"source {section.name!r}: select is {section.select!r}, which is {number} records, expected 1 "
+            f"to {count} (the number of usable records); change it, or use a percentage such as 50%."
         )
     if how == "first":
         return usable[:number]

@@ -99,7 +99,7 @@ class _Repeats:
         content = _content(record)
         if content in self.contents:
             raise InvalidEntry(
-                "duplicates an earlier record; to use a record several times, set `repeat` of its source",
+                "duplicates an earlier record; to use records several times, set `repeat` of the source",
                 "duplicate",
             )
         self.contents.add(content)

@@ -25,12 +25,12 @@ SOURCE: Section = {
         "modality that every record must have; auto: any",
         choices=("auto", "image", "video", "text"),
     ),
-    "select": Field("all", 'records that are used: "all", "first:N", "first:N%", "random:N" or "random:N%"'),
-    "repeat": Field(1, "number of times that each record is used in an epoch", at_least=1),
+    "select": Field("all", 'records to use: "all", "first:N", "first:N%", "random:N" or "random:N%"'),
+    "repeat": Field(1, "number of times each record is used in an epoch", at_least=1),
     "weight": Field(
         float,
-        "fraction of the samples of an epoch, relative to the weights of the other sources; None: as many "
-        "samples as records",
+        "share of the samples of an epoch, relative to the weights of the other sources; None: each record "
+        "is used `repeat` times",
         above=0,
     ),
 }
@@ -45,21 +45,24 @@ def check_sources(sources: Sequence[ConfigDict], where: str) -> None:
     """Check the sources of a mixture; raise UserError if one is invalid or they do not fit together."""
     for number, section in enumerate(sources):
         place = f"{where}[{number}]"
-        require(isinstance(section, ConfigDict), f"{place} is not a source(...).")
+        require(isinstance(section, ConfigDict), f"{place} is {section!r}, expected a source(...).")
         check_section(section, SOURCE, place)
         for name in ("name", "annotations"):
-            require(bool(section[name]), f"{place}.{name} is not set; it has no default.")
+            require(bool(section[name]), f"{place}.{name} is not set; set it, because it has no default.")
         require(
             re.fullmatch(r"all|(first|random):\d+%?", section.select) is not None,
             f"{place}.select is {section.select!r}, expected 'all', 'first:N', 'first:N%', 'random:N' or "
             f"'random:N%'.",
         )
     names = [section.name for section in sources]
-    require(len(set(names)) == len(names), f"{where} has two sources of one name: {', '.join(names)}.")
+    require(
+        len(set(names)) == len(names),
+        f"{where} has two sources with the same name: {', '.join(names)}; rename one of them.",
+    )
     weighted = [section.name for section in sources if section.weight is not None]
     require(
         len(weighted) in (0, len(sources)),
-        f"{where} has weights for {', '.join(weighted)} only; give all sources a weight, or none.",
+        f"{where} has weights for {', '.join(weighted)} only; set the weight of all sources, or of none.",
     )
 
 
@@ -76,8 +79,8 @@ def read_source(section: ConfigDict, data_root: str | Path) -> ParsedEntries:
     media = Path(data_root) / Path(section.media or "").expanduser()
     if section.media and not media.is_dir():
         raise UserError(
-            f"source {section.name!r}: media is {section.media!r}, but {media} is not a folder; put the "
-            "media files there."
+            f"source {section.name!r}: media is {section.media!r}, but {media} is not a folder; set it "
+            "to the folder of the media files."
         )
     annotations = Path(data_root) / Path(section.annotations).expanduser()
     files = SourceFiles(annotations, MediaFolder(media), section.name, section.modality)

@@ -81,8 +81,8 @@ class Engine:
         missing = sorted(layout.keys() - flat.keys())
         if missing:
             raise UserError(
-                f"the checkpoint lacks {len(missing)} parameters of the model, the first is {missing[0]}; "
-                "use a checkpoint of the run's last stage."
+                f"the checkpoint lacks {len(missing)} parameters of the model, such as {missing[0]}; use a "
+                "checkpoint of the run's last stage."
             )
         self._params = trees.unflatten({path: _placed(flat[path], like) for path, like in layout.items()})
         self._end_ids = frozenset({tokenizer.eos_id, *map(self._end_id, self._settings.end_tokens)})
@@ -139,8 +139,8 @@ class Engine:
         size = next((size for size in self._frame_sizes if size >= count), None)
         if size is None:
             raise SampleError(
-                f"the clip has {count} frames, expected at most {self._frame_sizes[-1]}: sample fewer "
-                "frames, or raise config.generation.num_frames (or the last of config.generation.frames)"
+                f"the clip has {count} frames, expected at most {self._frame_sizes[-1]}; sample fewer "
+                "frames, or raise config.generation.num_frames or the last size in config.generation.frames"
             )
         return size
 
@@ -180,7 +180,7 @@ class Engine:
         if max_tokens < 1:
             raise SampleError(f"max_new_tokens is {max_tokens}, expected at least 1")
         if not all(request.stop):
-            raise SampleError("a stop string is empty; leave it out")
+            raise SampleError("a stop string is empty; remove it")
         prompt = encode_prompt(
             self.tokenizer,
             question,
@@ -242,7 +242,7 @@ class Engine:
         if max_length is not None and job.length > max_length:
             job.error = (
                 f"{job.visual_count} visual tokens, {len(job.prompt.tokens)} text tokens and an answer of up "
-                f"to {job.max_tokens} tokens exceed config.generation.max_length={max_length}; shorten the "
+                f"to {job.max_tokens} tokens exceed config.generation.max_length = {max_length}; shorten the "
                 "request or raise the limit"
             )
 
@@ -337,8 +337,8 @@ class Engine:
         ids = self.tokenizer.encode(token)
         if len(ids) != 1 or ids[0] not in self.tokenizer.special_ids:
             raise UserError(
-                f"config.generation.end_tokens: {token!r} is not a special token of the tokenizer; name one "
-                "that is, such as its eos_token."
+                f"config.generation.end_tokens: {token!r} is not a special token of the tokenizer; use "
+                "one of its special tokens, or remove it."
             )
         return ids[0]
 

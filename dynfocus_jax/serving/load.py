@@ -39,8 +39,8 @@ def load_run(checkpoint: Path) -> TrainedRun:
         workdir, step = checkpoint.parents[2], checkpoint
     if not (workdir / "config.json").is_file():
         raise UserError(
-            f"--checkpoint {checkpoint} has no config.json; give the workdir of a training run, or "
-            "WORKDIR/checkpoints/STAGE/STEP."
+            f"--checkpoint {checkpoint} has no config.json; set it to the workdir of a training run, "
+            "or to WORKDIR/checkpoints/STAGE/STEP."
         )
     config = from_dict(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
     config.initial = None  # the checkpoint that training started from may be gone
@@ -53,7 +53,7 @@ def load_run(checkpoint: Path) -> TrainedRun:
     if not folder.is_dir():
         raise UserError(
             f"{folder.parent} has no checkpoint of step {folder.name}, the last of stage {stage.name!r}; "
-            "finish the training run, or give one of its checkpoints."
+            "finish the training run, or set --checkpoint to one of its checkpoints."
         )
     return TrainedRun(config, make_tokenizer(config, workdir / "vocabulary.json", strict=False), folder)
 
@@ -71,8 +71,8 @@ def _stages_ending_with(config: ConfigDict, folder: Path) -> tuple[ConfigDict, .
     names = [stage.name for stage in config.stages]
     if folder.parent.name not in names:
         raise UserError(
-            f"--checkpoint {folder} is not a checkpoint of the run's stages {', '.join(names)}; give the "
-            "workdir, or WORKDIR/checkpoints/STAGE/STEP."
+            f"--checkpoint {folder} is not a checkpoint of the run's stages {', '.join(names)}; set it to "
+            "the workdir, or to WORKDIR/checkpoints/STAGE/STEP."
         )
     others = [stage for stage in config.stages if stage.name != folder.parent.name]
     return (*others, config.stages[names.index(folder.parent.name)])

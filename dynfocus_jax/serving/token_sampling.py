@@ -30,11 +30,13 @@ class SamplingParams(NamedTuple):
 GREEDY = SamplingParams()
 
 SAMPLING: Section = {
-    "temperature": Field(0.0, "temperature of sampling; 0 is greedy", at_least=0, below=float("inf")),
-    "top_k": Field(0, "most likely tokens that are sampled from; 0: all", at_least=0),
-    "top_p": Field(1.0, "smallest probability mass that is sampled from", above=0, at_most=1),
+    "temperature": Field(0.0, "sampling temperature; 0: greedy decoding", at_least=0, below=float("inf")),
+    "top_k": Field(0, "sample from the k most likely tokens; 0: from all tokens", at_least=0),
+    "top_p": Field(
+        1.0, "sample from the most likely tokens that together have probability p", above=0, at_most=1
+    ),
 }
-_SEED = Field(0, "seed of sampling", at_least=0, below=2**32)
+_SEED = Field(0, "seed for sampling", at_least=0, below=2**32)
 
 
 class RowSampling(NamedTuple):

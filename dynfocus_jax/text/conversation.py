@@ -87,13 +87,13 @@ def check_template(tokenizer: Tokenizer, name: str) -> None:
     for token in sorted(set(re.findall(r"<\|\w+\|>", literal))):
         if len(tokenizer.encode(token)) != 1 or tokenizer.special_ids.isdisjoint(tokenizer.encode(token)):
             raise UserError(
-                f"config.data.template is {name!r}, but {token} is not a special token of the tokenizer. "
-                "Choose the template of the language model, or set config.data.tokenizer to its tokenizer."
+                f"config.data.template is {name!r}, but {token} is not a special token of the tokenizer; "
+                "use the template of the language model, or set config.data.tokenizer to its tokenizer."
             )
     if template.end is not None and tokenizer.encode(template.end) != [tokenizer.eos_id]:
         raise UserError(
             f"config.data.template is {name!r}, which ends answers with {template.end}, but that is not the "
-            "tokenizer's eos_token. Set eos_token in its tokenizer_config.json, as in the chat models."
+            f"tokenizer's eos_token; set eos_token to {template.end} in its tokenizer_config.json."
         )
 
 
@@ -193,8 +193,8 @@ def query_text(turns: Sequence[tuple[str, str]], guidance: str = "joined") -> st
 def _check_length(conversation: Conversation, max_length: int | None) -> None:
     if max_length is not None and len(conversation.tokens) > max_length:
         raise SampleError(
-            f"the conversation has {len(conversation.tokens)} text tokens, over the limit of {max_length}: "
-            "shorten it or raise the limit"
+            f"the conversation has {len(conversation.tokens)} text tokens, expected at most {max_length}; "
+            "shorten it, or raise max_text"
         )
 
 
@@ -204,8 +204,8 @@ def _render(
     """Return the pieces of a conversation's text, or of the two texts around the visual tokens."""
     if not template.show_question and len(turns) > 1:
         raise SampleError(
-            f"the conversation has {len(turns)} turns, expected 1 with a template that leaves out the "
-            "questions: use one turn per sample or another template"
+            f"the conversation has {len(turns)} turns, expected 1, because the template leaves out the "
+            "questions; use one turn per sample, or another template"
         )
     texts: list[list[_Piece]] = [[]]
     opening = template.system
@@ -237,14 +237,14 @@ def _encode(tokenizer: Tokenizer, texts: list[list[_Piece]]) -> Conversation:
         encoded = tokenizer.encode_parts([piece.text for piece in pieces])
         for piece, ids in zip(pieces, encoded, strict=True):
             if piece.text is not None and piece.from_user and not tokenizer.special_ids.isdisjoint(ids):
-                raise SampleError(f"the text {_abbreviate(piece.text)} holds a special token: remove it")
+                raise SampleError(f"the text {_abbreviate(piece.text)} contains a special token; remove it")
             tokens += ids
             in_loss += [piece.in_loss] * len(ids)
             if piece.text is None:
                 ends.append(len(tokens))
     has_visual = len(texts) > 1
     if not has_visual and not tokens:
-        raise SampleError("the conversation has neither text nor visual tokens: ask a question")
+        raise SampleError("the conversation has neither text nor visual tokens; add a question")
     if not has_visual or visual_position > 0:
         in_loss[0] = False  # no token comes before it that could predict it
     return Conversation(np.asarray(tokens, np.int32), np.asarray(in_loss, bool), visual_position, tuple(ends))

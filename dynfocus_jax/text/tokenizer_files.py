@@ -49,9 +49,7 @@ def read_tokenizer(path: str | Path) -> PublishedTokenizer:
             # What PreTrainedTokenizerFast of transformers does, without 0.8 s to import it.
             backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         except Exception as error:  # the library raises nothing more specific
-            raise UserError(
-                f"{path}/tokenizer.json cannot be read ({error}): copy it again from the published model."
-            ) from None
+            raise UserError(f"{path}/tokenizer.json cannot be read ({error}); download it again.") from None
         return PublishedTokenizer(backend, _special_tokens(settings), path)
     if (path / "tokenizer.model").is_file():
         legacy = bool(settings.get("legacy", True))
@@ -59,8 +57,8 @@ def read_tokenizer(path: str | Path) -> PublishedTokenizer:
         special = _special_tokens(_LLAMA_SETTINGS | settings)
         return PublishedTokenizer(backend, special, path, prefix=_prefix(legacy))
     raise UserError(
-        f"{path} is not a tokenizer: expected a folder with tokenizer.json or tokenizer.model, as the "
-        "language model is published with, or a .gguf file. Set config.data.tokenizer to it."
+        f"{path} is not a tokenizer, expected a folder with the language model's tokenizer.json or "
+        "tokenizer.model, or its .gguf file; set config.data.tokenizer to one of them."
     )
 
 
@@ -78,7 +76,7 @@ def read_query_tokenizer(path: str | Path) -> QueryTokenizer:
     file = path if path.is_file() else path / "vocab.txt"
     if not file.is_file():
         raise UserError(
-            f"{path} is not a BERT vocabulary: expected vocab.txt of bert-base-uncased, or its folder. Set "
+            f"{path} is not a BERT vocabulary, expected vocab.txt of bert-base-uncased, or its folder; set "
             "config.data.query_tokenizer to it."
         )
     try:
@@ -89,7 +87,7 @@ def read_query_tokenizer(path: str | Path) -> QueryTokenizer:
     missing = [token for token in ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]") if token not in ids]
     if missing:
         raise UserError(
-            f"{file} is not a BERT vocabulary: it lacks {', '.join(missing)}. Expected vocab.txt of "
+            f"{file} is not a BERT vocabulary: it lacks {', '.join(missing)}; use vocab.txt of "
             "bert-base-uncased."
         )
     lower = bool(_read_settings(file.parent).get("do_lower_case", True))
@@ -131,17 +129,15 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         try:
             content = json.loads((folder / file).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise UserError(
-                f"{folder}/{file} is not JSON ({error}): copy it again from the published model."
-            ) from None
+            raise UserError(f"{folder}/{file} is not JSON ({error}); download it again.") from None
         if not isinstance(content, dict):
-            raise UserError(f"{folder}/{file} is not a JSON object: copy it again from the published model.")
+            raise UserError(f"{folder}/{file} is not a JSON object; download it again.")
         settings |= {key: _token_text(value) for key, value in content.items() if value is not None}
     for name in ("eos_token", "bos_token", "unk_token", "pad_token"):
         if not isinstance(settings.get(name, ""), str):
             raise UserError(
-                f"{folder}: {name} is {quoted(settings[name])}, expected text. Copy the files of the "
-                "tokenizer again from the published model."
+                f"{folder}: {name} is {quoted(settings[name])}, expected a string; download the tokenizer "
+                "again."
             )
     return settings
 
@@ -178,7 +174,7 @@ def _convert_sentencepiece(path: Path, *, legacy: bool) -> tokenizers.Tokenizer:
       legacy: whether text after a special token gets a space before it, like the start of a text.
     """
     content, processor = path.read_bytes(), sentencepiece.SentencePieceProcessor()
-    broken = UserError(f"{path} is not a SentencePiece model: copy it again from the published model.")
+    broken = UserError(f"{path} is not a SentencePiece model; download it again.")
     try:
         model = sentencepiece_model_pb2.ModelProto.FromString(content)  # pyright: ignore[reportAttributeAccessIssue]
     except DecodeError:
@@ -191,9 +187,9 @@ def _convert_sentencepiece(path: Path, *, legacy: bool) -> tokenizers.Tokenizer:
         or not normalizer.add_dummy_prefix
     ):
         raise UserError(
-            f"{path} is not a SentencePiece model of Llama's kind (byte pairs, text kept as it is): with "
-            "transformers, AutoTokenizer.from_pretrained(folder).save_pretrained(folder) makes a "
-            "tokenizer.json that can be read."
+            f"{path} is not a SentencePiece model of Llama's kind (byte pairs, no text normalisation); write "
+            "a tokenizer.json with AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of "
+            "transformers, and use that."
         )
     if not all(isinstance(piece.piece, str) for piece in model.pieces):  # bytes: invalid UTF-8
         raise broken
@@ -209,8 +205,8 @@ def _convert_sentencepiece(path: Path, *, legacy: bool) -> tokenizers.Tokenizer:
     probe = "A chat,  with 2 spaces\nand café ☃"
     if backend.encode(_prefix(legacy) + probe, add_special_tokens=False).ids != processor.EncodeAsIds(probe):
         raise UserError(
-            f"{path}: transformers {transformers.__version__} converts this model to other token ids than "
-            "SentencePiece gives. Install the version of transformers that requirements.txt asks for."
+            f"{path}: transformers {transformers.__version__} gives this model other token ids than "
+            "SentencePiece; install the version of transformers in requirements.txt."
         )
     return backend
 
@@ -229,7 +225,7 @@ def _read_gguf(path: Path) -> tuple[tokenizers.Tokenizer, SpecialTokens]:
     try:
         import gguf  # noqa: PLC0415 (an optional dependency)
     except ImportError:
-        raise UserError(f"{path}: the package gguf is missing. Install it with pip install gguf.") from None
+        raise UserError(f"{path}: the package gguf is missing; install it with pip install gguf.") from None
     try:
         fields = {
             name.removeprefix("tokenizer.ggml."): field.contents()
@@ -241,10 +237,10 @@ def _read_gguf(path: Path) -> tuple[tokenizers.Tokenizer, SpecialTokens]:
             return _build_byte_level(fields, _GGUF_SPLITS[kind], gguf.TokenType.CONTROL)
     except Exception as error:  # neither library raises anything more specific
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise UserError(f"{path} is not a GGUF file, or is damaged ({reason}): copy it again.") from None
+        raise UserError(f"{path} is not a GGUF file, or is damaged ({reason}); download it again.") from None
     raise UserError(
         f"{path}: tokenizer of kind {'/'.join(map(str, kind))}, expected one of "
-        f"{', '.join('/'.join(known) for known in _GGUF_SPLITS)}. Use the folder with the model's "
+        f"{', '.join('/'.join(known) for known in _GGUF_SPLITS)}; use the folder with the model's "
         "tokenizer.json instead."
     )
 

@@ -83,7 +83,7 @@ class WordTokenizer:
         self._ids = {word: i for i, word in enumerate(self._words)}
         if len(self._ids) != len(self._words):
             raise UserError(
-                "the vocabulary holds a word twice or a special token: list each word once, without "
+                "the vocabulary contains a word twice, or a special token; list each word once, without "
                 f"{', '.join(SPECIALS)}."
             )
         self._strict = strict
@@ -99,15 +99,15 @@ class WordTokenizer:
             words = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(
-                f"vocabulary file {path} does not exist: check the path, or set config.data.tokenizer to the "
+                f"vocabulary file {path} does not exist; check the path, or set config.data.tokenizer to the "
                 "folder of a published tokenizer."
             ) from None
         except ValueError as error:
             raise UserError(
-                f"vocabulary file {path} is not valid JSON ({error}): expected a list of words."
+                f"vocabulary file {path} is not JSON ({error}), expected a list of words."
             ) from None
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise UserError(f"vocabulary file {path} does not hold a list of words: expected [WORD, ...].")
+            raise UserError(f"vocabulary file {path} is not a list of words, expected [WORD, ...].")
         return cls(words, strict=strict)
 
     @property
@@ -130,7 +130,7 @@ class WordTokenizer:
     def _encode_word(self, word: str) -> int:
         if self._strict and word not in self._ids:
             raise UserError(
-                f"the word {word!r} is not in the vocabulary of {self.vocab_size} words: use the vocabulary "
+                f"the word {word!r} is not in the vocabulary of {self.vocab_size} words; use the vocabulary "
                 "file that belongs to the data."
             )
         return self._ids.get(word, self.unk_id)
@@ -182,8 +182,8 @@ class PublishedTokenizer:
         for name, token in (("eos_token", special.eos), ("bos_token", special.bos)):
             if token is not None and backend.token_to_id(token) is None:
                 raise UserError(
-                    f"{path}: {name} is {token!r}, which is not in the vocabulary. Copy the files of the "
-                    "tokenizer again from the published model."
+                    f"{path}: {name} is {token!r}, which is not in the vocabulary; download the tokenizer "
+                    "again."
                 )
 
         def id_of(token: str | None) -> int | None:
@@ -192,7 +192,7 @@ class PublishedTokenizer:
         eos_id = id_of(special.eos)
         if special.eos is None or eos_id is None:
             raise UserError(
-                f"{path} does not name its eos_token: add the tokenizer_config.json of the published model."
+                f"{path} does not set an eos_token; download the tokenizer_config.json of the model as well."
             )
         self._eos, self.eos_id = special.eos, eos_id
         self.unk_id = id_of(special.unk)

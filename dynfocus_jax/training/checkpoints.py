@@ -129,7 +129,7 @@ class StageCheckpoints:
         changed = differences(_described(self._manager.item_metadata(step)["state"].tree), _described(wanted))
         if changed:
             raise UserError(
-                f"the state in {self.directory / str(step)} differs from the configuration's "
+                f"the state in {self.directory / str(step)} does not fit the configuration "
                 f"({'; '.join(sorted(changed)[:5])}); use the configuration that the run was started with, "
                 "or another --workdir."
             )
@@ -188,7 +188,7 @@ class StageCheckpoints:
             saved = "there is none yet" if good is None else f"the last one is of step {good}"
             raise RunError(
                 f"cannot write a checkpoint to {self.directory} ({' '.join(str(error).split())[:300]}); "
-                f"{saved}. Check free space and permissions, then run the same command to resume."
+                f"{saved}. Check free space and permissions, then rerun the same command to resume."
             ) from error
 
 
@@ -295,8 +295,8 @@ def _saved(checkpointer: ocp.Checkpointer, folder: Path) -> tuple[Path, dict[str
         }
     if not converted.is_dir():
         raise UserError(
-            f"{folder} has no checkpoint; expected WORKDIR/checkpoints/STAGE/STEP of a training run, or "
-            "the --output of python -m dynfocus_jax.convert."
+            f"{folder} has no checkpoint; use WORKDIR/checkpoints/STAGE/STEP of a training run, or the "
+            "--output of python -m dynfocus_jax.convert."
         )
     return converted, {path: (path, leaf) for path, leaf in _leaf_metadata(checkpointer, converted).items()}
 

@@ -48,8 +48,8 @@ def initial_params(
     for path, leaf in source.items():
         if leaf.shape != shapes[path].shape:
             raise UserError(
-                f"stage {stage.name!r}: parameter {path} has shape {shapes[path].shape}, but {leaf.shape} in "
-                "the stage before; the stages must share their model."
+                f"stage {stage.name!r}: parameter {path} has shape {shapes[path].shape}, expected "
+                f"{leaf.shape} as in the previous stage; use the same sizes in all stages."
             )
     shared = set(source)  # arrays that the result shares with `previous` or within itself
     if config.initial is not None:
@@ -76,7 +76,7 @@ def check_copies(stage: ConfigDict, shapes: Shapes) -> None:
         if not copies or wrong:
             problem = f"{', '.join(wrong)} has another shape or does not exist" if wrong else "no such source"
             raise UserError(
-                f"stage {stage.name!r}: copy {line!r} does not fit the parameters: {problem}; expected "
+                f"stage {stage.name!r}: copy {line!r} does not fit the parameters ({problem}), expected "
                 "'destination <- source' with parameter paths of this model."
             )
 
@@ -110,8 +110,9 @@ def check_initial(folder: str | None, stages: Sequence[StageParams]) -> None:
     needed = [path for path in shapes if path not in trained and not belongs_to_connector(path)]
     if folder is None and needed:
         raise UserError(
-            f"{', '.join(trees.prefixes(needed, shapes))} would keep random values, because no stage trains "
-            "it. Set config.initial to a checkpoint that has it (python -m dynfocus_jax.convert makes one)."
+            f"{', '.join(trees.prefixes(needed, shapes))} would stay randomly initialised, because no stage "
+            "trains it; set config.initial to a checkpoint that has it, such as the --output of python -m "
+            "dynfocus_jax.convert."
         )
     if folder is not None:
         check_params(saved_shapes(Path(folder)), shapes, needed, f"config.initial {folder!r}")

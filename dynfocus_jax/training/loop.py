@@ -202,8 +202,8 @@ class StageRun:
             "there is no checkpoint" if good is None else f"the last checkpoint is step {good} in {folder}"
         )
         return RunError(
-            f"stage {self.name!r}: the loss or the gradient is not finite at step {step}; {saved}. Lower the "
-            "learning rate, or check the data of these steps."
+            f"stage {self.name!r}: the loss or the gradient is not finite at step {step}; {saved}. Reduce "
+            "the learning rate, or check the data of these steps."
         )
 
     def _print_end(self, num_compiled: int) -> None:
@@ -243,7 +243,7 @@ def _print_start(data: StageData, state: TrainState, step: int) -> None:
     stage, refused = data.stage, len(data.refused)
     print_once(
         f"stage {stage.name}: {len(data.loader.records)} records"
-        + (f" ({refused} refused)" if refused else "")
+        + (f" ({refused} unusable)" if refused else "")
         + f", {stage.steps} steps of {stage.batch_size} ({data.epochs:.2f} epochs), "
         f"{millions(state.trained):.3f} M parameters trained, {millions(state.frozen):.3f} M frozen"
         + (f", resumed at step {step}" if step else "")

@@ -71,7 +71,10 @@ def check_params(
         if paths
     ]
     if wrong:
-        raise UserError(f"{where} does not fit config.model ({'; '.join(wrong)}).")
+        raise UserError(
+            f"{where} does not fit config.model ({'; '.join(wrong)}); use another checkpoint, or change "
+            "config.model."
+        )
 
 
 # --- Published files to parameters --------------------------------------------------------------------
@@ -88,14 +91,14 @@ def read_model(config: ConfigDict, dtype: str | None) -> dict:
     named = {part: path for part, path in config.weights.items() if part != "skip" and path}
     if not named:
         raise UserError(
-            "config.weights: no file is set. Set at least one of "
+            "config.weights: no file is set; set at least one of "
             f"{', '.join(f'--config.weights.{part}' for part in config.weights if part != 'skip')}."
         )
     missing = [f"{part}={path}" for part, path in named.items() if not Path(path).expanduser().exists()]
     if missing:
         raise UserError(
             f"config.weights: these files do not exist: {', '.join(missing)}. Download them (the config file "
-            "or configs/common.py has their addresses), or set other paths with --config.weights.PART=PATH."
+            "or configs/common.py has their URLs), or set other paths with --config.weights.PART=PATH."
         )
     shapes = abstract_params(_without_lora(config))
     params, used = {}, set()
@@ -113,18 +116,20 @@ def read_model(config: ConfigDict, dtype: str | None) -> dict:
 
     unused = [pattern for pattern in config.weights.skip if pattern not in used]
     if unused:
-        raise UserError(f"config.weights.skip: {', '.join(map(repr, unused))} matches no published name.")
+        raise UserError(
+            f"config.weights.skip: {', '.join(map(repr, unused))} matches no published name; remove it."
+        )
     paths = trees.flatten(shapes).keys()
     rest = paths - params.keys()
     needed = [path for path in rest if path.split("/")[0] in named and not belongs_to_connector(path)]
     if needed:
         raise UserError(
-            "config.weights.skip: the patterns leave out parameters that the model needs: "
-            f"{', '.join(trees.prefixes(needed, paths))}. Skip fewer names."
+            "config.weights.skip leaves out parameters that the model needs: "
+            f"{', '.join(trees.prefixes(needed, paths))}; skip fewer names."
         )
     if rest:
         names = ", ".join(trees.prefixes(rest, paths))
-        print(f"not in the checkpoint, so training will initialise them randomly: {names}")
+        print(f"not in the checkpoint, so training initialises them randomly: {names}")
     return trees.unflatten(params)
 
 
@@ -138,8 +143,8 @@ def _read_file(
     """
     if part not in shapes:
         raise UserError(
-            f"{path!r} is set, but the model has no {part}, because its connector uses no text. Leave "
-            f"config.weights.{part} unset, or choose a connector that uses text."
+            f"{path!r} is set, but the model has no {part}, because its connector uses no text; remove "
+            f"config.weights.{part}, or use a connector that uses text."
         )
     source = open_weights(path)
     if part != "connector":

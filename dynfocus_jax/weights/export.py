@@ -124,7 +124,8 @@ def export_family(part: str, tree: Mapping) -> str:
     bias, norm = "blocks/query/bias" in paths, "blocks/query_norm/scale" in paths
     if bias and norm:
         raise UserError(
-            "config.model.language: qkv_bias and qk_norm are both True, but no published family has both."
+            "config.model.language: qkv_bias and qk_norm are both True, but no published family has both; "
+            "set one of them to False."
         )
     return "qwen2" if bias else "qwen3" if norm else "llama"
 

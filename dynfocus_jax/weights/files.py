@@ -36,7 +36,7 @@ def open_weights(path: str | Path) -> "WeightSource":
     if file.name.endswith(".index.json"):
         return WeightSource(file, _read_index(file))
     if not file.is_file():
-        raise UserError(f"{file}: no such file or folder. Give a file or folder of published weights.")
+        raise UserError(f"{file}: no such file or folder. Use a file or folder of published weights.")
     if file.suffix not in SUFFIXES:
         raise UserError(
             f"{file}: not a weights file, expected {', '.join(SUFFIXES)} or a folder with such files."
@@ -106,8 +106,8 @@ def _find_in_folder(folder: Path) -> Path:
             f"{' or '.join(f'{stem}.index.json' for stem in _STEMS)} as well."
         )
     raise UserError(
-        f"{folder}: several weights files ({_shorten([file.name for file in found])}), expected one. Give "
-        "the path of the file."
+        f"{folder}: several weights files ({_shorten([file.name for file in found])}), expected one. Use "
+        "the path of one file."
     )
 
 
@@ -117,7 +117,7 @@ def _read_index(index: Path) -> dict[Path, set[str]]:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {name: index.parent / Path(shard).name for name, shard in names.items()}
     except OSError:
-        raise UserError(f"{index}: cannot be read. Give a file or folder of published weights.") from None
+        raise UserError(f"{index}: cannot be read. Use a file or folder of published weights.") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{index}: not an index of shards, expected a JSON object with 'weight_map'. Download it again."
@@ -131,8 +131,8 @@ def _read_index(index: Path) -> dict[Path, set[str]]:
     unknown = sorted({file.name for file in files.values() if file.suffix not in _READERS})
     if unknown or not files:
         raise UserError(
-            f"{index}: the index lists {_shorten(unknown) or 'no shard'}, expected files with the suffixes "
-            f"{', '.join(SUFFIXES)}."
+            f"{index}: the index lists {_shorten(unknown) or 'no shards'}, expected files with the suffixes "
+            f"{', '.join(SUFFIXES)}. Download it again."
         )
     shards: dict[Path, set[str]] = {file: set() for file in files.values()}
     for name, file in files.items():
@@ -150,7 +150,7 @@ def _import(module: str, file: Path) -> Any:
     except ImportError:
         raise UserError(
             f"{file}: reading {file.suffix} files needs the package {module}, which is not installed. "
-            "Run pip install -r requirements-convert.txt."
+            "Install it with pip install -r requirements-convert.txt."
         ) from None
 
 
@@ -225,7 +225,7 @@ def _read_torch(file: Path) -> _Torch:
             loaded = loaded[key]
     if not isinstance(loaded, Mapping) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
         raise UserError(
-            f"{file}: not a state dict, expected tensors by name, at the top or below the key "
+            f"{file}: not a state dict, expected tensors by name, at the top level or under the key "
             f"{' or '.join(map(repr, _CONTAINERS))}."
         )
     return _Torch(loaded)

@@ -76,7 +76,7 @@ def test_room(buckets, max_length, text, frames):
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        (70, ("70 text tokens, over the limit of 60",)),
+        (70, ("70 text tokens, expected at most 60",)),
         (50, ("50 text tokens", "20 visual tokens of 5 frames")),
     ],
 )

@@ -256,7 +256,7 @@ def test_unusable_samples_are_padding_rows_listed_once(tmp_path):
     assert by_id["r4"]["media"] == "missing.mp4"
     assert "no such file" in by_id["r4"]["reason"]
     assert by_id["r9"]["media"] is None
-    assert "13 text tokens, over the limit of 10" in by_id["r9"]["reason"]
+    assert "13 text tokens, expected at most 10" in by_id["r9"]["reason"]
     content = path.read_text()
     path.write_text(content[:-5])  # killed while writing the last line
     resumed = SkippedSamples(path, max_share=0.2)
@@ -287,14 +287,15 @@ def test_share_of_unusable_samples():
     skipped = SkippedSamples(max_share=0.1, grace=20)
     for reason in ["bad", "bad", *[None] * 27, "bad"]:  # 2 of the first 20, 3 of 30
         skipped.note(record, reason)
-    with pytest.raises(UserError, match=r"4 of 31 samples could not be used.*share of 0\.1;.*record r0: bad"):
+    message = r"4 of 31 samples could not be used.*max_skip_share = 0\.1 .*record r0: bad"
+    with pytest.raises(UserError, match=message):
         skipped.note(record, "bad")
     early = SkippedSamples(max_share=0.1, grace=20)
     for _ in range(2):
         early.note(record, "bad")
     with pytest.raises(UserError, match="3 of 3 samples"):
         early.note(record, "bad")
-    with pytest.raises(UserError, match="at least 0 and below 1"):
+    with pytest.raises(UserError, match="at least 0 and less than 1"):
         SkippedSamples(max_share=1.0)
 
 

@@ -60,7 +60,7 @@ def test_max_length_counts_visual_tokens(video):
         make_loader([record], max_length=29)
     )
     assert make_loader([Record("t", None, THREE)], max_length=14)(0, RNG)[1] == ()
-    assert "over the max_length of 13" in expect_error(make_loader([Record("t", None, THREE)], max_length=13))
+    assert "more than max_length = 13" in expect_error(make_loader([Record("t", None, THREE)], max_length=13))
 
 
 def test_too_long_texts_are_not_decoded():
@@ -88,14 +88,14 @@ def test_last_turns_of_a_text_are_dropped():
     record = Record("t", None, THREE)
     sample, (omission,) = make_loader([record], buckets=((1, 9),), on_overflow="drop_turns")(0, RNG)
     assert (int(sample.length), omission.action) == (9, "dropped 1 of 3 turns")
-    assert "over the limit of 4" in expect_error(
+    assert "text tokens, expected at most 4" in expect_error(
         make_loader([record], buckets=((1, 4),), on_overflow="drop_turns")
     )
 
 
 def test_first_turn_does_not_fit(video):
     loader = make_loader([Record("v", video, THREE)], max_length=20, on_overflow="drop_turns")
-    assert "16 visual tokens of 8 frames are over the max_length of 20" in expect_error(loader)
+    assert "16 visual tokens of 8 frames are more than max_length = 20" in expect_error(loader)
 
 
 @pytest.mark.parametrize(("max_length", "read"), [(29, 7), (28, 7), (16, 1)])
@@ -113,7 +113,7 @@ def test_text_too_long_for_any_frame(video):
     loader = make_loader([Record("v", video, THREE)], max_length=15, on_overflow="fewer_frames")
     assert "up to 2 visual tokens of 1 frames" in expect_error(loader)
     loader = make_loader([Record("v", video, THREE)], buckets=((8, 13),), on_overflow="fewer_frames")
-    assert "over the limit of 13" in expect_error(loader)
+    assert "text tokens, expected at most 13" in expect_error(loader)
 
 
 def test_short_videos_lose_no_frames(video, tmp_path):
@@ -290,7 +290,8 @@ def test_refused_records_are_listed(tmp_path):
     refused = [("s", RefusedEntry(number, "same", f"reason {number}")) for number in (3, 8)]
     skipped = SkippedSamples(tmp_path / "skipped.jsonl", max_share=0.01)
     with pytest.raises(
-        UserError, match=r"2 of 199 records .* share of 0.01; the last: record same of s: reason 8"
+        UserError,
+        match=r"2 of 199 records .*max_skip_share = 0.01 .*The last is record same of s: reason 8",
     ):
         skipped.note_refused(refused, 199)
     skipped = SkippedSamples(tmp_path / "skipped.jsonl", max_share=0.01)

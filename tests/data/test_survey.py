@@ -113,7 +113,7 @@ def test_each_fault(root):
     by_id = {problem.id: problem for problem in bad.problems}
     assert by_id["gone"].reason == f"{root / 'gone.png'}: no such file"
     assert by_id["no subtitles"].reason == f"{root / 'none.srt'}: no such file"
-    assert by_id["long"].reason.startswith("the conversation has 24 text tokens, over the limit of 16")
+    assert by_id["long"].reason.startswith("the conversation has 24 text tokens, expected at most 16")
     assert "'unknown' is not in the vocabulary" in by_id["strange"].reason
     assert str(root / "broken.png") in by_id["again"].reason
     assert by_id["again"].media == str(root / "broken.png")
@@ -184,7 +184,7 @@ def test_long_samples(root, on_overflow, long, two, shortened):
     assert "fine" not in faults(survey)
     reasons = [problem.reason for problem in survey.problems if problem.id == "long"]
     assert reasons[0].startswith(
-        "24 text tokens and up to 10 visual tokens of 1 frames are over the max_length of 30"
+        "24 text tokens and up to 10 visual tokens of 1 frames are more than max_length = 30"
     )
 
 

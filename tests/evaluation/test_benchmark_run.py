@@ -226,7 +226,7 @@ def test_changes_of_code_and_checkpoint_path_are_recorded(tmp_path, monkeypatch,
     other = {"source": "other", "commit": None, "jax": "0"}
     monkeypatch.setattr("dynfocus_jax.evaluation.benchmark_run.code_version", lambda: other)
     prepare_output(tmp_path / "out", "videomme", questions, {}, "runs/moved")
-    assert "made by other code" in capsys.readouterr().out
+    assert "of another version of the code" in capsys.readouterr().out
     made_by = json.loads((tmp_path / "out" / "run.json").read_text())["made_by"]
     assert [each["checkpoint"] for each in made_by] == ["runs/a", "runs/moved", "runs/moved"]
     assert made_by[2]["code"] == other
@@ -238,7 +238,7 @@ def test_results_need_every_question(tmp_path):
     prepare_output(tmp_path / "out", "videomme", questions, {})
     predictions = PredictionStore(tmp_path / "out")
     predictions.add({"id": "001-1", "prediction": "A"})
-    with pytest.raises(RunError, match="4 of 5 questions have no prediction, the first is '001-2'"):
+    with pytest.raises(RunError, match="4 of 5 questions have no prediction, such as '001-2'"):
         write_results(tmp_path / "out", "videomme", questions, predictions, None)
 
 
@@ -261,7 +261,7 @@ def test_missing_files(tmp_path):
     def read(name, annotations, media):
         return user_error(lambda: read_benchmark(name, annotations, media))
 
-    assert "--benchmark 'videome' is not known" in read("videome", annotations, media)
+    assert "--benchmark is 'videome', expected one of" in read("videome", annotations, media)
     assert "does not exist" in read("videomme", tmp_path / "no.json", media)
     assert "is not a folder" in read("videomme", annotations, tmp_path / "no")
     assert "has none of the videos of 5 questions" in read("videomme", annotations, empty)
@@ -321,7 +321,7 @@ def test_csv_without_a_column_and_files_that_do_not_match(tmp_path):
     annotations = write_csv(tmp_path / "test.csv", columns, [])
     assert "no column 'a4'" in user_error(lambda: read_benchmark("nextqa", annotations, media))
     write_csv(tmp_path / "test.csv", NEXTQA, [])
-    assert "contains no questions" in user_error(lambda: read_benchmark("nextqa", annotations, media))
+    assert "has no questions" in user_error(lambda: read_benchmark("nextqa", annotations, media))
     row = ["1", 9, 9, 9, "why", 0, "0", "CW", "a", "b", "c", "d", "e"]
     write_csv(tmp_path / "test.csv", NEXTQA, [row])
     assert "gsub_test.json: cannot be read" in user_error(
@@ -329,4 +329,4 @@ def test_csv_without_a_column_and_files_that_do_not_match(tmp_path):
     )
     write_json(tmp_path / "gsub_test.json", {"1": {"location": {"5": [[0, 1]]}}})
     text = user_error(lambda: read_benchmark("nextgqa", annotations, media))
-    assert "has 0 rows for '1_5'" in text
+    assert "has 0 rows for entry '1_5'" in text

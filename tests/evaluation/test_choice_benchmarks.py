@@ -110,7 +110,7 @@ def test_videomme_in_the_format_of_the_hub(tmp_path):
 def test_parquet_that_is_damaged_or_lacks_a_column(tmp_path):
     media = videos(tmp_path / "media", "abc.mp4")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(UserError, match=r"broken\.parquet cannot be read as parquet"):
+    with pytest.raises(UserError, match=r"broken\.parquet is not a parquet file"):
         read_benchmark("videomme", tmp_path / "broken.parquet", media)
     row = hub_row(1)
     del row["answer"]

@@ -296,7 +296,7 @@ def test_unreadable_replies_are_wrong_listed_and_not_cached(tmp_path):
         assert [v.correct for v in verdicts] == [True, False, True]
         assert verdicts[1].scores == {"score": 0}
         assert verdicts[1].reply == "I would rather not say."
-        assert verdicts[1].reason == "the judge's reply cannot be read"
+        assert verdicts[1].reason == "the judge's reply cannot be parsed"
         assert len(server.requests) == 4  # the unreadable one twice
         with Judge(settings(server, cache=cache)) as judge:
             assert judge.grade(items(3)) == verdicts
@@ -376,9 +376,9 @@ def test_errors_in_the_settings(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     mistakes = [
         (good._replace(model=" "), "model is not set"),
-        (good._replace(base_url="127.0.0.1:8000"), "expected an address such as"),
-        (good._replace(base_url="http://host:port/v1"), "expected an address such as"),
-        (good._replace(base_url="file:///etc/passwd"), "expected an address such as"),
+        (good._replace(base_url="127.0.0.1:8000"), "expected a URL such as"),
+        (good._replace(base_url="http://host:port/v1"), "expected a URL such as"),
+        (good._replace(base_url="file:///etc/passwd"), "expected a URL such as"),
         (good._replace(key_variable="NOT_SET_AT_ALL"), "NOT_SET_AT_ALL is not set"),
         (good._replace(attempts=0), "attempts is 0"),
         (good._replace(patience=-1), "patience is -1"),
@@ -389,7 +389,7 @@ def test_errors_in_the_settings(monkeypatch, tmp_path):
             Judge(wrong)
         assert "\n" not in str(error.value)
     monkeypatch.setenv("JUDGE_KEY", "two\nlines")
-    with pytest.raises(UserError, match="characters that no key has"):
+    with pytest.raises(UserError, match="characters that a key cannot have"):
         Judge(good)
     judge = Judge(good._replace(key_variable=""))
     with pytest.raises(UserError, match=r"'video_chatgpt_q'.*video_chatgpt_qa"):

@@ -162,7 +162,7 @@ def test_nextgqa(tmp_path):
     assert "seconds" in engine.prompt("7_0/when")
     # Spans that match two rows are ambiguous.
     write_csv(tmp_path / "test.csv", header, [*rows, row("1", "fly")])
-    with pytest.raises(UserError, match="has 2 rows for '7_1'"):
+    with pytest.raises(UserError, match="has 2 rows for entry '7_1'"):
         read_benchmark("nextgqa", annotations, media)
 
 

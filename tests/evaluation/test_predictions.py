@@ -64,7 +64,7 @@ def test_a_failed_question_is_not_answered(tmp_path):
 @pytest.mark.parametrize("content", ["[1]\n", '{"id": 1}\n', "words\n"])
 def test_a_file_without_predictions(tmp_path, content):
     (tmp_path / "predictions.jsonl").write_text(content)
-    with pytest.raises(UserError, match="is not a predictions file"):
+    with pytest.raises(UserError, match="is not a file of predictions"):
         PredictionStore(tmp_path)
 
 
@@ -77,5 +77,5 @@ def test_a_folder_that_cannot_be_created(tmp_path):
 def test_a_file_that_cannot_be_written(tmp_path):
     predictions = PredictionStore(tmp_path)
     (tmp_path / "predictions.jsonl").mkdir()
-    with pytest.raises(RunError, match="Free disk space and start again"):
+    with pytest.raises(RunError, match="rerun the same command"):
         predictions.add(entry("a", "yes"))

@@ -168,7 +168,7 @@ def test_evaluation_gives_the_same_answers(config, folder, extracted, tmp_path):
     assert one == other
     assert len({json.loads(line)["prediction"] for line in one.splitlines()}) > 1
     config.evaluation.media_frames = 7
-    with pytest.raises(UserError, match="not for 7; run extract again"):
+    with pytest.raises(UserError, match="not for 7; rerun extract"):
         check_held_out_features(config, folder)
 
 
@@ -271,7 +271,7 @@ def test_unreadable_media_are_listed(config, folder, tmp_path, extracted):
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 2
     # Training skips them, with a hint at the list.
     config.data.features = str(tmp_path)
-    with pytest.raises(MediaError, match=r"gone\.mp4: .*no features of it; see .* skipped\.jsonl"):
+    with pytest.raises(MediaError, match=r"gone\.mp4: .*no features of it; check .* skipped\.jsonl"):
         make_media_reader(config, folder).read(Record("none", folder / "gone.mp4", ()), 2, RNG)
 
 
@@ -311,10 +311,10 @@ def test_features_of_another_vision_tower(config, folder, initial, extracted, tm
     save_params(tmp_path / "other", params)
     config.initial = str(tmp_path / "other")
     config.data.features = str(extracted["float32"])
-    with pytest.raises(UserError, match=r"were computed by another vision tower.* Set config\.initial"):
+    with pytest.raises(UserError, match=r"were computed by another vision tower.* set config\.initial"):
         run_stages(config, folder, tmp_path / "run", count=1)
     config.data.features = None
-    with pytest.raises(UserError, match=r"weights: there .*, here"):
+    with pytest.raises(UserError, match=r"weights: stored .*, now"):
         extract_features(config, extracted["float32"], batch_size=BATCH_SIZE)
 
 
@@ -322,7 +322,7 @@ def test_features_of_other_buckets(config, folder, extracted, tmp_path):
     """The error comes at the start of the run, not after hours."""
     config.data.features = str(extracted["float32"])
     config.stages[1].num_frames = 9
-    with pytest.raises(UserError, match=r"2 of 3 records have no features.* not for 9; run extract again"):
+    with pytest.raises(UserError, match=r"2 of 3 records have no features.* not for 9; rerun extract"):
         run_stages(config, folder, tmp_path)
 
 
@@ -380,7 +380,7 @@ def test_movies_are_converted_without_a_vision_tower(config, folder, tmp_path, m
     done = extract_features(config, tmp_path, movies=folder / "movies")
     assert (done.media, done.skipped) == (2, 1)
     (listed,) = map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines())
-    assert "broken.pkl: not a movie-features file" in listed["reason"]
+    assert "broken.pkl: not a file of movie features" in listed["reason"]
     config.data.features = str(tmp_path)
     reader = make_media_reader(config, folder)
     for name, frames in MOVIES:
@@ -446,7 +446,7 @@ def test_movies_of_another_shape(config, folder, tmp_path, movie):
     movie(tmp_path / "wide.pkl", 4, width=24)
     extract_features(config, tmp_path / "f", movies=tmp_path)
     assert (
-        "features have the shape (16, 24), but those of config.model.vision (16, 16)"
+        "features have shape (16, 24), expected (16, 16) as in config.model.vision"
         in (tmp_path / "f" / "skipped.jsonl").read_text()
     )
 
@@ -460,5 +460,5 @@ def test_movies_with_nan_or_inf(config, tmp_path, movie):
 
 
 def test_folder_without_movies(config, tmp_path):
-    with pytest.raises(UserError, match=r"--movie_features is .* no folder with \.pkl files"):
+    with pytest.raises(UserError, match=r"--movie_features is .* expected a folder with \.pkl files"):
         extract_features(config, tmp_path / "f", movies=tmp_path)

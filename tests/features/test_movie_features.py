@@ -32,7 +32,7 @@ def read(tmp_path, content: bytes):
 
 
 def expect_error(tmp_path, content: bytes, reason: str = ""):
-    with pytest.raises(MediaError, match=r"movie\.pkl: not a movie-features file \(.*" + reason):
+    with pytest.raises(MediaError, match=r"movie\.pkl: not a file of movie features \(.*" + reason):
         read(tmp_path, content)
 
 

@@ -295,7 +295,7 @@ def test_timeout(tmp_path, monkeypatch, large, kind):
     path = write_kind(tmp_path, kind)
     assert len(read_media(path, 4, 32, timeout=60.0).frames) == 4
     with pytest.raises(
-        MediaTimeout, match=r"h264.*: reading it takes more than 1e-06 s; .*config.data.timeout"
+        MediaTimeout, match=r"h264.*: reading the file takes more than 1e-06 s; .*config.data.timeout"
     ):
         read_media(path, 4, 32, timeout=1e-6)
 

@@ -29,7 +29,7 @@ def test_deadline():
     passed = Deadline("v.mp4", -1.0)
     assert passed.remaining() == 0.01
     with pytest.raises(
-        MediaTimeout, match=r"^v\.mp4: reading it takes more than -1 s; .*config\.data\.timeout"
+        MediaTimeout, match=r"^v\.mp4: reading the file takes more than -1 s; .*config\.data\.timeout"
     ):
         passed.check()
 
@@ -41,4 +41,4 @@ def test_deadline_without_limit():
     error = deadline.error()
     assert isinstance(error, MediaError)
     assert not isinstance(error, MediaTimeout)
-    assert str(error) == "v.mp4: reading it was interrupted; try again."
+    assert str(error) == "v.mp4: reading the file was interrupted; try again."

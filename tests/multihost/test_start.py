@@ -93,7 +93,7 @@ def test_a_mistake_in_all_processes(tmp_path):
     code, _, stderr = end(begin(*LAUNCHER, "--processes=2", "--", *TRAIN, *flags), timeout=240)
     assert code == 2, stderr
     assert re.search(
-        r"^\[\d\] error: config.mesh has .* which does not divide the 2 devices", stderr, re.MULTILINE
+        r"^\[\d\] error: config.mesh has .* which does not divide 2 devices", stderr, re.MULTILINE
     )
     assert "Traceback" not in stderr
 

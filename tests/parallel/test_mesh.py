@@ -33,8 +33,8 @@ def test_shapes(axes, devices, expected):
     [
         ({"data": 2, "fsdp": 2}, 8, ("data 2 x fsdp 2 x tensor 1 x context 1 = 4", "expected 8", "-1")),
         ({"data": 4, "fsdp": 4}, 8, ("= 16 devices", "expected 8")),
-        ({"fsdp": 3}, 8, ("= 3", "does not divide the 8 devices", "data = -1")),
-        ({"fsdp": 16}, 8, ("= 16", "does not divide the 8 devices")),
+        ({"fsdp": 3}, 8, ("= 3", "does not divide 8 devices", "data = -1")),
+        ({"fsdp": 16}, 8, ("= 16", "does not divide 8 devices")),
         ({"data": -1, "fsdp": -1}, 8, ("-1 for at most one axis",)),
         ({"fsdp": 0}, 8, ("'fsdp': 0", "at least 1")),
         ({"data": 1, "fdsp": 8}, 8, ("unknown axis 'fdsp'", "data, fsdp, tensor, context")),

@@ -58,7 +58,7 @@ def test_a_step_that_does_not_fit(plan):
         (["--machine=a100"], "unknown chip 'a100'"),
         ([], "--machine is missing"),
         (["--machine=h100:1", "--steps=train,serve"], "--steps: unknown step 'serve'"),
-        (["--machine=h100:3", "--config.mesh.fsdp=2"], "which does not divide the 3 devices"),
+        (["--machine=h100:3", "--config.mesh.fsdp=2"], "which does not divide 3 devices"),
         (["--machine=v5e:3x5"], "the compiler rejects the shape"),
         (["--machine=h100:7"], "batch_size is"),
         (

@@ -113,16 +113,16 @@ def test_deeply_nested_value(tmp_path):
             r"suffix \.jsonl",
         ),
         ("null", "starts with 'n'"),
-        ("[", "ends at record 0, within the list"),
+        ("[", "ends within the list, at record 0"),
         (
             '[{"a": 1}',
-            "ends at record 0, within the list; check that the file is complete and that the record is JSON",
+            "ends within the list, at record 0; check that the file is complete and that the record is JSON",
         ),
-        ('[{"a": 1} ', "ends at record 0, within"),
-        ('[{"a": 1},', "ends at record 1, within"),
-        ('[{"a": 1}, {"b": "never closed}]', "ends at record 1, within"),
+        ('[{"a": 1} ', "ends within the list, at record 0"),
+        ('[{"a": 1},', "ends within the list, at record 1"),
+        ('[{"a": 1}, {"b": "never closed}]', "ends within the list, at record 1"),
         ('[{"a": 1} {"b": 2}]', r"'\{' follows record 0, expected ','"),
-        ("[1, 2] 3", "text follows the list"),
+        ("[1, 2] 3", "there is text after the list"),
     ],
 )
 def test_files_that_are_not_lists(tmp_path, content, message):

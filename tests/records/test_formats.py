@@ -571,5 +571,5 @@ def test_missing_files(tmp_path):
     with pytest.raises(UserError, match=r"source 's': media is 'none', but .* is not a folder"):
         read_source(source(name="s", annotations="a.json", media="none"), tmp_path)
     write(tmp_path, "problems.json", [])
-    with pytest.raises(UserError, match=r"problems.json is a list, expected an object of problems"):
+    with pytest.raises(UserError, match=r"problems.json is a list, expected a JSON object of problems"):
         read_source(source(name="s", annotations="problems.json", format="scienceqa"), tmp_path)

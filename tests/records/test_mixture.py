@@ -116,15 +116,17 @@ def test_sources_are_independent(root):
 
 @pytest.mark.parametrize("select", ["first:11", "random:11", "first:150%", "first:0", "random:0%"])
 def test_selections_larger_than_the_source(root, select):
-    with pytest.raises(UserError, match=rf"source 'a': select is '{select}', \d+ records, expected 1 to 10"):
+    with pytest.raises(
+        UserError, match=rf"source 'a': select is '{select}', which is \d+ records, expected 1 to 10"
+    ):
         mixture(root, one("a", select=select))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("none", "no usable record among its 1 entries; the first is record number 0: is 5"),
-        ("empty", "no usable record among its 0 entries"),
+        ("none", "none of the 1 entries of .* is a usable record; the first is record number 0: is 5"),
+        ("empty", "none of the 0 entries of .* is a usable record"),
     ],
 )
 def test_sources_without_a_usable_record(root, name, message):

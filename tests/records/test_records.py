@@ -187,7 +187,7 @@ def test_ids_become_unique(tmp_path):
         (5, "a", "duplicate"),
     ]
     assert refused[0].reason == (
-        "duplicates an earlier record; to use a record several times, set `repeat` of its source"
+        "duplicates an earlier record; to use records several times, set `repeat` of the source"
     )
 
 

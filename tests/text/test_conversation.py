@@ -99,17 +99,17 @@ def test_guided_prompt_is_a_prefix_of_the_conversation():
 
 def test_too_long_conversations_raise():
     assert len(encode_conversation(WORDS, TURNS, TEMPLATES["plain"], max_length=10).tokens) == 10
-    with pytest.raises(SampleError, match="10 text tokens, over the limit of 9"):
+    with pytest.raises(SampleError, match="10 text tokens, expected at most 9"):
         encode_conversation(WORDS, TURNS, TEMPLATES["plain"], max_length=9)
     assert len(encode_prompt(WORDS, "what ?", TEMPLATES["plain"], max_length=3).tokens) == 3
-    with pytest.raises(SampleError, match="3 text tokens, over the limit of 2"):
+    with pytest.raises(SampleError, match="3 text tokens, expected at most 2"):
         encode_prompt(WORDS, "what ?", TEMPLATES["plain"], max_length=2)
 
 
 def test_special_token_in_a_turn_raises():
     words = WordTokenizer(["what", "red"], strict=False)
     for turn in (("what <eos>", "red"), ("what", "<bos> red"), ("<pad>", "red")):
-        with pytest.raises(SampleError, match="holds a special token"):
+        with pytest.raises(SampleError, match="contains a special token"):
             encode_conversation(words, [turn], TEMPLATES["plain"], max_length=9)
     got = encode_conversation(words, [("<unk> mauve", "red")], TEMPLATES["plain"], max_length=9)
     assert got.tokens.tolist() == [BOS, 3, 3, 5, EOS]

@@ -249,7 +249,7 @@ def test_without_start_token_the_loss_covers_the_first_token_only_after_visual_t
 def test_special_token_in_a_turn_raises(folders, name, token):
     tokenizer = read_tokenizer(folders / name)
     for turn in ((f"what {token} is red", "disc"), ("what", f"{token}disc")):
-        with pytest.raises(SampleError, match=f"{token[:2]}.*holds a special token".replace("|", r"\|")):
+        with pytest.raises(SampleError, match=f"{token[:2]}.*contains a special token".replace("|", r"\|")):
             encode_conversation(tokenizer, [turn], CHAT, max_length=999)
     encode_conversation(tokenizer, [("what is <b> or s> or <unk> ?", "☃")], CHAT, max_length=999)
 
@@ -413,8 +413,8 @@ def test_broken_files(folders, tmp_path):
     for content, problem in [
         ("[", "tokenizer_config.json is not JSON"),
         ("[]", "tokenizer_config.json is not a JSON object"),
-        ('{"eos_token": 2}', "eos_token is 2, expected text"),
-        ('{"pad_token": {"id": 0}}', "pad_token is {'id': 0}, expected text"),
+        ('{"eos_token": 2}', "eos_token is 2, expected a string"),
+        ('{"pad_token": {"id": 0}}', "pad_token is {'id': 0}, expected a string"),
     ]:
         (folder / "tokenizer_config.json").write_text(content)
         assert_unreadable(folder, problem)
@@ -442,7 +442,7 @@ def test_unsupported_sentencepiece_models(folders, tmp_path):
 
 def test_missing_special_tokens(folders, tmp_path):
     folder = copy_tokenizer(folders, tmp_path, pad_token="<|endoftext|>")
-    assert_unreadable(folder, "does not name its eos_token", "tokenizer_config.json")
+    assert_unreadable(folder, "does not set an eos_token", "tokenizer_config.json")
     write_json(folder / "special_tokens_map.json", {"eos_token": {"content": "<|im_end|>"}})
     assert read_tokenizer(folder).eos_id == 2
     write_json(folder / "tokenizer_config.json", {"eos_token": "<|fin|>"})
@@ -472,7 +472,7 @@ def test_bert_against_transformers(folders, tmp_path, max_length, lower):
 
 def test_no_bert_vocabulary(folders, tmp_path):
     for path in (tmp_path, tmp_path / "absent.txt"):
-        with pytest.raises(UserError, match=rf"{path} is not a BERT vocabulary: expected vocab\.txt"):
+        with pytest.raises(UserError, match=rf"{path} is not a BERT vocabulary, expected vocab\.txt"):
             read_query_tokenizer(path)
     wrong = tmp_path / "words.txt"
     for content in (b"red\nblue\n[SEP]\n", b"", b"\xff\xfe\x00"):
@@ -531,10 +531,14 @@ def test_make_tokenizer_errors(folders):
 
     config = tokenizer_config(folders)
     config.model.language.vocab_size = 419
-    assert_refused(config, "config.model.language.vocab_size is 419", "vicuna has 420 tokens. Raise it")
+    assert_refused(
+        config, "config.model.language.vocab_size is 419", "vicuna has 420 tokens; raise vocab_size"
+    )
     config = tokenizer_config(folders)
     config.model.text_encoder.vocab_size = 25
-    assert_refused(config, "config.model.text_encoder.vocab_size is 25", "bert has 27 tokens. Raise it")
+    assert_refused(
+        config, "config.model.text_encoder.vocab_size is 25", "bert has 27 tokens; raise vocab_size"
+    )
     config = tokenizer_config(folders, query=None)
     assert_refused(config, "text_encoder.vocab_size is 40", "vicuna has 420", "config.data.query_tokenizer")
     config = tokenizer_config(folders)

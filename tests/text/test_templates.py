@@ -219,7 +219,7 @@ def test_special_tokens_in_turns_raise(folders):
     for template, special in (("llama3", "<|eot_id|>"), ("chatml", "<|im_end|>")):
         tokenizer = read_tokenizer(folders[template])
         for turn in ((f"what {special}", "left"), ("what", f"left{special}")):
-            with pytest.raises(SampleError, match="holds a special token"):
+            with pytest.raises(SampleError, match="contains a special token"):
                 encode_conversation(tokenizer, [turn], TEMPLATES[template])
 
 

@@ -28,7 +28,7 @@ def test_files(tmp_path):
     assert WordTokenizer.from_file(path).encode("blue red") == [5, 4]
     assert WordTokenizer.from_file(path, strict=False).encode("green") == [3]
     for content, message in [
-        ("{", "not valid JSON"),
+        ("{", "is not JSON"),
         ('{"red": 1}', "list of words"),
         ('["a", 1]', "list of words"),
     ]:
@@ -41,5 +41,5 @@ def test_files(tmp_path):
 
 @pytest.mark.parametrize("words", [["red", "red"], ["<eos>"]])
 def test_duplicate_words_raise(words):
-    with pytest.raises(UserError, match="twice or a special"):
+    with pytest.raises(UserError, match="twice, or a special"):
         WordTokenizer(words)

@@ -193,7 +193,7 @@ def test_preempted_and_resumed_on_other_devices(whole, tmp_path):
         time.sleep(0.001)
     process.terminate()
     output = output_of(process)
-    stopped = int(re.search(r"stopped at step (\d+) of stage instruct; run the same command", output)[1])
+    stopped = int(re.search(r"stopped at step (\d+) of stage instruct; rerun the same command", output)[1])
     assert stopped < whole.steps - 2
     assert run.kept()[-1] == stopped
 

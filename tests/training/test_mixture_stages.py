@@ -103,7 +103,7 @@ def test_two_epochs_in_three_shapes(mixed, consumed, steps, tmp_path, capsys):
     assert step._cache_size() == 3
 
     output = capsys.readouterr().out
-    expected = f"stage pretrain_sequences: 23 records (1 refused), {2 * per_epoch} steps of 4 (2.00 epochs)"
+    expected = f"stage pretrain_sequences: 23 records (1 unusable), {2 * per_epoch} steps of 4 (2.00 epochs)"
     assert expected in output
     printed = re.findall(r"step for (\d+) frames and (\d+) text tokens compiled in [\d.]+ s", output)
     assert {tuple(map(int, shape)) for shape in printed} == set(BUCKETS)

@@ -94,7 +94,7 @@ def test_every_part_from_its_own_file(files, params, capsys):
     converted = read_model(config_with(files), None)
     same(converted, params, without=("connector/dpe",))
     printed = capsys.readouterr().out
-    assert "so training will initialise them randomly: connector/dpe\n" in printed
+    assert "so training initialises them randomly: connector/dpe\n" in printed
     assert "the model uses the first 3 of the file's 4 layers: blocks.3." in printed
     assert f"{W_Q}: {files['connector']}, 0.000 M parameters, float32" in printed
 
@@ -112,7 +112,7 @@ def test_instruct_blip_combined_checkpoint(tmp_path, params, capsys):
     torch.save(to_torch(tensors), tmp_path / "pytorch_model.bin")
     named = dict.fromkeys(("vision", "text_encoder", "language"), str(tmp_path))
     same(read_model(config_with(named), None), params, without=("connector", W_Q))
-    assert "training will initialise them randomly: connector, text_encoder/query_projection\n" in (
+    assert "training initialises them randomly: connector, text_encoder/query_projection\n" in (
         capsys.readouterr().out
     )
 
@@ -151,7 +151,7 @@ def test_command(converted, params):
     same(read_params(folder), params, without=("connector/dpe",))
     code, _, stderr = convert(*arguments)
     assert code == 2
-    assert f"{folder} exists already" in stderr
+    assert f"{folder} already exists" in stderr
 
 
 @pytest.mark.parametrize(
@@ -176,9 +176,9 @@ def test_a_failed_command_leaves_no_files(converted, tmp_path, change, message):
 
 def test_missing_arguments(converted):
     for arguments, message in (
-        ([], "give either --output"),
-        (["--output=x", "--export=y"], "give either --output"),
-        (["--export=y"], "give --export (the folder to write) and --checkpoint (what to export) together"),
+        ([], "expected one of --output and --export"),
+        (["--output=x", "--export=y"], "expected one of --output and --export"),
+        (["--export=y"], "use --export (the folder to write) and --checkpoint (what to export) together"),
     ):
         code, _, stderr = convert(converted[2][0], *arguments)
         assert (code, message in stderr) == (2, True), stderr
@@ -222,7 +222,7 @@ def test_a_file_for_another_part(files):
 def test_skip_cannot_leave_a_backbone_incomplete(files):
     config = config_with(files)
     config.weights.skip = (r"lm_head\.weight",)
-    assert_error(config, "leave out parameters that the model needs: language/head")
+    assert_error(config, "leaves out parameters that the model needs: language/head")
     config.weights.skip = ("nothing.like.this",)
     assert_error(config, r"'nothing\.like\.this' matches no published name")
 
@@ -231,7 +231,7 @@ def test_skip_may_leave_out_parts_of_the_connector(files, params, capsys):
     config = config_with(files)
     config.weights.skip = (r"model\.vlm_att_key_projector\..*",)
     same(read_model(config, None), params, without=("connector/dpe", "connector/cce/context/key"))
-    assert "training will initialise them randomly: connector/cce/context/key, connector/dpe\n" in (
+    assert "training initialises them randomly: connector/cce/context/key, connector/dpe\n" in (
         capsys.readouterr().out
     )
 
@@ -482,7 +482,7 @@ def test_parts_that_an_earlier_stage_does_not_use_are_kept(params, start, tmp_pa
 
 
 def test_no_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="has no checkpoint; expected"):
+    with pytest.raises(UserError, match="has no checkpoint; use"):
         read_params(tmp_path)
     config = small_config()
     config.data.root = config.initial = str(tmp_path)

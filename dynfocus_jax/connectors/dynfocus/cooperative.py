@@ -18,18 +18,15 @@ CCE_FIELDS = {
     "clustering": Field("dpc_knn", "how patches are clustered (Table 11)", choices=CLUSTERING_METHODS),
     "cones": Field(
         "multi_grained",
-        'tokens of an important frame: "multi_grained" [event; all spatial levels], "single_grained" '
-        "[event; level "
-        '1] and "cross_attention" (Table 12), "pair" two tokens, "patches" all N patches (Table 6), '
-        '"none" makes '
-        "every frame a rod",
+        'tokens of an important frame: "multi_grained", [event; all spatial levels]; "single_grained", '
+        '[event; level 1], and "cross_attention" (Table 12); "pair", two tokens; "patches", all N patches '
+        '(Table 6); "none", every frame is a rod',
         choices=("multi_grained", "single_grained", "cross_attention", "pair", "patches", "none"),
     ),
     "rods": Field(
         ("content", "context"),
-        'tokens of every other frame: "content" one, "context" one that reads the text queries, '
-        '"coarse" the last '
-        "level's prototypes; () drops these frames",
+        'tokens of every other frame: "content", one; "context", one that attends to the text queries; '
+        '"coarse", the prototypes of the last level; () drops these frames',
         choices=("content", "context", "coarse"),
     ),
 }
@@ -50,22 +47,23 @@ def check_cce(settings: ConfigDict, mode: str, patches: int, where: str) -> None
         require(
             isinstance(level, tuple | list) and len(level) == 2 and 1 <= level[0] <= finer and level[1] >= 1,
             f"{where}.levels[{index}] is {level}, expected (M, k) with 1 <= M <= {finer} (the tokens of the "
-            "level before) and k >= 1.",
+            "previous level) and k >= 1.",
         )
         finer = level[0]
     require(
         mode == "paper" or len(settings.levels) == 2,
-        f"{where}.levels has {len(settings.levels)} levels, but mode 'released' groups exactly 2.",
+        f"{where}.levels has {len(settings.levels)} levels, expected 2 in mode 'released'; change levels, or "
+        "set mode to 'paper'.",
     )
     for name, parts in (("single_grained", (settings.cones,)), ("coarse", settings.rods)):
         require(
             mode == "paper" or name not in parts,
-            f"{where} has {name!r}, but mode 'released' merges the levels into one; leave it out, or set "
-            "mode to 'paper'.",
+            f"{where} has {name!r}, but mode 'released' merges the levels into one; remove it, or set mode "
+            "to 'paper'.",
         )
     require(
         settings.cones != "none" or len(settings.rods) > 0,
-        f"{where} has neither cones nor rods; keep at least one of them.",
+        f"{where} has neither cones nor rods; set at least one of them.",
     )
 
 

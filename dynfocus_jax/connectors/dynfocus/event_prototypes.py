@@ -18,24 +18,30 @@ from dynfocus_jax.ops.pooling import pool_grid
 from dynfocus_jax.sections import Field, require
 
 DPE_FIELDS = {
-    "num_prototypes": Field(25, "event prototypes of a video, K", at_least=1),
-    "neighbors": Field(5, "nearest neighbours that define a density, k", at_least=1),
-    "ratio": Field(0.8, "share of the prototypes that are kept, J = ceil(ratio * K)", above=0, at_most=1),
-    "num_selected": Field(int, "J itself, instead of the ratio", at_least=1),
+    "num_prototypes": Field(25, "number of event prototypes per video, K", at_least=1),
+    "neighbors": Field(5, "number of nearest neighbours that define a density, k", at_least=1),
+    "ratio": Field(
+        0.8,
+        "retention ratio: fraction of the prototypes that are kept, J = ceil(ratio * K)",
+        above=0,
+        at_most=1,
+    ),
+    "num_selected": Field(int, "number of prototypes that are kept, J, instead of the ratio", at_least=1),
     "clustering": Field("dpc_knn", "how frames are clustered (Table 11)", choices=CLUSTERING_METHODS),
     "kmeans_init": Field(
-        "spread", "initial frames of k-means: evenly spread, or random", choices=("spread", "random")
+        "spread", 'initial frames of k-means: "spread" evenly, or "random"', choices=("spread", "random")
     ),
     "selection": Field(
         "learned",
-        'important frames: "learned" by scores, "uniform" (evenly spread), or "oracle" (named by the data)',
+        'how important frames are selected: "learned" (by their scores), "uniform" (evenly spaced), or '
+        '"oracle" (given by the data)',
         choices=("learned", "uniform", "oracle"),
     ),
-    "samples": Field(500, "perturbations of the scores, S", at_least=1),
+    "samples": Field(500, "number of perturbations of the scores, S", at_least=1),
     "sigma": Field(0.1, "standard deviation of the perturbations", at_least=0),
     "jacobian": Field(
         "full",
-        'gradient of the perturbed top-k; "diagonal" is the released code\'s',
+        'Jacobian of the perturbed top-k: "full", or "diagonal" as in the released code',
         choices=("full", "diagonal"),
     ),
     "question_conditioned": Field(False, "extension: the score net also reads the question"),

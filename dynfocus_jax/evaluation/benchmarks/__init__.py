@@ -64,7 +64,7 @@ def find_benchmark(name: str) -> Benchmark:
       UserError: there is none of that name.
     """
     if name not in BENCHMARKS:
-        raise UserError(f"--benchmark {name!r} is not known, expected one of {', '.join(BENCHMARKS)}.")
+        raise UserError(f"--benchmark is {name!r}, expected one of {', '.join(BENCHMARKS)}.")
     return BENCHMARKS[name]
 
 
@@ -81,14 +81,16 @@ def read_benchmark(name: str, annotations: Path, media: Path) -> list[Question]:
     benchmark = find_benchmark(name)
     if not annotations.exists():
         raise UserError(
-            f"--annotations {str(annotations)!r} does not exist; name the published files of {name}."
+            f"--annotations {str(annotations)!r} does not exist; set it to the published files of {name}."
         )
     if not media.is_dir():
-        raise UserError(f"--media {str(media)!r} is not a folder; name the folder of the videos of {name}.")
+        raise UserError(
+            f"--media {str(media)!r} is not a folder; set it to the folder of the videos of {name}."
+        )
     questions = make_ids_unique(benchmark.read(annotations, MediaFolder(media)))
     if not any(question.media.exists() for question in questions):
         raise UserError(
             f"--media {str(media)!r} has none of the videos of {len(questions)} questions, such as "
-            f"{questions[0].media}; name the folder that holds them."
+            f"{questions[0].media}; set it to the folder that has them."
         )
     return questions

@@ -65,7 +65,7 @@ def _read_paths(file: Path) -> dict[str, str]:
         paths = {video: path for video, path in content.items() if isinstance(path, str)}
         if len(paths) == len(content):
             return paths
-    raise UserError(f"{file} is not NExT-QA's map of video ids to paths; remove it.")
+    raise UserError(f"{file} is not NExT-QA's map of video ids to paths; remove it, or download it again.")
 
 
 # ---- NExT-GQA -------------------------------------------------------------------------------------------
@@ -90,8 +90,8 @@ def read_grounded(annotations: Path, media: MediaFolder) -> list[Question]:
     if unmatched:
         name = unmatched[0]
         raise UserError(
-            f"annotation file {table} has {len(rows[name])} rows for {name!r}, expected one for the entry of "
-            f"{file} ({len(unmatched)} entries do not match). Use both published files of one split."
+            f"annotation file {table} has {len(rows[name])} rows for entry {name!r} of {file}, expected 1 "
+            f"({len(unmatched)} entries do not match); use the two published files of the same split."
         )
     questions = []
     for name, spans in spans_of_question.items():
@@ -125,7 +125,7 @@ def _read_spans(file: Path) -> dict[str, tuple[Span, ...]]:
             for qid, spans in _locations(entry, video).items()
         }
     except InvalidEntry as error:
-        raise UserError(f"annotation file {file}: {error}; use the published file.") from None
+        raise UserError(f"annotation file {file}: {error}; download it again.") from None
 
 
 def _locations(entry: JsonValue, video: str) -> dict[str, JsonValue]:

@@ -50,7 +50,7 @@ def read_activitynet(annotations: Path, media: MediaFolder) -> list[Question]:
     """
     if not annotations.stem.endswith("_q"):
         raise UserError(
-            f"--annotations is {str(annotations)!r}, expected the file of questions, test_q.json."
+            f"--annotations is {str(annotations)!r}, expected the file of questions, such as test_q.json."
         )
     answers = _read_answers(
         annotations.with_name(f"{annotations.stem.removesuffix('_q')}_a{annotations.suffix}")

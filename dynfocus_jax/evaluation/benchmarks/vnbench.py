@@ -62,6 +62,6 @@ def read_vnbench(annotations: Path, media: MediaFolder) -> list[Question]:
         name = incomplete[0]
         raise UserError(
             f"annotation file {annotations}: needle {name!r} has {len(tries[name])} tries, expected "
-            f"{NUM_TRIES} ({len(incomplete)} needles have too few). Use the published file with all tries."
+            f"{NUM_TRIES} ({len(incomplete)} needles have too few); use the published file with all tries."
         )
     return questions

@@ -50,4 +50,4 @@ def _nextqa_places(path: Path) -> Mapping[str, str]:
         places = {video: place for video, place in content.items() if isinstance(place, str)}
         if len(places) == len(content):
             return places
-    raise UserError(f"{path}: not NExT-QA's map of video ids to paths; remove it or download it again.")
+    raise UserError(f"{path}: not NExT-QA's map of video ids to paths; remove it, or download it again.")

@@ -29,7 +29,7 @@ def read_scienceqa(files: SourceFiles) -> ParsedEntries:
         answer = entry.get("answer")
         if not (type(answer) is int and 0 <= answer < len(options) <= len(prompts.LETTERS)):
             raise InvalidEntry(
-                f'field "answer" is {kind_of(answer)}, expected the number of one of {len(options)} choices'
+                f'field "answer" is {kind_of(answer)}, expected the index of one of {len(options)} choices'
             )
         context = text_of(entry.get("hint") or "", "hint", empty=True)
         listed = " ".join(f"({prompts.LETTERS[i]}) {option}" for i, option in enumerate(options))
@@ -53,7 +53,7 @@ def _training_problems(path: Path) -> Iterator[tuple[int, JsonValue]]:
     """Return the numbered training problems of problems.json, with their ids as the field "id"."""
     problems = read_json(path)
     if not isinstance(problems, dict):
-        raise UserError(f"annotation file {path} is {kind_of(problems)}, expected an object of problems.")
+        raise UserError(f"annotation file {path} is {kind_of(problems)}, expected a JSON object of problems.")
     chosen: list[JsonValue] = []
     for name, problem in problems.items():
         if not isinstance(problem, dict):
