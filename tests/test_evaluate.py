@@ -164,7 +164,7 @@ def test_two_processes(uninterrupted, checkpoint, benchmark, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--benchmark=videome", "'videome' is not known"),
+        ("--benchmark=videome", "--benchmark is 'videome', expected one of"),
         ("--annotations=", "--annotations is missing"),
         ("--checkpoint=nowhere", "has no config.json"),
         ("--config.mlvu.nm_frames=3", "config.mlvu.nm_frames is not a field"),

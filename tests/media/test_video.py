@@ -92,7 +92,7 @@ def test_truncation_that_the_decoder_does_not_report_is_refused(tmp_path, cut):
     (tmp_path / "v.avi").write_bytes(content[:-cut])
     with av.open(str(tmp_path / "v.avi")) as container:
         assert not any(frame.is_corrupt for frame in container.decode(video=0))
-    with pytest.raises(MediaError, match=r"v\.avi: truncated"):
+    with pytest.raises(MediaError, match=r"v\.avi: the file is truncated"):
         read_video(tmp_path / "v.avi", 8, size=48)
 
 

@@ -48,7 +48,7 @@ def test_a_step_that_does_not_fit(plan):
     assert "DOES NOT FIT" in stdout
     assert stderr.startswith("error: ")  # no messages of the plugins before it
     assert "the largest part is key-value cache" in stderr
-    assert "Change config.evaluation.batch_size" in stderr
+    assert "Change one of config.evaluation.batch_size" in stderr
     assert "Traceback" not in stderr
 
 

@@ -141,7 +141,7 @@ def test_another_state_is_refused(tmp_path, changes, sentence):
     checkpoints = open_checkpoints(tmp_path)
     save(checkpoints, 1)
     checkpoints.wait()
-    with pytest.raises(UserError, match=rf"the state in .*stage/1 differs .*\(.*{sentence}.*--workdir"):
+    with pytest.raises(UserError, match=rf"the state in .*stage/1 does not fit .*\(.*{sentence}.*--workdir"):
         open_checkpoints(tmp_path).restore(abstract(make_state(**changes)))
     less = make_state()._replace(frozen={})
     with pytest.raises(UserError, match=r"frozen/tower/kernel: then '\(4,\) bfloat16', now None"):
