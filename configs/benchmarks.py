@@ -9,7 +9,7 @@ publish. Multiple-choice benchmarks without one use the prompt of Video-MME.
 
 from ml_collections.config_dict import ConfigDict
 
-from dynfocus_jax.evaluation.settings import benchmark_settings, evaluate_config
+from dynfocus_jax.evaluation.configuration import benchmark_settings, evaluate_config
 
 VIDEOMME_PROMPT = (
     "Select the best answer to the following multiple-choice question based on the {seen}. Respond with only "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dynfocus_jax.command import training_sections
 from dynfocus_jax.connectors.registry import connector_fields, connector_kinds
-from dynfocus_jax.evaluation.settings import evaluate_sections
+from dynfocus_jax.evaluation.configuration import evaluate_sections
 from dynfocus_jax.sections import Section, iterate_fields
 
 PAGE = Path(__file__).with_suffix(".md")

@@ -43,11 +43,11 @@ from dynfocus_jax.errors import UserError
 from dynfocus_jax.evaluation.answering import Progress, assign_questions
 from dynfocus_jax.evaluation.benchmark_run import Processes, prepare_output, run_benchmark
 from dynfocus_jax.evaluation.benchmarks import BENCHMARKS, find_benchmark, read_benchmark
+from dynfocus_jax.evaluation.configuration import check_evaluate_config, evaluate_sections
 from dynfocus_jax.evaluation.judge import Judge
 from dynfocus_jax.evaluation.judge_settings import JudgeSettings
 from dynfocus_jax.evaluation.question_prompts import ClipReader
 from dynfocus_jax.evaluation.results import format_results
-from dynfocus_jax.evaluation.settings import check_evaluate_config, evaluate_sections
 from dynfocus_jax.media.frame_sampling import Sampling
 from dynfocus_jax.parallel.digest import params_digest
 from dynfocus_jax.parallel.mesh import make_mesh, mesh_shape

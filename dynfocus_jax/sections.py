@@ -6,6 +6,7 @@ nothing above errors.
 """
 
 import copy
+import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple, Union
 
@@ -50,7 +51,7 @@ class Field(NamedTuple):
             kind = "any of" if self.type is tuple else "one of"
             return f"{kind} {', '.join(map(repr, self.choices))}"
         limits = [
-            f"{words} {limit}"
+            "finite" if limit == math.inf else f"{words} {limit}"
             for words, limit in (
                 ("greater than", self.above),
                 ("at least", self.at_least),
