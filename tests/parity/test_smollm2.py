@@ -151,11 +151,11 @@ def test_greedy_tokens_of_a_batch_equal_those_of_generate(engine, expected):
 
 
 def test_stop_string_ends_where_generate_ends(engine, reference, prompts, expected):
-    """Tokens equal those of `generate(read_stop_strings=...)`; the engine's text omits the stop string."""
+    """Tokens equal those of `generate(stop_strings=...)`; the engine's text omits the stop string."""
     text = engine.tokenizer.decode(expected[-1])
     stop = text[len(text) // 2 :][:4]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=engine.tokenizer._backend)
-    (tokens,) = hugging_face(reference, engine, prompts[-1:], read_stop_strings=[stop], tokenizer=tokenizer)
+    (tokens,) = hugging_face(reference, engine, prompts[-1:], stop_strings=[stop], tokenizer=tokenizer)
     assert len(tokens) < NEW_TOKENS
     answer = engine.generate([Request("a", (("user", QUESTIONS[-1]),), stop=(stop,))])[0]
     assert list(answer.tokens) == tokens

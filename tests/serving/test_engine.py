@@ -347,7 +347,7 @@ def test_requests_over_max_length(params, tokenizer):
     engine = Engine(make_config(max_length=30), params, tokenizer, mesh_of(data=1))
     clip = clip_of(np.random.default_rng(4), FRAMES)
     answers = engine.generate([Request("a", (("user", "w1"),), clip=clip), Request("b", (("user", "w1"),))])
-    assert "exceed config.generation.max_length=30;" in answers[0].error
+    assert "exceed config.generation.max_length = 30;" in answers[0].error
     assert answers[1].error is None
 
 
