@@ -5,6 +5,7 @@ from typing import Any
 from ml_collections.config_dict import ConfigDict
 
 from dynfocus_jax.config import DATA, MESH
+from dynfocus_jax.evaluation.benchmarks import BENCHMARKS
 from dynfocus_jax.evaluation.judge_settings import JUDGE
 from dynfocus_jax.parallel.processes import DISTRIBUTED
 from dynfocus_jax.sections import Field, Section, check_section, fill_section, new_section
@@ -48,10 +49,11 @@ def benchmark_settings(**changes: Any) -> ConfigDict:
     return fill_section(BENCHMARK, changes, "benchmark_settings(...)")
 
 
-def evaluate_config(**benchmarks: ConfigDict) -> ConfigDict:
-    """Return the configuration of `dynfocus_jax.evaluate` with the sections of benchmarks by name."""
+def evaluate_config() -> ConfigDict:
+    """Return the configuration of `dynfocus_jax.evaluate`, with a section for each benchmark."""
     config = new_section(COMMON)
-    config.update(benchmarks)
+    for name, benchmark in BENCHMARKS.items():
+        config[name] = benchmark_settings(**benchmark.settings)
     return config.lock()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynfocus_jax.evaluation.benchmarks import Benchmark
+from dynfocus_jax.evaluation.benchmark import Benchmark
 from dynfocus_jax.evaluation.grading import NOT_UNDERSTOOD, GradedAnswer
 from dynfocus_jax.evaluation.judge import Judge
 from dynfocus_jax.evaluation.open_answers import judge_answers, measure_text_match

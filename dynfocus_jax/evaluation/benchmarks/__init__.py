@@ -1,60 +1,25 @@
-"""The published benchmarks: readers of their files, and measures of the answers."""
+"""The published benchmarks, a module each: readers of their files, measures of the answers, and prompts.
 
-from collections.abc import Callable, Sequence
+To add a benchmark, add a module that defines `BENCHMARKS`, {name: Benchmark}.
+"""
+
+import importlib
+import pkgutil
 from pathlib import Path
-from typing import NamedTuple
 
 from dynfocus_jax.errors import UserError
-from dynfocus_jax.evaluation.benchmarks import (
-    lvbench,
-    mlvu,
-    mvbench,
-    nextqa,
-    open_qa,
-    vcg,
-    videohallucer,
-    videomme,
-    vnbench,
-)
-from dynfocus_jax.evaluation.grading import GradedAnswer
-from dynfocus_jax.evaluation.measures import Measure
+from dynfocus_jax.evaluation.benchmark import Benchmark
 from dynfocus_jax.evaluation.questions import Question, make_ids_unique
 from dynfocus_jax.media.folder import MediaFolder
 
 
-class Benchmark(NamedTuple):
-    """A published benchmark.
-
-    title: its published name. read: turns an annotation file (or folder) and a media folder into questions.
-    measure: of closed questions; None if all are open. submission: the list that is sent to its authors.
-    judged_mean: name of the mean over the dimensions that a judge marks. num_dimensions: their number.
-    """
-
-    title: str
-    read: Callable[[Path, MediaFolder], list[Question]]
-    measure: Measure | None = None
-    submission: Callable[[Sequence[GradedAnswer]], list[dict[str, str]]] | None = None
-    judged_mean: str = "mean"
-    num_dimensions: int = 1
+def _discover() -> dict[str, Benchmark]:
+    """Return the benchmarks that the modules of this folder declare, by name."""
+    modules = [importlib.import_module(f"{__name__}.{each.name}") for each in pkgutil.iter_modules(__path__)]
+    return {name: benchmark for module in modules for name, benchmark in module.BENCHMARKS.items()}
 
 
-BENCHMARKS = {
-    "msvd_qa": Benchmark("MSVD-QA", open_qa.read_msvd),
-    "msrvtt_qa": Benchmark("MSRVTT-QA", open_qa.read_msrvtt),
-    "activitynet_qa": Benchmark("ActivityNet-QA", open_qa.read_activitynet),
-    "vcgbench": Benchmark("VCG-Bench", vcg.read_vcg, num_dimensions=5),
-    "videomme": Benchmark("Video-MME", videomme.read_videomme, videomme.measure_videomme),
-    "mlvu": Benchmark("MLVU", mlvu.read_dev, mlvu.measure_dev, judged_mean="G-Avg", num_dimensions=2),
-    "mlvu_test": Benchmark("MLVU test", mlvu.read_test, mlvu.measure_test, mlvu.make_submission),
-    "lvbench": Benchmark("LVBench", lvbench.read_lvbench, lvbench.measure_lvbench),
-    "videohallucer": Benchmark(
-        "VideoHallucer", videohallucer.read_videohallucer, videohallucer.measure_videohallucer
-    ),
-    "mvbench": Benchmark("MVBench", mvbench.read_mvbench, mvbench.measure_mvbench),
-    "nextqa": Benchmark("NExT-QA", nextqa.read_nextqa_questions, nextqa.measure_nextqa),
-    "nextgqa": Benchmark("NExT-GQA", nextqa.read_grounded, nextqa.measure_grounded),
-    "vnbench": Benchmark("VNBench", vnbench.read_vnbench, vnbench.measure_vnbench),
-}
+BENCHMARKS = _discover()
 
 
 def find_benchmark(name: str) -> Benchmark:

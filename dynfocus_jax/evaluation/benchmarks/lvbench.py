@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from dynfocus_jax.evaluation.benchmark import CHOICE_PROMPT, LONG_VIDEO, Benchmark
 from dynfocus_jax.evaluation.measures import accuracy_by
 from dynfocus_jax.evaluation.questions import (
     Question,
@@ -75,3 +76,10 @@ def split_options(text: str, where: str) -> tuple[str, tuple[str, ...]]:
         f'field "{where}.question" has no options (A), (B), ... in its last lines',
     )
     return question, options
+
+
+BENCHMARKS = {
+    "lvbench": Benchmark(
+        "LVBench", read_lvbench, measure_lvbench, settings={"prompt": CHOICE_PROMPT, **LONG_VIDEO}
+    )
+}

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dynfocus_jax.evaluation.benchmark import LONG_VIDEO, Benchmark
 from dynfocus_jax.evaluation.grading import GradedAnswer
 from dynfocus_jax.evaluation.measures import Measurement, mean, mean_over, tabulate
 from dynfocus_jax.evaluation.questions import (
@@ -116,3 +117,20 @@ def make_submission(graded: Sequence[GradedAnswer]) -> list[dict[str, str]]:
         }
         for each in graded
     ]
+
+
+_CHOICE = {
+    **LONG_VIDEO,
+    "prompt": (
+        "Carefully watch this video and pay attention to every detail. Based on your observations, select "
+        "the best option that accurately addresses the question.\nQuestion: {question}\nOptions:\n{options}\n"
+        "Only give the best option."
+    ),
+    "option": "({letter}) {option}",
+    "answer_start": "Best Option: (",
+}
+
+BENCHMARKS = {
+    "mlvu": Benchmark("MLVU", read_dev, measure_dev, judged_mean="G-Avg", num_dimensions=2, settings=_CHOICE),
+    "mlvu_test": Benchmark("MLVU test", read_test, measure_test, make_submission, settings=_CHOICE),
+}

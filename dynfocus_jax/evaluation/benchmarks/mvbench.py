@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from dynfocus_jax.evaluation.benchmark import CHOICE_PROMPT, Benchmark
 from dynfocus_jax.evaluation.measures import mean_over
 from dynfocus_jax.evaluation.questions import (
     Question,
@@ -84,3 +85,8 @@ def _read_task(file: Path, media: MediaFolder) -> list[Question]:
         )
 
     return read_questions(file, json_list_entries(file), parse)
+
+
+BENCHMARKS = {
+    "mvbench": Benchmark("MVBench", read_mvbench, measure_mvbench, settings={"prompt": CHOICE_PROMPT})
+}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from dynfocus_jax.errors import UserError
+from dynfocus_jax.evaluation.benchmark import CHOICE_PROMPT, Benchmark
 from dynfocus_jax.evaluation.grading import GradedAnswer
 from dynfocus_jax.evaluation.measures import Measurement, Statistic, accuracy, accuracy_by, mean, tabulate
 from dynfocus_jax.evaluation.questions import (
@@ -204,3 +205,14 @@ def measure_grounded(graded: Sequence[GradedAnswer]) -> Measurement:
     overall = measure(answers)
     columns = {name: statistic(name) for name in overall}
     return Measurement(overall, {"kind": tabulate(answers, "kind", **columns)})
+
+
+BENCHMARKS = {
+    "nextqa": Benchmark("NExT-QA", read_nextqa_questions, measure_nextqa, settings={"prompt": CHOICE_PROMPT}),
+    "nextgqa": Benchmark(
+        "NExT-GQA",
+        read_grounded,
+        measure_grounded,
+        settings={"prompt": CHOICE_PROMPT, "max_new_tokens": 32},
+    ),
+}

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dynfocus_jax.errors import UserError
+from dynfocus_jax.evaluation.benchmark import Benchmark
 from dynfocus_jax.evaluation.questions import (
     Question,
     read_questions,
@@ -109,3 +110,10 @@ def _read(
         )
 
     return read_questions(annotations, table_entries(annotations), parse)
+
+
+BENCHMARKS = {
+    "msvd_qa": Benchmark("MSVD-QA", read_msvd, settings={"free_max_new_tokens": 64}),
+    "msrvtt_qa": Benchmark("MSRVTT-QA", read_msrvtt, settings={"free_max_new_tokens": 64}),
+    "activitynet_qa": Benchmark("ActivityNet-QA", read_activitynet, settings={"free_max_new_tokens": 64}),
+}

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+from dynfocus_jax.evaluation.benchmark import Benchmark
 from dynfocus_jax.evaluation.questions import (
     Question,
     annotation_files,
@@ -58,3 +59,6 @@ def _make_parser(name: str, media: MediaFolder) -> Callable[[dict[str, JsonValue
         ]
 
     return parse
+
+
+BENCHMARKS = {"vcgbench": Benchmark("VCG-Bench", read_vcg, num_dimensions=5)}

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+from dynfocus_jax.evaluation.benchmark import Benchmark
 from dynfocus_jax.evaluation.grading import GradedAnswer
 from dynfocus_jax.evaluation.measures import (
     Measurement,
@@ -75,3 +76,13 @@ def measure_videohallucer(graded: Sequence[GradedAnswer]) -> Measurement:
         name_mean(name, len(by), len(SETS)): mean(row[name] for row in by.values()) for name in statistics
     }
     return Measurement(overall, {"set": by})
+
+
+BENCHMARKS = {
+    "videohallucer": Benchmark(
+        "VideoHallucer",
+        read_videohallucer,
+        measure_videohallucer,
+        settings={"prompt": "{question}\nAnswer the question using 'yes' or 'no'."},
+    )
+}

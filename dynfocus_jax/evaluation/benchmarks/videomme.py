@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+from dynfocus_jax.evaluation.benchmark import CHOICE_PROMPT, LONG_VIDEO, Benchmark
 from dynfocus_jax.evaluation.measures import accuracy_by
 from dynfocus_jax.evaluation.questions import (
     Question,
@@ -72,3 +73,10 @@ def _strip_letter(option: str) -> str:
     """Return "Apples." for "A. Apples."."""
     head, dot, rest = option.partition(".")
     return rest.strip() if dot and len(head) == 1 and rest.strip() else option
+
+
+BENCHMARKS = {
+    "videomme": Benchmark(
+        "Video-MME", read_videomme, measure_videomme, settings={"prompt": CHOICE_PROMPT, **LONG_VIDEO}
+    )
+}

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dynfocus_jax.errors import UserError
+from dynfocus_jax.evaluation.benchmark import CHOICE_PROMPT, LONG_VIDEO, Benchmark
 from dynfocus_jax.evaluation.measures import all_correct, mean_over
 from dynfocus_jax.evaluation.questions import (
     Question,
@@ -65,3 +66,10 @@ def read_vnbench(annotations: Path, media: MediaFolder) -> list[Question]:
             f"{NUM_TRIES} ({len(incomplete)} needles have too few); use the published file with all tries."
         )
     return questions
+
+
+BENCHMARKS = {
+    "vnbench": Benchmark(
+        "VNBench", read_vnbench, measure_vnbench, settings={"prompt": CHOICE_PROMPT, **LONG_VIDEO}
+    )
+}
