@@ -9,9 +9,9 @@ from ml_collections.config_dict import ConfigDict
 
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.media.folder import MediaFolder
+from dynfocus_jax.records.format_reader import SourceFiles
 from dynfocus_jax.records.formats import FORMATS
 from dynfocus_jax.records.formats.llava import read_llava
-from dynfocus_jax.records.formats.reader import SourceFiles
 from dynfocus_jax.records.records import ParsedEntries, Record
 from dynfocus_jax.sections import Field, Section, check_section, fill_section, require
 

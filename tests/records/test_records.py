@@ -8,8 +8,8 @@ import pytest
 
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.media.folder import MediaFolder
+from dynfocus_jax.records.format_reader import SourceFiles
 from dynfocus_jax.records.formats.llava import read_llava
-from dynfocus_jax.records.formats.reader import SourceFiles
 from dynfocus_jax.records.records import Record
 from dynfocus_jax.records.sources import read_records
 

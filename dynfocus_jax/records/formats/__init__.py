@@ -1,4 +1,4 @@
-"""Readers of published annotation formats, one file each; `FORMATS` lists them by name.
+"""Readers of published annotation formats, one file each. `FORMATS` lists them by the name of their file.
 
 | format | files | entries |
 |---|---|---|
@@ -11,26 +11,16 @@
 | clevrer | CLEVRER, `train.json`, `validation.json` | `{"video_filename", "questions": [...]}` |
 
 If a format has no question or no place for the visual tokens, `prompts` chooses it by the record's id. Other
-fields and columns are ignored.
+fields and columns are ignored. To add a format, add a file that ends with `FORMAT = my_reader`.
 """
 
+import importlib
+import pkgutil
 from collections.abc import Mapping
 
-from dynfocus_jax.records.formats.clevrer import read_clevrer
-from dynfocus_jax.records.formats.llava import read_llava
-from dynfocus_jax.records.formats.nextqa import read_nextqa
-from dynfocus_jax.records.formats.reader import FormatReader
-from dynfocus_jax.records.formats.scienceqa import read_scienceqa
-from dynfocus_jax.records.formats.videochat2 import read_videochat2
-from dynfocus_jax.records.formats.videochatgpt import read_videochatgpt
-from dynfocus_jax.records.formats.webvid import read_webvid
+from dynfocus_jax.records.format_reader import FormatReader
 
 FORMATS: Mapping[str, FormatReader] = {
-    "llava": read_llava,
-    "videochat2": read_videochat2,
-    "videochatgpt": read_videochatgpt,
-    "webvid": read_webvid,
-    "scienceqa": read_scienceqa,
-    "nextqa": read_nextqa,
-    "clevrer": read_clevrer,
+    each.name: importlib.import_module(f"{__name__}.{each.name}").FORMAT
+    for each in pkgutil.iter_modules(__path__)
 }

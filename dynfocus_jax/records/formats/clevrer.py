@@ -3,7 +3,7 @@
 from dynfocus_jax.records import prompts
 from dynfocus_jax.records.entries import JsonValue, json_list_entries
 from dynfocus_jax.records.fields import ensure, first_existing, id_of, kind_of, list_of, object_of, text_of
-from dynfocus_jax.records.formats.reader import SourceFiles, make_record, parse_source
+from dynfocus_jax.records.format_reader import SourceFiles, make_record, parse_source
 from dynfocus_jax.records.records import ParsedEntries, Record
 
 
@@ -57,3 +57,6 @@ def _clevrer_places(file: str) -> list[str]:
         return []
     start = int(number) // 1000 * 1000
     return [f"video_{start:05d}-{start + 1000:05d}/{file}"]
+
+
+FORMAT = read_clevrer

@@ -14,7 +14,7 @@ from dynfocus_jax.records.fields import (
     span_of,
     text_of,
 )
-from dynfocus_jax.records.formats.reader import SourceFiles, parse_source
+from dynfocus_jax.records.format_reader import SourceFiles, parse_source
 from dynfocus_jax.records.records import ParsedEntries, Record
 
 _MARKERS = ("<image>", "<video>")  # place of the visual tokens in the first human message
@@ -122,3 +122,6 @@ def _frame_numbers(value: JsonValue) -> tuple[int, ...] | None:
         return None
     numbers = tuple(each for each in value if type(each) is int and each >= 0)
     return numbers if len(numbers) == len(value) else None
+
+
+FORMAT = read_llava

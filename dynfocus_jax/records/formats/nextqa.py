@@ -7,7 +7,7 @@ from dynfocus_jax.errors import UserError
 from dynfocus_jax.records import prompts
 from dynfocus_jax.records.entries import csv_entries, read_json
 from dynfocus_jax.records.fields import ensure, first_existing, id_of, kind_of, text_of
-from dynfocus_jax.records.formats.reader import SourceFiles, make_record, parse_source, with_suffixes
+from dynfocus_jax.records.format_reader import SourceFiles, make_record, parse_source, with_suffixes
 from dynfocus_jax.records.records import ParsedEntries, Record
 
 _NEXTQA_OPTIONS = ("a0", "a1", "a2", "a3", "a4")
@@ -51,3 +51,6 @@ def _nextqa_places(path: Path) -> Mapping[str, str]:
         if len(places) == len(content):
             return places
     raise UserError(f"{path}: not NExT-QA's map of video ids to paths; remove it, or download it again.")
+
+
+FORMAT = read_nextqa

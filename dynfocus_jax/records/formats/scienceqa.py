@@ -7,8 +7,8 @@ from dynfocus_jax.errors import UserError
 from dynfocus_jax.records import prompts
 from dynfocus_jax.records.entries import InvalidEntry, JsonValue, read_json
 from dynfocus_jax.records.fields import first_existing, id_of, kind_of, list_of, object_of, text_of
+from dynfocus_jax.records.format_reader import SourceFiles, make_record, parse_source
 from dynfocus_jax.records.formats.llava import read_llava
-from dynfocus_jax.records.formats.reader import SourceFiles, make_record, parse_source
 from dynfocus_jax.records.records import ParsedEntries, Record
 
 
@@ -61,3 +61,6 @@ def _training_problems(path: Path) -> Iterator[tuple[int, JsonValue]]:
         elif problem.get("split") in ("train", None):
             chosen.append({"id": name, **problem})
     return iter(enumerate(chosen))
+
+
+FORMAT = read_scienceqa

@@ -3,7 +3,7 @@
 from dynfocus_jax.records import prompts
 from dynfocus_jax.records.entries import JsonValue, json_list_entries
 from dynfocus_jax.records.fields import ensure, id_of, list_of, media_of, object_of, span_of, text_of
-from dynfocus_jax.records.formats.reader import SourceFiles, make_record, parse_source
+from dynfocus_jax.records.format_reader import SourceFiles, make_record, parse_source
 from dynfocus_jax.records.records import ParsedEntries, Record
 
 
@@ -34,3 +34,6 @@ def read_videochat2(files: SourceFiles) -> ParsedEntries:
         return make_record(files, name, media, turns, modality=modality, span=span_of(entry))
 
     return parse_source(files, json_list_entries(files.annotations), parse)
+
+
+FORMAT = read_videochat2

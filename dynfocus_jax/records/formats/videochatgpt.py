@@ -2,7 +2,7 @@
 
 from dynfocus_jax.records.entries import JsonValue, json_list_entries
 from dynfocus_jax.records.fields import first_existing, id_of, object_of, text_of
-from dynfocus_jax.records.formats.reader import SourceFiles, make_record, parse_source, with_suffixes
+from dynfocus_jax.records.format_reader import SourceFiles, make_record, parse_source, with_suffixes
 from dynfocus_jax.records.records import ParsedEntries, Record
 
 
@@ -17,3 +17,6 @@ def read_videochatgpt(files: SourceFiles) -> ParsedEntries:
         return make_record(files, id_of(name), media, [turn])
 
     return parse_source(files, json_list_entries(files.annotations), parse)
+
+
+FORMAT = read_videochatgpt

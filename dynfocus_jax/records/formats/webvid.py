@@ -3,7 +3,7 @@
 from dynfocus_jax.records import prompts
 from dynfocus_jax.records.entries import csv_entries
 from dynfocus_jax.records.fields import first_existing, id_of, text_of
-from dynfocus_jax.records.formats.reader import SourceFiles, make_record, parse_source
+from dynfocus_jax.records.format_reader import SourceFiles, make_record, parse_source
 from dynfocus_jax.records.records import ParsedEntries, Record
 
 
@@ -19,3 +19,6 @@ def read_webvid(files: SourceFiles) -> ParsedEntries:
         return make_record(files, name, media, [(prompts.caption_request("video", name), caption)])
 
     return parse_source(files, csv_entries(files.annotations, ("videoid", "name", "page_dir")), parse)
+
+
+FORMAT = read_webvid
