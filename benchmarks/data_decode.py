@@ -45,8 +45,9 @@ Decode = Callable[[str, int], list[np.ndarray]]  # (path, n) -> pictures uint8 [
 
 
 def our_decoder() -> Decode:
-    from dynfocus_jax.media.decoding import decode_frames, open_video, scan_packets
+    from dynfocus_jax.media.decoding import decode_frames
     from dynfocus_jax.media.frame_sampling import middle_indices
+    from dynfocus_jax.media.packets import open_video, scan_packets
     from dynfocus_jax.media.rgb import RgbConverter
     from dynfocus_jax.media.timeouts import Deadline
 

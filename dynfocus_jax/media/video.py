@@ -24,16 +24,7 @@ from PIL import Image
 
 from dynfocus_jax.errors import MediaError
 from dynfocus_jax.media.containers import is_truncated
-from dynfocus_jax.media.decoding import (
-    FrameNotFound,
-    Timeline,
-    Video,
-    decode_all_frames,
-    decode_frames,
-    locate_frames,
-    open_video,
-    scan_packets,
-)
+from dynfocus_jax.media.decoding import decode_all_frames, decode_frames
 from dynfocus_jax.media.frame_sampling import (
     TIME_TOLERANCE,
     UNIFORM,
@@ -50,6 +41,14 @@ from dynfocus_jax.media.images import (
     fit_to_square,
     read_image,
     read_image_header,
+)
+from dynfocus_jax.media.packets import (
+    FrameNotFound,
+    Timeline,
+    Video,
+    locate_frames,
+    open_video,
+    scan_packets,
 )
 from dynfocus_jax.media.rgb import RgbConverter
 from dynfocus_jax.media.timeouts import Deadline

@@ -9,7 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from dynfocus_jax.media import decoding, video
+from dynfocus_jax.media import video
 from dynfocus_jax.media.frame_sampling import (
     UNIFORM,
     Sampling,
@@ -18,6 +18,7 @@ from dynfocus_jax.media.frame_sampling import (
     draw_positions,
     frames_shown_at,
 )
+from dynfocus_jax.media.timeouts import Deadline
 from dynfocus_jax.media.video import read_media, read_video
 from tests.media.videos import KINDS, REAL, container_times, content, encode, numbered, write_kind
 
@@ -55,13 +56,13 @@ def used_readers(monkeypatch):
 def packets(monkeypatch):
     """A counter of the packets that are read."""
     counter = [0]
-    check = decoding.Deadline.check
+    check = Deadline.check
 
     def count(self):
         counter[0] += 1
         check(self)
 
-    monkeypatch.setattr(decoding.Deadline, "check", count)
+    monkeypatch.setattr(Deadline, "check", count)
     return counter
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dynfocus_jax.errors import MediaError, MediaTimeout
-from dynfocus_jax.media import decoding, video
+from dynfocus_jax.media import packets, video
 from dynfocus_jax.media.frame_sampling import Sampling, count_frames
 from dynfocus_jax.media.video import MediaInfo, probe, read_media, read_video
 from tests.media.videos import REAL, container_times, content, encode, numbered, write_kind
@@ -312,7 +312,7 @@ def test_image(tmp_path):
 
 def test_frames_of_excessive_size_are_refused(tmp_path, monkeypatch):
     path = write_kind(tmp_path, "h264", count=4)
-    monkeypatch.setattr(decoding, "_MAX_PIXELS", 1000)
+    monkeypatch.setattr(packets, "_MAX_PIXELS", 1000)
     with pytest.raises(MediaError, match=r"h264\.mp4: not a readable video"):
         read_media(path, 4, 32)
 
