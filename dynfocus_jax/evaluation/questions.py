@@ -9,7 +9,7 @@ from typing import Literal
 
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.records.entries import InvalidEntry, JsonValue, json_line_entries, json_list_entries
-from dynfocus_jax.records.fields import ASSUMED_SUFFIXES, ensure, kind_of, object_of, text_of
+from dynfocus_jax.records.fields import ASSUMED_SUFFIXES, ensure, kind_of, object_of, text_of, with_suffixes
 from dynfocus_jax.records.prompts import LETTERS
 
 Form = Literal["choice", "yes_no", "open", "span"]  # of an answer: determines how it is parsed
@@ -158,9 +158,7 @@ def video_paths(name: str, *folders: str) -> list[str]:
 
     The name may lack its suffix; then all usual suffixes are tried.
     """
-    names = (
-        [name] if name.lower().endswith(ASSUMED_SUFFIXES) else [name + suffix for suffix in ASSUMED_SUFFIXES]
-    )
+    names = [name] if name.lower().endswith(ASSUMED_SUFFIXES) else with_suffixes(name)
     return [f"{parent}/{each}" if parent else each for parent in ("", *folders) for each in names]
 
 

@@ -102,6 +102,11 @@ def path_of(value: object, field: str, folder: MediaFolder) -> Path:
         raise InvalidEntry(f'field "{field}": {error}', "path") from None
 
 
+def with_suffixes(name: str) -> list[str]:
+    """Return the names that a video without a suffix may have."""
+    return [f"{name}{suffix}" for suffix in ASSUMED_SUFFIXES]
+
+
 def first_existing(names: Sequence[str], field: str, folder: MediaFolder) -> Path:
     """Return the first of several paths that exists in the folder, or the first one if none exists."""
     return path_of(next(filter(folder.has, names), names[0]), field, folder)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from dynfocus_jax.media.folder import MediaFolder
 from dynfocus_jax.records import prompts
 from dynfocus_jax.records.entries import InvalidEntry
-from dynfocus_jax.records.fields import ASSUMED_SUFFIXES, check_size, ensure
+from dynfocus_jax.records.fields import check_size, ensure
 from dynfocus_jax.records.records import Entry, ParsedEntries, Record, parse_entries
 
 
@@ -68,8 +68,3 @@ def make_record(
         modality=modality,
         span=span,
     )
-
-
-def with_suffixes(name: str) -> list[str]:
-    """Return the names that a video without a suffix may have."""
-    return [f"{name}{suffix}" for suffix in ASSUMED_SUFFIXES]

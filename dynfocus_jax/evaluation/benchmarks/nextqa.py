@@ -18,9 +18,9 @@ from dynfocus_jax.evaluation.questions import (
 from dynfocus_jax.media.folder import MediaFolder
 from dynfocus_jax.records.entries import InvalidEntry, JsonValue, csv_entries, read_json
 from dynfocus_jax.records.fields import first_existing, id_of, kind_of, list_of, object_of, text_of
+from dynfocus_jax.records.formats.nextqa import OPTION_COLUMNS, read_video_places
 from dynfocus_jax.records.prompts import LETTERS
 
-_OPTIONS = ("a0", "a1", "a2", "a3", "a4")
 _KINDS = {"C": "causal", "T": "temporal", "D": "descriptive"}
 _WHEN = "When in the video is it seen? {}"
 
@@ -34,18 +34,18 @@ def read_nextqa_questions(annotations: Path, media: MediaFolder) -> list[Questio
 
     "answer" is the number of an option in all rows or, in some releases, its text in all rows.
     """
-    rows = list(csv_entries(annotations, ("question", "answer", "qid", "type", *_OPTIONS)))
+    rows = list(csv_entries(annotations, ("question", "answer", "qid", "type", *OPTION_COLUMNS)))
     entries = [row for _, row in rows if isinstance(row, dict)]
     has_numbers = all(row["answer"].strip() in tuple("01234") for row in entries)
-    path_of_video = _read_paths(annotations.with_name("map_vid_vidorID.json"))
+    places = read_video_places(annotations)
 
     def parse(row: dict[str, JsonValue]) -> Question:
         video = text_of(row.get("video", row.get("video_id")), "video")
-        options = tuple(text_of(row[key], key) for key in _OPTIONS)
+        options = tuple(text_of(row[key], key) for key in OPTION_COLUMNS)
         answer = text_of(row["answer"], "answer")
         kind = text_of(row["type"], "type")
         qid = text_of(row["qid"], "qid")
-        names = [path_of_video[video], video] if video in path_of_video else [video]
+        names = [places[video], video] if video in places else [video]
         return Question(
             id_of(f"{video}_{qid}"),
             first_existing([path for name in names for path in video_paths(name, "videos")], "video", media),
@@ -57,16 +57,6 @@ def read_nextqa_questions(annotations: Path, media: MediaFolder) -> list[Questio
         )
 
     return read_questions(annotations, rows, parse)
-
-
-def _read_paths(file: Path) -> dict[str, str]:
-    """Return {video: its path without suffix, "1164/3238737531"}; empty if there is no file."""
-    content = read_json(file) if file.is_file() else {}
-    if isinstance(content, dict):
-        paths = {video: path for video, path in content.items() if isinstance(path, str)}
-        if len(paths) == len(content):
-            return paths
-    raise UserError(f"{file} is not NExT-QA's map of video ids to paths; remove it, or download it again.")
 
 
 # ---- NExT-GQA -------------------------------------------------------------------------------------------

@@ -1,16 +1,15 @@
 """Reader of NExT-QA's annotations."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from dynfocus_jax.errors import UserError
 from dynfocus_jax.records import prompts
 from dynfocus_jax.records.entries import csv_entries, read_json
-from dynfocus_jax.records.fields import ensure, first_existing, id_of, kind_of, text_of
-from dynfocus_jax.records.format_reader import SourceFiles, make_record, parse_source, with_suffixes
+from dynfocus_jax.records.fields import ensure, first_existing, id_of, kind_of, text_of, with_suffixes
+from dynfocus_jax.records.format_reader import SourceFiles, make_record, parse_source
 from dynfocus_jax.records.records import ParsedEntries, Record
 
-_NEXTQA_OPTIONS = ("a0", "a1", "a2", "a3", "a4")
+OPTION_COLUMNS = ("a0", "a1", "a2", "a3", "a4")
 
 
 def read_nextqa(files: SourceFiles) -> ParsedEntries:
@@ -19,12 +18,12 @@ def read_nextqa(files: SourceFiles) -> ParsedEntries:
     "answer" is the number of an option; in some releases it is the option's text. Videos are at the paths of
     map_vid_vidorID.json beside the CSV file ("1164/3238737531", without suffix), or at video.mp4.
     """
-    places = _nextqa_places(files.annotations.with_name("map_vid_vidorID.json"))
+    places = read_video_places(files.annotations)
 
     def parse(row: dict[str, str]) -> Record:
         video = text_of(row["video"], "video")
         question = text_of(row["question"], "question")
-        options = [text_of(row[key], key) for key in _NEXTQA_OPTIONS]
+        options = [text_of(row[key], key) for key in OPTION_COLUMNS]
         answer = text_of(row["answer"], "answer")
         number = "01234".find(answer) if len(answer) == 1 else -1
         if number < 0 and answer in options:
@@ -39,12 +38,19 @@ def read_nextqa(files: SourceFiles) -> ParsedEntries:
         kind = text_of(row["type"], "type", empty=True)
         return make_record(files, name, media, [turn], kind=kind)
 
-    columns = ("video", "question", "answer", "qid", "type", *_NEXTQA_OPTIONS)
+    columns = ("video", "question", "answer", "qid", "type", *OPTION_COLUMNS)
     return parse_source(files, csv_entries(files.annotations, columns), parse)
 
 
-def _nextqa_places(path: Path) -> Mapping[str, str]:
-    """Return the paths of videos without suffix, by their ids; {} if there is no such file."""
+def read_video_places(annotations: Path) -> dict[str, str]:
+    """Return the paths of videos without suffix, by their ids; {} if there is no map beside the annotations.
+
+    The map, map_vid_vidorID.json, has entries such as {"3238737531": "1164/3238737531"}.
+
+    Raises:
+      UserError: the map is not an object of texts.
+    """
+    path = annotations.with_name("map_vid_vidorID.json")
     content = read_json(path) if path.is_file() else {}
     if isinstance(content, dict):
         places = {video: place for video, place in content.items() if isinstance(place, str)}

@@ -1,8 +1,8 @@
 """Reader of VideoChatGPT-100K's annotations."""
 
 from dynfocus_jax.records.entries import JsonValue, json_list_entries
-from dynfocus_jax.records.fields import first_existing, id_of, object_of, text_of
-from dynfocus_jax.records.format_reader import SourceFiles, make_record, parse_source, with_suffixes
+from dynfocus_jax.records.fields import first_existing, id_of, object_of, text_of, with_suffixes
+from dynfocus_jax.records.format_reader import SourceFiles, make_record, parse_source
 from dynfocus_jax.records.records import ParsedEntries, Record
 
 
