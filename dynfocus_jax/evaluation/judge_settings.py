@@ -24,18 +24,19 @@ JUDGE: dict[str, Field] = {
 
 
 class JudgeSettings(NamedTuple):
-    """Endpoint, model and limits of a judge. Times are in seconds."""
+    """Endpoint, model and limits of a judge: the fields of JUDGE, and the file of its replies."""
 
     model: str
-    base_url: str = "https://api.openai.com/v1"
-    key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key; "": no key is sent
+    base_url: str = JUDGE["base_url"].default
+    key_variable: str = JUDGE["key_variable"].default
     cache: Path | None = None  # file of the replies so far, one JSON value per line; kept between runs
-    parameters: dict[str, Any] = {"temperature": 0, "max_tokens": 1024}  # noqa: RUF012  sent as they are
-    concurrency: int = 8  # requests in flight
-    attempts: int = 16  # per question; the client waits 0.5 s after the first, at most 8 s after later ones
-    timeout: float = 60.0  # of one attempt: to connect, and between two reads of the reply
-    patience: float = 600.0  # per question, over all attempts and the waits between them
-    give_up_after: int = 16  # consecutive questions without a reply before the judge stops
+    # Not JUDGE's: 0 and 0.0 are different requests to the cache of replies
+    parameters: dict[str, Any] = {"temperature": 0, "max_tokens": 1024}  # noqa: RUF012
+    concurrency: int = JUDGE["concurrency"].default
+    attempts: int = JUDGE["attempts"].default  # the client waits 0.5 s after the first, at most 8 s later
+    timeout: float = JUDGE["timeout"].default  # to connect, and between two reads of the reply
+    patience: float = JUDGE["patience"].default  # with the waits between attempts
+    give_up_after: int = JUDGE["give_up_after"].default
 
     @property
     def url(self) -> str:
