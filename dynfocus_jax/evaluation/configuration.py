@@ -11,7 +11,9 @@ from dynfocus_jax.parallel.processes import DISTRIBUTED
 from dynfocus_jax.sections import Field, Section, check_section, fill_section, new_section
 
 BENCHMARK: Section = {
-    "num_frames": Field(int, "frames of a video; None: as in the model's own evaluation", at_least=1),
+    "num_frames": Field(
+        int, "number of frames of a video; None: as in the model's own evaluation", at_least=1
+    ),
     "sampling": DATA["sampling"],
     "prompt": Field(
         "{question}", "prompt of a question; may contain {question}, {options}, {letters} and {seen}"
@@ -26,13 +28,15 @@ BENCHMARK: Section = {
     ),
     "guidance": Field("{question}", "input of the text encoder"),
     "subtitles": Field(False, "whether the prompt has the subtitles shown at the sampled frames"),
-    "max_new_tokens": Field(16, "most tokens of an answer", at_least=1),
-    "free_max_new_tokens": Field(512, "most tokens of an answer to an open-ended question", at_least=1),
+    "max_new_tokens": Field(16, "maximum number of tokens in an answer", at_least=1),
+    "free_max_new_tokens": Field(
+        512, "maximum number of tokens in an answer to an open-ended question", at_least=1
+    ),
 }
 
 COMMON: Section = {
-    "batch_size": Field(16, "questions answered together", at_least=1),
-    "threads": Field(2, "threads that decode videos ahead of time", at_least=1),
+    "batch_size": Field(16, "questions per batch", at_least=1),
+    "threads": Field(2, "number of threads that decode videos ahead of time", at_least=1),
     "judge": JUDGE,
     # Every process holds the whole model on its own devices
     "mesh": {

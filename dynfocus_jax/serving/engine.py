@@ -19,6 +19,7 @@ from dynfocus_jax import trees
 from dynfocus_jax.batch import Batch, padding_sample
 from dynfocus_jax.errors import SampleError, UserError
 from dynfocus_jax.media.video import Clip
+from dynfocus_jax.models.llama import Cache
 from dynfocus_jax.parallel.sharding import batch_sharding, num_row_shards, place_like, replicated
 from dynfocus_jax.serving.answer_text import AnswerText
 from dynfocus_jax.serving.batch_layout import BatchLayout, bucket_size, choose_layout
@@ -31,7 +32,7 @@ from dynfocus_jax.serving.programs import (
     serving_layout,
 )
 from dynfocus_jax.serving.requests import Completion, EncodedClip, Messages, Request, split_turns
-from dynfocus_jax.serving.token_sampling import GREEDY, check_sampling, stack_sampling
+from dynfocus_jax.serving.token_sampling import GREEDY, SamplingParams, check_sampling, stack_sampling
 from dynfocus_jax.text.conversation import TEMPLATES, encode_prompt, query_text
 from dynfocus_jax.text.tokenizers import Tokenizer
 from dynfocus_jax.video_language_model import Prompts, build_model, stage_connector
@@ -277,8 +278,8 @@ class Engine:
         state: DecodeState,
         slot: int,
         logits: jax.Array,
-        cache,
-        sampling: Sequence,
+        cache: Cache,
+        sampling: Sequence[SamplingParams],
         max_tokens: np.ndarray,
     ) -> tuple[DecodeState, jax.Array]:
         return self._programs.insert(
